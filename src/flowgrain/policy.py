@@ -1,0 +1,173 @@
+"""The policy: a backbone's transformer with what training adds to it: LoRA or full, guidance, reference, EMA, dtype."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from flowgrain.backbones import Backbone, Conditioning
+from flowgrain.settings import Settings, SettingsError
+
+
+def compute_device(setting: str) -> torch.device:
+    """The device of setting `device`. Raises SettingsError for one that this machine lacks."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device=cuda: torch sees no GPU here; use device=cpu or device=auto")
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(setting)
+
+
+def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """bf16 on a GPU and fp32 on a CPU unless the setting says otherwise: bf16 on a CPU without its instructions is slower."""
+    if setting == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if setting == "bfloat16" else torch.float32
+
+
+class Policy:
+    """The trained model. Master weights stay fp32; in bf16 sampling runs on a copy and training under autocast."""
+
+    def __init__(self, backbone: Backbone, s: Settings, device: torch.device) -> None:
+        self.backbone = backbone
+        self.device = device
+        self.dtype = compute_dtype(s.dtype, device)
+        self.lora = s.lora_rank > 0
+        self.transformer = backbone.transformer.to(device).float().eval()  # eval: no dropout, or the ratio would not be 1
+        if self.lora:
+            self.transformer.requires_grad_(False)
+            adapter = LoraConfig(
+                r=s.lora_rank,
+                lora_alpha=s.lora_alpha or 2 * s.lora_rank,
+                init_lora_weights="gaussian",
+                target_modules=backbone.lora_targets,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(s.seed)
+                self.transformer.add_adapter(adapter)
+        else:
+            self.transformer.requires_grad_(True)
+        self.trained = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        self.ema = EMAModel(list(self.trained.values()), decay=s.ema_decay) if s.ema_decay else None
+        self.ema_every = s.ema_every
+        self.updates = 0
+        needs_copy = s.kl_weight > 0 and not self.lora
+        self.frozen = copy.deepcopy(self.transformer).requires_grad_(False) if needs_copy else None
+        self.sampler = self.transformer
+        if self.dtype != torch.float32:
+            self.sampler = copy.deepcopy(self.transformer).requires_grad_(False).to(self.dtype)
+        self.unconditional: Conditioning = {}
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of `prompts` on the policy's device."""
+        if not self.unconditional:
+            self.unconditional = {name: value.to(self.device) for name, value in self.backbone.encode([""]).items()}
+        return {name: value.to(self.device) for name, value in self.backbone.encode(prompts).items()}
+
+    def velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+        """v [B, *L] of `model`. Guidance is embedded where the backbone takes it so; else it is true CFG, unless it is 1."""
+        if self.backbone.embedded_guidance:
+            scale = torch.full((len(x),), guidance, device=x.device)
+            return self.backbone.velocity(model, x, sigma, {**cond, "guidance": scale})
+        if guidance == 1:
+            return self.backbone.velocity(model, x, sigma, cond)
+        both = {
+            name: torch.cat([value, self.unconditional[name].expand_as(value)]) for name, value in cond.items()
+        }
+        v, v_free = self.backbone.velocity(model, torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return v_free + guidance * (v - v_free)
+
+    @torch.no_grad()
+    def sample_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+        """v [B, *L] without gradient, in the sampling dtype."""
+        return self.velocity(self.sampler, x.to(self.dtype), sigma, cond, guidance)
+
+    def train_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+        """v [B, *L] with gradient where grad is enabled, in fp32 or under autocast."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.velocity(self.transformer, x, sigma, cond, guidance).float()
+
+    @torch.no_grad()
+    def reference_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+        """v [B, *L] of the model as it was before training: the adapter off, or a frozen copy."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            if self.lora:
+                self.transformer.disable_adapters()
+                try:
+                    return self.velocity(self.transformer, x, sigma, cond, guidance).float()
+                finally:
+                    self.transformer.enable_adapters()
+            if self.frozen is None:
+                raise RuntimeError("a full fine-tune keeps a reference only if kl_weight > 0")
+            return self.velocity(self.frozen, x, sigma, cond, guidance).float()
+
+    def updated(self) -> None:
+        """To be called after every optimizer step: moves the EMA and refreshes the sampling copy."""
+        self.updates += 1
+        if self.ema is not None and self.updates % self.ema_every == 0:
+            self.ema.step(self.trained.values())
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the master weights into the sampling copy, where there is one."""
+        if self.sampler is not self.transformer:
+            torch._foreach_copy_(list(self.sampler.parameters()), list(self.transformer.parameters()))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are the EMA's, if there is one; afterwards the trained ones are back, to the bit."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.trained.values())
+        self.ema.copy_to(self.trained.values())
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trained.values())
+            self.refresh()
+
+    def state(self) -> dict[str, Any]:
+        """Trained weights and EMA, for a checkpoint."""
+        ema = self.ema.state_dict() if self.ema is not None else None
+        return {"weights": {n: p.detach() for n, p in self.trained.items()}, "ema": ema, "updates": self.updates}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` gave. Raises KeyError if the weights are those of another model."""
+        if state["weights"].keys() != self.trained.keys():
+            raise KeyError("the checkpoint's weights are not those of this model: lora_rank or model differ")
+        for name, parameter in self.trained.items():
+            parameter.copy_(state["weights"][name])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
+        self.updates = state["updates"]
+        self.refresh()
+
+    def export(self, folder: Path) -> None:
+        """Writes `folder`/transformer as diffusers' from_pretrained reads it, or `folder`/lora for load_lora_adapter; EMA weights."""
+        with self.averaged():
+            if self.lora:
+                self.transformer.save_lora_adapter(folder / "lora")
+            else:
+                self.transformer.save_pretrained(folder / "transformer")
+
+    def load_export(self, folder: Path) -> None:
+        """Reads what `export` wrote into this policy."""
+        from safetensors.torch import load_file
+
+        if self.lora:
+            self.transformer.delete_adapters("default")
+            self.transformer.load_lora_adapter(folder / "lora", adapter_name="default", prefix=None)
+        else:
+            self.transformer.load_state_dict(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+        self.refresh()

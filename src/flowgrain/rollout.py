@@ -1,0 +1,88 @@
+"""The executor: fills a tree with latents. Its one law: the velocity of a state is computed at most once.
+
+Shapes: N rows, B rows of a pass, K children, S slots, *L latent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flowgrain.sde import ODE, Kernel, Step
+from flowgrain.tree import ROOT, Tree, schedule
+
+Ints = NDArray[np.int64]
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""velocity(x [B, *L], sigma [B] fp32, prompt [B] index) -> v [B, *L]."""
+
+Noise = Callable[[Ints, Ints], Tensor]
+"""noise(prompt [K], draw [K]) -> standard normal [K, *L], a function of its arguments alone."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A tree with its latents: those of the leaves, of the trained edges and of their parents; the others are gone.
+
+    latents [S, *L]; slot [N] the place of a row's latent; forward_passes the rows that went through the model;
+    batches the number of model calls they took.
+    """
+
+    tree: Tree
+    latents: Tensor
+    slot: Ints
+    forward_passes: int
+    batches: int
+
+    def at(self, rows: Ints) -> Tensor:
+        """Latents [len(rows), *L] of leaves, trained edges or their parents."""
+        return self.latents[torch.from_numpy(self.slot[rows]).to(self.latents.device)]
+
+
+@torch.no_grad()
+def rollout(
+    tree: Tree,
+    velocity: Velocity,
+    kernel: Kernel,
+    sigmas: Tensor,
+    noise: Noise,
+    rows_per_pass: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Rollout:
+    """Runs `tree` on the grid `sigmas` [T + 1]: every evaluated row exactly once, `rows_per_pass` rows at a time.
+
+    Latents are stored as `dtype`; a stochastic step is rounded to it when stored, so a log-probability taken from the
+    stored latent is that of what was fed onward. Raises ValueError if the grid's length is not the tree's.
+    """
+    if len(sigmas) != tree.num_steps + 1:
+        raise ValueError(f"the tree has {tree.num_steps} steps, the grid {len(sigmas) - 1}")
+    device = sigmas.device
+    plan = schedule(tree, rows_per_pass)
+
+    def index(values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    roots = np.flatnonzero(tree.parent == ROOT)
+    first = noise(tree.prompt[roots], tree.draw[roots])
+    latents = torch.empty(plan.num_slots, *first.shape[1:], dtype=dtype, device=device)
+    latents[index(plan.slot[roots])] = first.to(device, dtype)
+    evaluated = 0
+    for batch in plan.passes:
+        x = latents[index(batch.slot)]  # (B, *L)
+        v = velocity(x, sigmas[index(tree.level[batch.rows])], index(tree.prompt[batch.rows]))
+        evaluated += len(x)
+        for stochastic, step_kernel in ((False, ODE()), (True, kernel)):
+            of_kind = tree.stochastic[batch.child] == stochastic
+            if not of_kind.any():
+                continue
+            child, source = batch.child[of_kind], batch.child_of[of_kind]
+            start, end = index(tree.level[tree.parent[child]]), index(tree.level[child])
+            law = step_kernel(x[index(source)], v[index(source)], Step.on(sigmas, start, end))
+            following = law.mean
+            if stochastic:
+                following = law.sample(noise(tree.prompt[child], tree.draw[child]).to(device))
+            latents[index(batch.child_slot[of_kind])] = following.to(dtype)
+    return Rollout(tree, latents, plan.slot, evaluated, len(plan.passes))

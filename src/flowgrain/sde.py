@@ -1,0 +1,143 @@
+"""Transition kernels of rectified flow as Gaussians, and the shifted noise grid.
+
+Shapes: B rows, *L latent. Noise runs from sigma = 1 (pure noise) to sigma = 0 (image):
+x_sigma = (1 - sigma) x0 + sigma eps and the model predicts the velocity v = eps - x0.
+A kernel gives p(x_next | x, v) = Normal(mean, std^2 I) for one step of the grid; it knows nothing of models or trees.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def sigma_grid(num_steps: int, shift: float = 3.0) -> Tensor:
+    """The T + 1 noise levels 1 .. 0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s)."""
+    s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return (shift * s / (1 + (shift - 1) * s)).float()
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """`values` [B] with trailing axes of length 1, so that it broadcasts over `like` [B, *L]."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Normal(mean, std^2 I) over the latent, a row each: mean [B, *L], std [B] in fp32; std 0 is a point."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std noise, [B, *L]."""
+        return self.mean + per_row(self.std, self.mean) * noise
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) [B] in fp32, averaged (not summed) over the latent's dimensions as all methods of the family do."""
+        z = (x.float() - self.mean) / per_row(self.std, self.mean)
+        return -0.5 * z.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)
+
+    def kl(self, other: "Gaussian") -> Tensor:
+        """Exact KL to a Gaussian of the same std, ||mean - mean'||^2 / (2 std^2) averaged over dimensions, [B] (Flow-GRPO eq. 10)."""
+        distance = (self.mean - other.mean).square().flatten(1).mean(1)
+        return distance / (2 * self.std.square())
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where on the grid each of B rows goes from and to: sigma, sigma_next [B] in fp32 and index [B], the steps taken so far."""
+
+    sigma: Tensor
+    sigma_next: Tensor
+    index: Tensor
+
+    @staticmethod
+    def on(sigmas: Tensor, start: Tensor, end: Tensor) -> "Step":
+        """The steps from grid index `start` [B] to `end` [B] of the grid `sigmas` [T + 1]."""
+        return Step(sigmas[start], sigmas[end], start)
+
+    @property
+    def dt(self) -> Tensor:
+        """sigma_next - sigma < 0, [B]."""
+        return self.sigma_next - self.sigma
+
+
+class Kernel(Protocol):
+    """p(x_next | x, v) of one step: x, v [B, *L] and where on the grid each row stands."""
+
+    def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian: ...
+
+
+def _flow_sde(x: Tensor, v: Tensor, step: Step, s: Tensor) -> Gaussian:
+    """Flow-GRPO eq. 9 with noise strength s [B]: the SDE with the marginals of the flow. s = 0 is the ODE."""
+    correction = s.square() / (2 * step.sigma) * step.dt
+    mean = x.float() * per_row(1 + correction, x) + v.float() * per_row(step.dt + correction * (1 - step.sigma), x)
+    return Gaussian(mean, s * (-step.dt).sqrt())
+
+
+def flow_strength(eta: float, step: Step) -> Tensor:
+    """s = eta sqrt(sigma / (1 - sigma)), [B]; at sigma = 1, sigma_next stands in the denominator (Flow-GRPO eq. 8)."""
+    level = torch.where(step.sigma >= 1, step.sigma_next, step.sigma)
+    return eta * (step.sigma / (1 - level)).sqrt()
+
+
+@dataclass(frozen=True)
+class ODE:
+    """The probability-flow step x + v dt, without noise."""
+
+    def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian:
+        mean = x.float() + v.float() * per_row(step.dt, x)
+        return Gaussian(mean, torch.zeros_like(step.sigma))
+
+
+@dataclass(frozen=True)
+class FlowSDE:
+    """Flow-SDE(eta) of Flow-GRPO (eq. 9), MixGRPO and G2RPO."""
+
+    eta: float = 0.7
+
+    def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian:
+        return _flow_sde(x, v, step, flow_strength(self.eta, step))
+
+
+@dataclass(frozen=True)
+class DanceSDE:
+    """Dance-SDE(eta) of DanceGRPO: noise of constant strength, corrected by the score -(x - (1 - sigma) x0_hat) / sigma^2."""
+
+    eta: float = 0.3
+
+    def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian:
+        x, v = x.float(), v.float()
+        x0_hat = x - per_row(step.sigma, x) * v
+        score = -(x - per_row(1 - step.sigma, x) * x0_hat) / per_row(step.sigma.square(), x)
+        mean = x + (v - self.eta**2 / 2 * score) * per_row(step.dt, x)
+        return Gaussian(mean, self.eta * (-step.dt).sqrt())
+
+
+@dataclass(frozen=True)
+class CPS:
+    """Coefficients-preserving sampling (Flow-CPS): the total noise after the step is exactly sigma_next."""
+
+    eta: float = 0.7
+
+    def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian:
+        x, v = x.float(), v.float()
+        std = step.sigma_next * math.sin(self.eta * math.pi / 2)
+        x0_hat = x - per_row(step.sigma, x) * v
+        eps_hat = x + per_row(1 - step.sigma, x) * v
+        kept = (step.sigma_next.square() - std.square()).clamp(min=0).sqrt()
+        return Gaussian(per_row(1 - step.sigma_next, x) * x0_hat + per_row(kept, x) * eps_hat, std)
+
+
+@dataclass(frozen=True)
+class CalibratedSDE:
+    """Flow-SDE with a strength psi[i] of its own for every step i (DenseGRPO)."""
+
+    psi: Sequence[float]
+
+    def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian:
+        return _flow_sde(x, v, step, torch.tensor(self.psi, device=x.device)[step.index])

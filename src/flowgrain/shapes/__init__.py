@@ -1,0 +1,1 @@
+"""The bundled world: scenes of coloured shapes, a grammar of prompts, a renderer and an exact oracle."""

@@ -1,0 +1,297 @@
+"""The tree of a rollout as a table, the verbs that write it, its schedule and its cost.
+
+A row is a latent, the step that reached it and, at sigma = 0, an image. The table is structure alone: it is known, priced
+and drawn before anything runs. Letters: P prompts, N rows, E trained edges, T steps, I images, C channels.
+"""
+
+import heapq
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+CoarseGrid = Literal["stride", "exact"]
+
+ROOT = -1
+
+
+def coarse_levels(start: int, num_steps: int, stride: int = 1, grid: CoarseGrid = "stride") -> list[int]:
+    """Grid indices from `start` to T that an ODE of granularity `stride` visits, both ends included.
+
+    The first step is always fine, the last goes straight to T. `stride` is the reading of G2RPO's public code: the last
+    level short of T that the stride meets is dropped. `exact` keeps it (G2RPO eq. 10, spec of the grids in docs/g2rpo.md).
+    """
+    visited = [start, *range(start + 1, num_steps + 1, stride)]
+    if grid == "stride" or visited[-1] == num_steps:
+        visited = visited[:-1]
+    return [*visited, num_steps] if start < num_steps else [start]
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """The table: N rows in an order in which parents come first.
+
+    parent [N] row index or ROOT; level [N] grid index reached, 0..T; stochastic, trained [N]; prompt [N] in 0..P-1;
+    draw [N] which noise of its prompt a root or a stochastic row takes, -1 for ODE rows;
+    image [J] and channel [J]: row `image[j]` is decoded and its reward counts in channel `channel[j]` (a granularity, say);
+    a row may stand in several channels and is decoded once.
+    """
+
+    num_steps: int
+    num_prompts: int
+    parent: Ints
+    level: Ints
+    stochastic: NDArray[np.bool_]
+    trained: NDArray[np.bool_]
+    prompt: Ints
+    draw: Ints
+    image: Ints
+    channel: Ints
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    @cached_property
+    def _key(self) -> tuple[int, bytes]:
+        columns = (self.parent, self.level, self.trained, self.prompt, self.draw, self.image, self.channel)
+        return self.num_steps, b"".join(column.tobytes() for column in columns)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tree) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @cached_property
+    def edges(self) -> Ints:
+        """Rows [E] reached by a stochastic step that is trained; an edge is named by the row it leads to."""
+        return np.flatnonzero(self.trained)
+
+    @cached_property
+    def trained_parents(self) -> Ints:
+        """Distinct rows from which trained edges leave: one gradient forward each."""
+        return np.unique(self.parent[self.edges])
+
+    @cached_property
+    def evaluated(self) -> Ints:
+        """Rows whose velocity is needed, those with children: one forward pass each."""
+        return np.unique(self.parent[self.parent != ROOT])
+
+    @cached_property
+    def leaves(self) -> Ints:
+        """Distinct rows that are decoded and scored, [I]."""
+        return np.unique(self.image)
+
+    @cached_property
+    def peers(self) -> Ints:
+        """Group number [E] of every trained edge: the edges of one prompt at one step are compared with each other."""
+        edges = self.edges
+        return np.unique(self.prompt[edges] * (self.num_steps + 1) + self.level[edges], return_inverse=True)[1]
+
+    @property
+    def num_channels(self) -> int:
+        return int(self.channel.max(initial=-1)) + 1
+
+    def repeat(self, prompts: int) -> "Tree":
+        """This tree of one prompt, once for each of `prompts` prompts."""
+        n = len(self)
+        shift = np.arange(prompts).repeat(n)
+        parent = np.tile(self.parent, prompts)
+        return Tree(
+            num_steps=self.num_steps,
+            num_prompts=prompts,
+            parent=np.where(parent == ROOT, ROOT, parent + shift * n),
+            level=np.tile(self.level, prompts),
+            stochastic=np.tile(self.stochastic, prompts),
+            trained=np.tile(self.trained, prompts),
+            prompt=shift,
+            draw=np.tile(self.draw, prompts),
+            image=np.tile(self.image, prompts) + np.arange(prompts).repeat(len(self.image)) * n,
+            channel=np.tile(self.channel, prompts),
+        )
+
+
+class Planner:
+    """Writes the tree of one prompt with three verbs, `root`, `sde` and `ode`, and `image` for what is to be scored."""
+
+    def __init__(self, num_steps: int, coarse_grid: CoarseGrid = "stride") -> None:
+        self.num_steps = num_steps
+        self.coarse_grid: CoarseGrid = coarse_grid
+        self._rows: list[tuple[int, int, bool, bool, int]] = []  # parent, level, stochastic, trained, draw
+        self._ode_child: dict[tuple[int, int], int] = {}
+        self._images: list[tuple[int, int]] = []
+        self._draws = 0
+
+    def root(self) -> int:
+        """A new initial noise at sigma = 1; returns its row."""
+        return self._stochastic_row(ROOT, 0, False, False)
+
+    def sde(self, node: int, fan: int = 1, train: bool = True) -> list[int]:
+        """`fan` stochastic steps of one grid step from `node`, each with its own noise; returns their rows.
+
+        Raises ValueError at sigma = 0, from where no step leads on.
+        """
+        level = self._rows[node][1] + 1
+        if level > self.num_steps:
+            raise ValueError(f"no stochastic step leads on from sigma = 0 (row {node} stands at level {self.num_steps})")
+        return [self._stochastic_row(node, level, True, train) for _ in range(fan)]
+
+    def ode(self, node: int, to: int | None = None, stride: int = 1) -> int:
+        """ODE steps from `node` to grid index `to` (default: sigma = 0), coarse by `stride`; returns the last row.
+
+        Steps that another call has written from the same state are shared. Raises ValueError for a stride with `to` short
+        of sigma = 0, or a `to` that lies behind.
+        """
+        level = self._rows[node][1]
+        to = self.num_steps if to is None else to
+        if stride < 1 or not level <= to <= self.num_steps or (stride > 1 and to != self.num_steps):
+            raise ValueError(f"an ODE from level {level} to {to} of {self.num_steps} by stride {stride} is not possible")
+        for following in coarse_levels(level, to, stride, self.coarse_grid)[1:]:
+            node = self._ode_step(node, following)
+        return node
+
+    def image(self, node: int, channel: int = 0) -> None:
+        """Ask for the image of `node`, its reward to count in `channel`. Raises ValueError short of sigma = 0."""
+        if self._rows[node][1] != self.num_steps:
+            raise ValueError(f"row {node} stands at level {self._rows[node][1]}, short of sigma = 0, and is no image")
+        if (node, channel) not in self._images:
+            self._images.append((node, channel))
+
+    def tree(self) -> Tree:
+        """The table, without the rows that lead to no image. Raises ValueError if nothing is left to train or score."""
+        needed = np.zeros(len(self._rows), dtype=bool)
+        needed[[node for node, _ in self._images]] = True
+        for row in range(len(self._rows) - 1, -1, -1):
+            if needed[row] and self._rows[row][0] != ROOT:
+                needed[self._rows[row][0]] = True
+        kept = np.flatnonzero(needed)
+        if not kept.size:
+            raise ValueError("the plan asks for no image")
+        number = np.cumsum(needed) - 1
+        parent, level, stochastic, trained, draw = (
+            np.array(column) for column in zip(*(self._rows[row] for row in kept), strict=True)
+        )
+        image, channel = np.array(self._images, dtype=np.int64).T
+        return Tree(
+            num_steps=self.num_steps,
+            num_prompts=1,
+            parent=np.where(parent == ROOT, ROOT, number[parent]).astype(np.int64),
+            level=level.astype(np.int64),
+            stochastic=stochastic.astype(bool),
+            trained=trained.astype(bool),
+            prompt=np.zeros(len(kept), dtype=np.int64),
+            draw=draw.astype(np.int64),
+            image=number[image].astype(np.int64),
+            channel=channel.copy(),
+        )
+
+    def _stochastic_row(self, parent: int, level: int, stochastic: bool, trained: bool) -> int:
+        self._rows.append((parent, level, stochastic, trained, self._draws))
+        self._draws += 1
+        return len(self._rows) - 1
+
+    def _ode_step(self, node: int, level: int) -> int:
+        if (node, level) not in self._ode_child:
+            self._rows.append((node, level, False, False, -1))
+            self._ode_child[node, level] = len(self._rows) - 1
+        return self._ode_child[node, level]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One batch of the model: which rows it evaluates and which children it makes.
+
+    rows, slot [B]; child [K] rows with child_slot [K] and child_of [K], the position of its parent in `rows`.
+    """
+
+    rows: Ints
+    slot: Ints
+    child: Ints
+    child_slot: Ints
+    child_of: Ints
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The passes of a tree, and where each latent lives: slot [N], num_slots the peak number of latents held at once."""
+
+    passes: tuple[Pass, ...]
+    slot: Ints
+    num_slots: int
+
+
+@lru_cache(maxsize=4)
+def schedule(tree: Tree, rows_per_pass: int) -> Schedule:
+    """Orders the evaluations into batches of `rows_per_pass` rows, as few as possible, and gives every latent a slot.
+
+    All ready rows compete whatever their noise level; those with the longest way to go first (highest level first is
+    optimal for trees: Hu 1961). A latent's slot is free again once its children exist, unless the update or the decoder
+    still wants it.
+    """
+    n = len(tree)
+    has_parent = np.flatnonzero(tree.parent != ROOT)
+    order = has_parent[np.argsort(tree.parent[has_parent], kind="stable")]
+    first = np.searchsorted(tree.parent[order], np.arange(n + 1))
+    height = np.zeros(n, dtype=np.int64)
+    for row in range(n - 1, -1, -1):
+        if tree.parent[row] != ROOT:
+            height[tree.parent[row]] = max(height[tree.parent[row]], height[row] + 1)
+    kept = np.zeros(n, dtype=bool)
+    kept[tree.leaves] = kept[tree.edges] = kept[tree.trained_parents] = True
+
+    slot = np.full(n, -1, dtype=np.int64)
+    free: list[int] = []
+    num_slots = 0
+
+    def take_slot() -> int:
+        nonlocal num_slots
+        if free:
+            return heapq.heappop(free)
+        num_slots += 1
+        return num_slots - 1
+
+    roots = np.flatnonzero(tree.parent == ROOT)
+    for row in roots:
+        slot[row] = take_slot()
+    ready = [(-int(height[row]), int(row)) for row in roots if height[row]]
+    heapq.heapify(ready)
+    passes = []
+    while ready:
+        rows = np.array([heapq.heappop(ready)[1] for _ in range(min(rows_per_pass, len(ready)))])
+        for row in rows:
+            if not kept[row]:
+                heapq.heappush(free, int(slot[row]))
+        children = [order[first[row] : first[row + 1]] for row in rows]
+        child = np.concatenate(children)
+        for row in child:
+            slot[row] = take_slot()
+            if height[row]:
+                heapq.heappush(ready, (-int(height[row]), int(row)))
+        child_of = np.repeat(np.arange(len(rows)), [len(c) for c in children])
+        passes.append(Pass(rows, slot[rows], child, slot[child], child_of))
+    return Schedule(tuple(passes), slot, num_slots)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a tree costs: rows through the model while sampling and while training, decodes, reward calls, edges trained."""
+
+    forward_passes: int
+    train_forward_passes: int
+    decodes: int
+    reward_calls: int
+    trained_edges: int
+
+
+def cost(tree: Tree, num_rewards: int = 1) -> Cost:
+    """The price of `tree`, by counting. One forward pass is one row through the model (two with true CFG)."""
+    return Cost(
+        forward_passes=len(tree.evaluated),
+        train_forward_passes=len(tree.trained_parents),
+        decodes=len(tree.leaves),
+        reward_calls=len(tree.leaves) * num_rewards,
+        trained_edges=len(tree.edges),
+    )
