@@ -327,14 +327,19 @@ class Run:
             score = sum(self.settings.rewards[n.removeprefix("eval/")] * metrics[n] for n in names) if names else None
         return checkpoint.save(self.out / "checkpoints", self.steps_done, state, score, self.settings.keep_checkpoints)
 
-    def resume(self) -> list[str]:
-        """Goes back to the last good checkpoint of this run's folder, or to the start. Returns what was found damaged."""
+    def restore(self) -> list[str]:
+        """Takes the state of the last good checkpoint of this run's folder, if there is one. Returns what was found damaged."""
         path, state, damaged = checkpoint.load_last_good(self.out / "checkpoints", self.device)
         if path is not None:
             self.policy.load_state(state["policy"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.steps_done = state["step"]
             self.skipped_in_a_row = state["skipped_in_a_row"]
+        return damaged
+
+    def resume(self) -> list[str]:
+        """Like `restore`, and makes ready to go on from there: what the folder holds of later steps is dropped."""
+        damaged = self.restore()
         self.record.forget_after(self.steps_done)
         return damaged
 

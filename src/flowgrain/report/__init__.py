@@ -1,3 +1,5 @@
-from pathlib import Path
-def write_report(folder: Path) -> Path:
-    return folder
+"""The page a person looks at: report.html of a run, self-contained."""
+
+from flowgrain.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,5 @@
+"""`python -m flowgrain` is the command `flowgrain`."""
+
+from flowgrain.cli import main
+
+main()

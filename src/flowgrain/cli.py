@@ -1,0 +1,291 @@
+"""The command line: flowgrain train | plan | evaluate | sample | report."""
+
+import ctypes
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flowgrain.settings import SettingsError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Aligns flow-matching image models with rewards, crediting the denoising step that earned them.
+
+    `flowgrain train` runs the bundled demo; `flowgrain train g2rpo max_steps=20` a method on the bundled model;
+    `flowgrain plan g2rpo granularities=1,2` says what it will cost; `flowgrain report runs/demo` draws what came out.""",
+)
+out = Console()
+err = Console(stderr=True)
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [key=value ...]", show_default=False)]
+
+
+def _read_words(words: list[str] | None) -> tuple[str | None, dict[str, str]]:
+    """A recipe's name, if the first word is none of key=value, and the settings that follow it."""
+    words = list(words or [])
+    name = words.pop(0) if words and "=" not in words[0] else None
+    changes = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise SettingsError(f"{word!r} is neither the first word (a recipe) nor a setting; write it as key=value")
+        changes[key] = value
+    return name, changes
+
+
+def _keep_memory() -> None:
+    """Tells glibc not to give memory back between steps: page faults cost several times the step where they are slow."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            trim_threshold, top_pad, mmap_max = -1, -2, -4  # numbers of <malloc.h>
+            libc.mallopt(trim_threshold, 2**31 - 1)
+            libc.mallopt(top_pad, 2**26)
+            libc.mallopt(mmap_max, 0)
+        except (OSError, AttributeError):
+            pass
+
+
+def _quieten() -> None:
+    """Model libraries' notes on loading small configs are not for this command's user."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+@app.command(no_args_is_help=False)
+def train(
+    words: Words = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/<name>]")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
+) -> None:
+    """Train: a recipe, a method or a saved run, with settings after it.
+
+    Examples: `flowgrain train` · `flowgrain train g2rpo granularities=1,2 max_steps=40 seed=1 --out runs/two` ·
+    `flowgrain train flow_grpo rewards=oracle:1,towers:0.5` · `flowgrain train --resume runs/demo max_steps=120`
+    """
+    _quieten()
+    from flowgrain.recipes import DEFAULT, recipe
+    from flowgrain.record import read_settings
+    from flowgrain.train import Run
+
+    name, changes = _read_words(words)
+    if resume is not None:
+        if name is not None:
+            raise SettingsError(f"--resume {resume} already says which run; leave out {name!r}")
+        run = Run(read_settings(resume, **changes), resume)
+        for message in run.resume():
+            err.print(f"[yellow]{message}; going back to step {run.steps_done}")
+    else:
+        run = Run(recipe(name or DEFAULT, **changes), folder)
+    s = run.settings
+    out.print(f"{s.method} on {s.model}: {s.max_steps} steps from step {run.steps_done}, into {run.out}", highlight=False)
+    begin = time.perf_counter()
+    with _progress(s.max_steps, run.steps_done) as show:
+        run.train(show)
+    lines = run.record.read()
+    rewards = ", ".join(
+        f"{key.removeprefix('eval/')} {lines[0][key]:.3f} -> {lines[-1][key]:.3f}"
+        for key in lines[-1]
+        if key.startswith("eval/") and "failures" not in key and key in lines[0]
+    )
+    out.print(f"done in {time.perf_counter() - begin:.0f} s. {'Held-out ' + rewards if rewards else ''}", highlight=False)
+    out.print(f"open {run.out / 'report.html'}", highlight=False)
+
+
+class _progress:
+    """A progress bar with reward, rate and time left on a terminal; nothing elsewhere."""
+
+    def __init__(self, total: int, done: int) -> None:
+        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = Progress(*columns, *times, console=err, disable=not err.is_terminal)
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        rewards = " ".join(f"{key[7:]} {value:.3f}" for key, value in metrics.items() if key.startswith("reward/"))
+        rate = metrics["forward_passes"] / metrics["seconds"]
+        self.bar.update(self.task, completed=metrics["step"], description=f"{rewards}  {rate:.0f} passes/s")
+
+
+@app.command()
+def plan(
+    words: Words = None, as_json: Annotated[bool, typer.Option("--json", help="for machines, per prompt")] = False
+) -> None:
+    """Plan: the tree of one prompt and its exact cost, without running anything.
+
+    Examples: `flowgrain plan g2rpo` · `flowgrain plan g2rpo granularities=1,2 --json` · `flowgrain plan flow_grpo num_steps=8`
+    """
+    from flowgrain.algorithms import build, plan_tree
+    from flowgrain.recipes import DEFAULT, recipe
+    from flowgrain.tree import cost
+
+    name, changes = _read_words(words)
+    s = recipe(name or DEFAULT, **changes)
+    method = build(s)
+    tree = plan_tree(method, s)
+    price = {"method": s.method, **vars(cost(tree, len(s.rewards)))}
+    if method.published_passes:
+        price["published_forward_passes"] = method.published_passes
+    if as_json:
+        typer.echo(json.dumps(price))
+        return
+    from flowgrain.report.drawing import draw_tree
+
+    out.print(draw_tree(tree, s))
+    table = Table("per prompt", "", title=f"cost of {s.method}", title_justify="left")
+    for key, value in price.items():
+        if key != "method":
+            table.add_row(key.replace("_", " "), f"{value:,}")
+    out.print(table)
+    total = price["forward_passes"] * s.prompts_per_step * s.max_steps
+    out.print(f"{s.prompts_per_step} prompts a step, {s.max_steps} steps: {total:,} forward passes in all", highlight=False)
+
+
+def _load(target: str, changes: dict[str, str]) -> Any:
+    """The run in a folder at its last good checkpoint, or a backbone as it is."""
+    from flowgrain.record import read_settings
+    from flowgrain.recipes import DEFAULT, recipe
+    from flowgrain.backbones.base import BACKBONES
+    from flowgrain.train import Run
+
+    if target in BACKBONES:
+        return Run(recipe(DEFAULT, model=target, **changes), Path("runs") / target)
+    run = Run(read_settings(Path(target), **changes), Path(target))
+    for message in run.restore():
+        err.print(f"[yellow]{message}; taking step {run.steps_done}")
+    return run
+
+
+@app.command("evaluate")
+def evaluate_command(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL")],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]")] = None,
+    steps: Annotated[str, typer.Option(help="ODE steps, a list")] = "16",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Evaluate: every metric on held-out prompts, at one or several step counts.
+
+    Examples: `flowgrain evaluate runs/demo --steps 10,16,20` · `flowgrain evaluate shapes eval_prompts=512 --json`
+    """
+    _quieten()
+    from flowgrain.evaluate import interval
+
+    counts = _positive_ints("--steps", steps)
+    run = _load(target, _read_words(words)[1])
+    results = []
+    for count in counts:
+        found = run.evaluate(count)
+        for metric, values in found.scores.items():
+            mean, low, high = interval(values)
+            results.append({"steps": count, "metric": metric, "mean": mean, "low": low, "high": high, "images": len(values)})
+        results += [{"steps": count, "metric": f"failures/{kind}", "mean": share} for kind, share in found.failures.items()]
+    if as_json:
+        typer.echo(json.dumps({"target": target, "step": run.steps_done, "results": results}))
+        return
+    table = Table("steps", "metric", "mean", "95% interval", title=f"{target}, step {run.steps_done}", title_justify="left")
+    for row in results:
+        bounds = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
+        table.add_row(str(row["steps"]), row["metric"], f"{row['mean']:.3f}", bounds)
+    out.print(table)
+
+
+def _positive_ints(option: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise SettingsError(f"{option}={text}: give whole numbers from 1, such as 10,16,20")
+    return values
+
+
+@app.command()
+def sample(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL")],
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
+    steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    file: Annotated[Path, typer.Option("--out", help="a picture file")] = Path("sample.png"),
+) -> None:
+    """Sample: pictures of prompts, side by side in one file, enlarged where they are small.
+
+    Example: `flowgrain sample runs/demo --prompt "three green circles" --prompt "red square and blue circle" --out two.png`
+    """
+    _quieten()
+    from flowgrain.record import contact_sheet, enlarged, to_pixels
+
+    run = _load(target, {})
+    try:
+        pixels = to_pixels(run.sample(prompt, steps, seed))
+    except ValueError as error:
+        raise SettingsError(f"--prompt: {error}") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        enlarged(contact_sheet(pixels, min(len(pixels), 8)), pixels.shape[2], 256).save(file)
+    except ValueError:
+        raise SettingsError(f"--out {file}: not a picture's name; end it in .png") from None
+    out.print(f"wrote {file}", highlight=False)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Report: (re)draws report.html of a run, finished or not. Example: `flowgrain report runs/demo`"""
+    from flowgrain.report import write_report
+
+    out.print(f"wrote {write_report(folder)}", highlight=False)
+
+
+def main() -> None:
+    """Runs the command; errors that concern the user are one message and an exit status, not a traceback."""
+    from flowgrain.checkpoint import CheckpointError
+
+    _keep_memory()
+    try:
+        app()
+    except SettingsError as error:
+        _fail(str(error), 2)
+    except CheckpointError as error:
+        _fail(str(error), 1)
+    except RuntimeError as error:
+        from flowgrain.train import Interrupted, RunStopped
+
+        if not isinstance(error, RunStopped):
+            raise
+        _fail(str(error), 130 if isinstance(error, Interrupted) else 1)
+
+
+def _fail(message: str, status: int) -> None:
+    err.print("error:", style="bold red", end=" ")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(status)

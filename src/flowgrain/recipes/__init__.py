@@ -1,0 +1,43 @@
+"""Recipes: a run a file. A recipe is a module whose function `recipe()` returns the settings that it sets."""
+
+import difflib
+import importlib
+import pkgutil
+import runpy
+from pathlib import Path
+from typing import Any
+
+from flowgrain.algorithms import METHODS
+from flowgrain.record import read_settings
+from flowgrain.settings import Settings, SettingsError, settings
+
+DEFAULT = "demo"
+
+
+def bundled() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def recipe(name: str = DEFAULT, **changes: Any) -> Settings:
+    """The settings that `name` stands for, with `changes`.
+
+    name: a bundled recipe; a method, which then runs on the bundled model as its paper sets it; the path of a recipe file
+    (.py with a function `recipe`, or .yaml); or a run's folder. Raises SettingsError naming what is wrong and what is near.
+    """
+    if name in bundled():
+        return settings({"name": name, **importlib.import_module(f"{__name__}.{name}").recipe(), **changes})
+    if name in METHODS:
+        return settings({"name": name, "method": name, **changes})
+    path = Path(name).expanduser()
+    if path.suffix == ".py" and path.is_file():
+        function = runpy.run_path(str(path)).get("recipe")
+        if not callable(function):
+            raise SettingsError(f"{path}: a recipe file defines a function `recipe()` that returns a dict of settings")
+        return settings({"name": path.stem, **function(), **changes})
+    if path.exists():
+        return read_settings(path, **changes)
+    known = [*bundled(), *METHODS]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, or the path of a recipe file or a run"
+    raise SettingsError(f"RECIPE={name}: there is no such recipe, method, file or run; {hint}")

@@ -1,0 +1,264 @@
+"""Gathers what a run left in its folder into one page."""
+
+import base64
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+from PIL import Image
+
+from flowgrain.checkpoint import write_atomically
+from flowgrain.evaluate import interval
+from flowgrain.record import Record, read_settings
+from flowgrain.report.curves import Picture, picture
+from flowgrain.settings import Settings
+
+PAIRS_SHOWN = 16
+
+Lines = list[dict[str, Any]]
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `folder`/report.html from the run's own files. Raises SettingsError if the folder holds no run."""
+    s = read_settings(folder)
+    lines = Record(folder, s).read() if (folder / "metrics.jsonl").exists() else []
+    evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("step-*.json"))]
+    saved = yaml.safe_load((folder / "run.yaml").read_text())
+    trees = [read_tree(path) for path in sorted((folder / "images").glob("tree-*.json"))]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("flowgrain.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html").render(
+        s=s,
+        saved=saved,
+        summary=summary(s, lines, evaluations),
+        curves=curves(s, lines, evaluations),
+        pairs=pairs(folder, evaluations),
+        failures=failures(evaluations),
+        trees=trees,
+        settings=s.model_dump(mode="json"),
+        steps_done=lines[-1]["step"] if lines else 0,
+    )
+    write_atomically(folder / "report.html", page)
+    return folder / "report.html"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number at the top of the page, and what it means."""
+
+    value: str
+    meaning: str
+
+
+def summary(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list[Fact]:
+    """What was gained, with its paired interval, and what it cost."""
+    facts = []
+    trained = [line for line in lines if line["step"] > 0]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        for name in s.rewards:
+            before, after = (np.array(e["scores"][name]) for e in (first, last))
+            mean, low, high = interval(after - before)
+            facts.append(
+                Fact(
+                    f"{np.nanmean(before):.3f} → {np.nanmean(after):.3f}",
+                    f"held-out {name} at {last['num_steps']} ODE steps, {len(after)} images; paired difference {mean:+.3f}, "
+                    f"95% interval {low:+.3f} to {high:+.3f}",
+                )
+            )
+    if trained:
+        passes = sum(line["forward_passes"] for line in trained)
+        seconds = sum(line["seconds"] for line in trained)
+        gradient = sum(line["train_forward_passes"] for line in trained)
+        facts.append(Fact(f"{passes:,}", f"sampling forward passes, and {gradient:,} with gradient"))
+        facts.append(Fact(f"{seconds / 60:.1f} min", f"of training in {len(trained)} steps, {passes / seconds:,.0f} passes a second"))
+        failed = sum(value for line in trained for key, value in line.items() if key.startswith("failed/"))
+        skipped = sum(line["updates/skipped"] for line in trained)
+        if failed or skipped:
+            facts.append(Fact(f"{failed} / {skipped}", "rewards that failed and were masked / updates skipped as non-finite"))
+    return facts
+
+
+def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list[tuple[str, Picture]]:
+    """Training reward, held-out scores with intervals, and the health of the update."""
+    trained = [line for line in lines if line["step"] > 0]
+    drawn: list[tuple[str, Picture]] = []
+
+    def rewards(axes: Axes) -> None:
+        for name in s.rewards:
+            values = np.array([line[f"reward/{name}"] for line in trained])
+            steps = [line["step"] for line in trained]
+            (faint,) = axes.plot(steps, values, alpha=0.3, lw=1)
+            axes.plot(steps, _smooth(values), color=faint.get_color(), lw=2, label=name)
+        axes.set(xlabel="step", ylabel="mean reward of the step's images")
+        axes.legend()
+
+    def held_out(axes: Axes) -> None:
+        for name in s.rewards:
+            points = [interval(np.array(e["scores"][name])) for e in evaluations]
+            steps = [e["step"] for e in evaluations]
+            (line,) = axes.plot(steps, [p[0] for p in points], "o-", lw=2, ms=4, label=name)
+            axes.fill_between(steps, [p[1] for p in points], [p[2] for p in points], color=line.get_color(), alpha=0.18)
+        axes.set(xlabel="step", ylabel="held-out score, 95% interval")
+        axes.legend()
+
+    def others(axes: Axes) -> None:
+        for name in (n for n in evaluations[0]["scores"] if n not in s.rewards):
+            points = np.array([interval(np.array(e["scores"][name])) for e in evaluations])
+            spread = np.nanstd(np.array(evaluations[0]["scores"][name])) or 1
+            axes.plot([e["step"] for e in evaluations], (points[:, 0] - points[0, 0]) / spread, "o-", lw=2, ms=4, label=name)
+        axes.set(xlabel="step", ylabel="change, in standard deviations at the start")
+        axes.legend()
+
+    def health(axes: Axes) -> None:
+        axes.plot([line["step"] for line in trained], [line["grad_norm"] for line in trained], lw=1.5)
+        axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
+
+    if trained:
+        drawn.append(("Reward while training", picture(rewards)))
+    if evaluations:
+        drawn.append(("Held-out prompts", picture(held_out)))
+        if set(evaluations[0]["scores"]) - set(s.rewards) and len(evaluations) > 1:
+            drawn.append(("Rewards that were not trained", picture(others)))
+    if trained and any(line["grad_norm"] > 0 for line in trained):
+        drawn.append(("Gradient", picture(health)))
+    return drawn
+
+
+def _smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
+    """Centred mean over up to `window` neighbours."""
+    half = min(window, len(values)) // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One held-out prompt before and after training, from the same noise: two PNGs as data URIs and their scores."""
+
+    prompt: str
+    before: str
+    after: str
+    scores: list[tuple[str, float, float]]
+
+
+def pairs(folder: Path, evaluations: list[dict[str, Any]]) -> list[Pair]:
+    """Before and after of the first held-out prompts."""
+    if len(evaluations) < 2:
+        return []
+    first, last = evaluations[0], evaluations[-1]
+    tiles = [_tiles(folder / "images" / f"evaluation-{e['step']:06d}.png", 8) for e in (first, last)]
+    shown = min(PAIRS_SHOWN, len(first["prompts"]), len(tiles[0]))
+    return [
+        Pair(
+            first["prompts"][i],
+            _data_uri(tiles[0][i]),
+            _data_uri(tiles[1][i]),
+            [(name, first["scores"][name][i], last["scores"][name][i]) for name in first["scores"]],
+        )
+        for i in range(shown)
+    ]
+
+
+def failures(evaluations: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Kinds of failure: share of held-out images before and after."""
+    if len(evaluations) < 2:
+        return []
+    first, last = evaluations[0]["failures"], evaluations[-1]["failures"]
+    return [(kind, first[kind], last[kind]) for kind in first]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """An image of the tree: PNG as data URI, its reward under each model."""
+
+    image: str
+    rewards: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A trained edge: its advantage, and its images by channel (granularity)."""
+
+    advantage: float
+    shots: list[tuple[int, Shot]]
+
+
+@dataclass(frozen=True)
+class StepOfTree:
+    """The branches that were compared with each other at one grid step, best first."""
+
+    index: int
+    branches: list[Branch]
+
+
+@dataclass(frozen=True)
+class TreePicture:
+    """The tree of one prompt at one training step."""
+
+    step: int
+    prompt: str
+    anchor: Shot | None
+    steps: list[StepOfTree]
+    largest: float
+    granular: bool
+
+
+def read_tree(path: Path) -> TreePicture:
+    """The kept tree at `path`, arranged for the eye: for each grid step the branches with images, rewards and advantage."""
+    table = json.loads(path.read_text())
+    tiles = _tiles(path.with_suffix(".png"), 16)
+    leaves, parent, level = table["leaves"], table["parent"], table["level"]
+    shot = {
+        leaf: Shot(_data_uri(tiles[i]), [(name, values[i]) for name, values in table["rewards"].items()])
+        for i, leaf in enumerate(leaves)
+    }
+    trained = set(table["edges"])
+    above: dict[int, list[int]] = {}  # leaf -> trained edges on its way
+    for leaf in leaves:
+        row, edges = leaf, []
+        while row != -1:
+            if row in trained:
+                edges.append(row)
+            row = parent[row]
+        above[leaf] = edges
+    shots: dict[int, list[tuple[int, Shot]]] = {edge: [] for edge in table["edges"]}
+    anchor = None
+    for leaf, channel in zip(table["image"], table["channel"], strict=True):
+        for edge in above[leaf]:
+            shots[edge].append((channel, shot[leaf]))
+        if not above[leaf]:
+            anchor = shot[leaf]
+    steps: dict[int, list[Branch]] = {}
+    for edge, advantage in zip(table["edges"], table["advantage"], strict=True):
+        steps.setdefault(level[parent[edge]], []).append(Branch(advantage, sorted(shots[edge], key=lambda pair: pair[0])))
+    return TreePicture(
+        step=table["step"],
+        prompt=table["prompt"],
+        anchor=anchor,
+        steps=[StepOfTree(i, sorted(b, key=lambda branch: -branch.advantage)) for i, b in sorted(steps.items())],
+        largest=max((abs(a) for a in table["advantage"]), default=0) or 1.0,
+        granular=max(table["channel"], default=0) > 0,
+    )
+
+
+def _tiles(path: Path, columns: int) -> list[Image.Image]:
+    """The square tiles of a contact sheet, row by row."""
+    sheet = Image.open(path).convert("RGB")
+    size = sheet.width // columns
+    rows = math.ceil(sheet.height / size)
+    return [sheet.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r in range(rows) for c in range(columns)]
+
+
+def _data_uri(image: Image.Image) -> str:
+    """An image as a PNG that the page carries in itself."""
+    file = io.BytesIO()
+    image.save(file, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
