@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -59,7 +59,7 @@ def save(folder: Path, step: int, state: dict[str, Any], score: float | None, ke
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         with hashed_writer(temporary / "state.pt") as writer:
-            torch.save(state, writer)
+            torch.save(state, cast(IO[bytes], writer))
             expected = writer
         manifest = {"step": step, "score": score, "sha256": expected.digest.hexdigest(), "bytes": expected.size}
         (temporary / "manifest.json").write_text(json.dumps(manifest))
@@ -139,7 +139,7 @@ def load(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]
 
 def load_last_good(folder: Path, map_location: torch.device | str = "cpu") -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest checkpoint that reads back whole, its state, and a message for each damaged one passed over; None if none is."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             return path, load(path, map_location), damaged

@@ -104,7 +104,7 @@ def train(
     s = run.settings
     out.print(f"{s.method} on {s.model}: {s.max_steps} steps from step {run.steps_done}, into {run.out}", highlight=False)
     begin = time.perf_counter()
-    with _progress(s.max_steps, run.steps_done) as show:
+    with _ProgressBar(s.max_steps, run.steps_done) as show:
         run.train(show)
     lines = run.record.read()
     rewards = ", ".join(
@@ -116,7 +116,7 @@ def train(
     out.print(f"open {run.out / 'report.html'}", highlight=False)
 
 
-class _progress:
+class _ProgressBar:
     """A progress bar with reward, rate and time left on a terminal; nothing elsewhere."""
 
     def __init__(self, total: int, done: int) -> None:
@@ -139,9 +139,7 @@ class _progress:
 
 
 @app.command()
-def plan(
-    words: Words = None, as_json: Annotated[bool, typer.Option("--json", help="for machines, per prompt")] = False
-) -> None:
+def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", help="for machines, per prompt")] = False) -> None:
     """Plan: the tree of one prompt and its exact cost, without running anything.
 
     Examples: `flowgrain plan g2rpo` · `flowgrain plan g2rpo granularities=1,2 --json` · `flowgrain plan flow_grpo num_steps=8`
@@ -174,9 +172,9 @@ def plan(
 
 def _load(target: str, changes: dict[str, str]) -> Any:
     """The run in a folder at its last good checkpoint, or a backbone as it is."""
-    from flowgrain.record import read_settings
-    from flowgrain.recipes import DEFAULT, recipe
     from flowgrain.backbones.base import BACKBONES
+    from flowgrain.recipes import DEFAULT, recipe
+    from flowgrain.record import read_settings
     from flowgrain.train import Run
 
     if target in BACKBONES:

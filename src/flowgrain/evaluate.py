@@ -30,7 +30,9 @@ class Evaluation:
 
     def means(self) -> dict[str, float]:
         """Mean of each metric over the images that were scored."""
-        return {name: float(np.nanmean(values)) if np.isfinite(values).any() else float("nan") for name, values in self.scores.items()}
+        return {
+            name: float(np.nanmean(values)) if np.isfinite(values).any() else float("nan") for name, values in self.scores.items()
+        }
 
 
 def interval(values: NDArray[np.floating]) -> tuple[float, float, float]:
@@ -90,7 +92,8 @@ def evaluate(
             noise = evaluation_noise(policy.backbone.latent_shape, seed, first, len(part))
             images.append(sample(policy, part, noise, num_steps, shift, guidance, rows_per_pass))
     everything = torch.cat(images)
-    scores, failures = {}, {}
+    scores: dict[str, NDArray[np.float32]] = {}
+    failures: dict[str, float] = {}
     for name, reward in rewards.items():
         scores[name] = score(reward, everything, prompts, reward_batch).values.numpy()
         if isinstance(reward, Explains):

@@ -77,9 +77,7 @@ class Policy:
             return self.backbone.velocity(model, x, sigma, {**cond, "guidance": scale})
         if guidance == 1:
             return self.backbone.velocity(model, x, sigma, cond)
-        both = {
-            name: torch.cat([value, self.unconditional[name].expand_as(value)]) for name, value in cond.items()
-        }
+        both = {name: torch.cat([value, self.unconditional[name].expand_as(value)]) for name, value in cond.items()}
         v, v_free = self.backbone.velocity(model, torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return v_free + guidance * (v - v_free)
 
@@ -154,7 +152,7 @@ class Policy:
         self.refresh()
 
     def export(self, folder: Path) -> None:
-        """Writes `folder`/transformer as diffusers' from_pretrained reads it, or `folder`/lora for load_lora_adapter; EMA weights."""
+        """Writes `folder`/transformer for diffusers' from_pretrained, or `folder`/lora for load_lora_adapter; EMA weights."""
         with self.averaged():
             if self.lora:
                 self.transformer.save_lora_adapter(folder / "lora")

@@ -139,11 +139,13 @@ class Record:
         pixels = to_pixels(found.images[:SHOWN])
         enlarged(contact_sheet(pixels, 8), pixels.shape[2]).save(self.folder / "images" / f"evaluation-{step:06d}.png")
 
-    def keep_tree(
-        self, step: int, tree: Tree, prompt: str, images: Tensor, rewards: dict[str, Tensor], advantage: Tensor
-    ) -> None:
+    def keep_tree(self, step: int, tree: Tree, prompt: str, images: Tensor, rewards: dict[str, Tensor], advantage: Tensor) -> None:
         """Writes the tree of the step's first prompt: its table, its images as one sheet, rewards and advantages."""
-        if step != 1 and step != self.settings.max_steps and not (self.settings.eval_every and step % self.settings.eval_every == 0):
+        if (
+            step != 1
+            and step != self.settings.max_steps
+            and not (self.settings.eval_every and step % self.settings.eval_every == 0)
+        ):
             return
         first = int((tree.prompt == 0).sum())  # rows of the first prompt come first
         leaves = tree.leaves[tree.leaves < first]
@@ -163,6 +165,7 @@ class Record:
             "edges": edges.tolist(),
             "advantage": [float(v) for v in advantage[: len(edges)]],
         }
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
         (self.folder / "images" / f"tree-{step:06d}.json").write_text(json.dumps(table))
         contact_sheet(to_pixels(images[: len(leaves)]), 16).save(self.folder / "images" / f"tree-{step:06d}.png")
 

@@ -42,14 +42,14 @@ class Gaussian:
         return -0.5 * z.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """Exact KL to a Gaussian of the same std, ||mean - mean'||^2 / (2 std^2) averaged over dimensions, [B] (Flow-GRPO eq. 10)."""
+        """Exact KL to a Gaussian of the same std, ||mean - mean'||^2 / (2 std^2) mean over dimensions, [B] (Flow-GRPO eq. 10)."""
         distance = (self.mean - other.mean).square().flatten(1).mean(1)
         return distance / (2 * self.std.square())
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where on the grid each of B rows goes from and to: sigma, sigma_next [B] in fp32 and index [B], the steps taken so far."""
+    """Where on the grid each of B rows goes from and to: sigma, sigma_next [B], and index [B], the steps taken."""
 
     sigma: Tensor
     sigma_next: Tensor

@@ -55,7 +55,7 @@ IntList = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 
 
 def _weights(value: Any) -> Any:
-    """oracle, oracle:1,clip:0.5 and ["oracle", "clip"] as {name: weight}. A reward of one's own is named package.module:function."""
+    """oracle, oracle:1,clip:0.5 and ["oracle", "clip"] as {name: weight}. One's own reward is package.module:function."""
     if isinstance(value, str):
         value = [part for part in value.split(",") if part]
     if isinstance(value, list | tuple):

@@ -43,7 +43,7 @@ class Interrupted(RunStopped):
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step learned before its update: the filled tree, its images [I, 3, H, W], the scores of each reward, advantages [E]."""
+    """What a step has before its update: the filled tree, its images [I, 3, H, W], the scores of each reward, advantages [E]."""
 
     prompts: list[str]
     cond: Conditioning
@@ -140,7 +140,7 @@ class Run:
         metrics |= {"seconds": now - begin, "seconds/sample": after_rollout - begin, "seconds/update": now - after_rollout}
         values = {name: scores.values for name, scores in sampled.scores.items()}
         self.record.keep_tree(step, tree, sampled.prompts[0], sampled.images, values, sampled.advantage)
-        self._stop_if_broken(sampled, metrics)
+        self._stop_if_broken(sampled)
         return metrics
 
     def sample_tree(self, step: int) -> Sampled:
@@ -220,7 +220,7 @@ class Run:
 
     @torch.no_grad()
     def _old_log_prob(self, sampled: Sampled, parents: Ints) -> Tensor:
-        """Log-probabilities before the first update, from the very forward whose gradient is taken later: the ratio is then exactly 1."""
+        """Log-probabilities before the first update, by the very forward whose gradient is taken later: the ratio is exactly 1."""
         law, edges, _ = self._law(sampled, parents, self.policy.train_velocity)
         return law.log_prob(sampled.result.at(edges))
 
@@ -237,7 +237,7 @@ class Run:
         step = Step.on(self.sigmas, start, end)
         return self.method.kernel(x[source], v[source], step), edges, step
 
-    def _stop_if_broken(self, sampled: Sampled, metrics: Metrics) -> None:
+    def _stop_if_broken(self, sampled: Sampled) -> None:
         s = self.settings
         for name, scores in sampled.scores.items():
             share = scores.failed / max(len(scores.values), 1)
@@ -295,10 +295,10 @@ class Run:
     def _signals(self) -> Iterator[None]:
         """Inside, the first SIGINT or SIGTERM only asks for a stop after the step; a second one acts as it always does."""
 
-        def ask(number: int, frame: FrameType | None) -> None:
+        def ask(number: int, _frame: FrameType | None) -> None:
             self._stop_signal = number
-            for name, handler in before.items():
-                signal.signal(name, handler)
+            for which, handler in before.items():
+                signal.signal(which, handler)
 
         before: dict[int, Any] = {}
         try:
@@ -379,9 +379,7 @@ class Run:
             self.backbone.check(prompt)
         noise = torch.stack([latent_noise(self.backbone.latent_shape, "sample", seed, i) for i in range(len(prompts))])
         with self.policy.averaged():
-            return sample(
-                self.policy, prompts, noise, num_steps or s.eval_num_steps, s.shift, self.eval_guidance, s.rows_per_pass
-            )
+            return sample(self.policy, prompts, noise, num_steps or s.eval_num_steps, s.shift, self.eval_guidance, s.rows_per_pass)
 
     def _evaluate_and_keep(self, step: int) -> Metrics:
         evaluation = self.evaluate()

@@ -254,9 +254,9 @@ def schedule(tree: Tree, rows_per_pass: int) -> Schedule:
         return num_slots - 1
 
     roots = np.flatnonzero(tree.parent == ROOT)
-    for row in roots:
+    for row in roots.tolist():
         slot[row] = take_slot()
-    ready = [(-int(height[row]), int(row)) for row in roots if height[row]]
+    ready = [(-int(height[root]), int(root)) for root in roots if height[root]]
     heapq.heapify(ready)
     passes = []
     while ready:
@@ -266,7 +266,7 @@ def schedule(tree: Tree, rows_per_pass: int) -> Schedule:
                 heapq.heappush(free, int(slot[row]))
         children = [order[first[row] : first[row + 1]] for row in rows]
         child = np.concatenate(children)
-        for row in child:
+        for row in child.tolist():
             slot[row] = take_slot()
             if height[row]:
                 heapq.heappush(ready, (-int(height[row]), int(row)))

@@ -79,7 +79,9 @@ def summary(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> lis
         seconds = sum(line["seconds"] for line in trained)
         gradient = sum(line["train_forward_passes"] for line in trained)
         facts.append(Fact(f"{passes:,}", f"sampling forward passes, and {gradient:,} with gradient"))
-        facts.append(Fact(f"{seconds / 60:.1f} min", f"of training in {len(trained)} steps, {passes / seconds:,.0f} passes a second"))
+        facts.append(
+            Fact(f"{seconds / 60:.1f} min", f"of training in {len(trained)} steps, {passes / seconds:,.0f} passes a second")
+        )
         failed = sum(value for line in trained for key, value in line.items() if key.startswith("failed/"))
         skipped = sum(line["updates/skipped"] for line in trained)
         if failed or skipped:

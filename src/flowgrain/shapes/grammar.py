@@ -10,10 +10,8 @@ COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "below", "left of", "right of")
 
-VOCABULARY = (
-    ("<pad>", *NUMBERS, *COLOURS, *SHAPES, *(s + "s" for s in SHAPES))
-    + ("and", "above", "below", "left", "right", "of")
-)  # fmt: skip
+_LINKS = ("and", "above", "below", "left", "right", "of")
+VOCABULARY = ("<pad>", *NUMBERS, *COLOURS, *SHAPES, *(s + "s" for s in SHAPES), *_LINKS)
 MAX_WORDS = 6
 
 
@@ -60,8 +58,7 @@ def tokenize(prompt: str) -> list[int]:
 def all_prompts() -> tuple[str, ...]:
     """Every prompt of the grammar, in a fixed order. Pairs name two different things."""
     counts = [
-        f"{number} {colour} {shape}{'' if number == 'one' else 's'}"
-        for number, colour, shape in product(NUMBERS, COLOURS, SHAPES)
+        f"{number} {colour} {shape}{'' if number == 'one' else 's'}" for number, colour, shape in product(NUMBERS, COLOURS, SHAPES)
     ]
     things = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
     pairs = [f"{a} {word} {b}" for word in ("and", *RELATIONS) for a, b in product(things, things) if a != b]

@@ -40,7 +40,7 @@ def find_objects(images: Floats) -> Objects:
     The share of its bounding box that a region fills tells its shape: 1 for a square, pi/4 for a circle, 1/2 for a triangle.
     Width and height are the largest row and column sums of coverage, so both are exact to a fraction of a pixel.
     """
-    n, _, h, w = images.shape
+    h, w = images.shape[-2:]
     offset = images - GROUND[:, None, None]
     direction = PALETTE - GROUND
     length = np.linalg.norm(direction, axis=1)

@@ -1,0 +1,38 @@
+# make demo | test | lint | types | bench | weights
+PYTHON ?= python3
+TORCH ?= torch
+BIN := .venv/bin
+export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
+export MALLOC_MMAP_MAX_ ?= 0
+
+.PHONY: demo test lint types unit bench weights
+demo: .venv/ready
+	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: lint types unit
+
+unit: .venv/ready
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/executor.py
+
+weights: .venv/ready
+	$(BIN)/python scripts/train_autoencoder.py
+	$(BIN)/python scripts/train_base.py
+	$(BIN)/python scripts/train_rewards.py towers
+	$(BIN)/python scripts/train_rewards.py preference --steps 1500
+
+# Torch first, pinned: whichever build your pip is set up for (on Linux without a GPU, point pip at PyTorch's CPU builds).
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,74 @@
+"""The executor on random plans: planned = executed passes, and the images of a naive executor that shares nothing."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowgrain.prompts import latent_noise, noise_of_step
+from flowgrain.rollout import rollout
+from flowgrain.sde import ODE, FlowSDE, Step, sigma_grid
+from flowgrain.tree import ROOT, Planner, Tree, cost
+
+SHAPE = (2, 3)
+
+
+def velocity(x, sigma, prompt):
+    return torch.sin(3 * x) + sigma[:, None, None] * x + 0.1 * prompt[:, None, None]
+
+
+@st.composite
+def trees(draw) -> Tree:
+    planner = Planner(draw(st.integers(2, 7)), draw(st.sampled_from(["stride", "exact"])))
+    nodes = [(planner.root(), 0) for _ in range(draw(st.integers(1, 2)))]
+    for _ in range(draw(st.integers(0, 8))):
+        node, level = draw(st.sampled_from(nodes))
+        if level >= planner.num_steps - 1:
+            continue
+        if draw(st.booleans()):
+            nodes += [(child, level + 1) for child in planner.sde(node, draw(st.integers(1, 3)))]
+        else:
+            nodes.append((planner.ode(node, to=level + 1), level + 1))
+    for node, _ in nodes:
+        planner.image(planner.ode(node, stride=draw(st.integers(1, 3))), draw(st.integers(0, 1)))
+    return planner.tree().repeat(draw(st.integers(1, 3)))
+
+
+def naive(tree: Tree, row: int, noise, sigmas) -> torch.Tensor:
+    """The latent of `row`, one row at a time from its root."""
+    parent = int(tree.parent[row])
+    fresh = noise(tree.prompt[[row]], tree.draw[[row]]) if tree.draw[row] >= 0 else None
+    if parent == ROOT:
+        return fresh
+    x = naive(tree, parent, noise, sigmas)
+    start, end = torch.tensor([tree.level[parent]]), torch.tensor([tree.level[row]])
+    law = (FlowSDE() if tree.stochastic[row] else ODE())(
+        x, velocity(x, sigmas[start], torch.tensor([tree.prompt[row]])), Step.on(sigmas, start, end)
+    )
+    return law.sample(fresh) if tree.stochastic[row] else law.mean
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=trees(), rows_per_pass=st.sampled_from([1, 3, 64]))
+def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass):
+    sigmas, noise = sigma_grid(tree.num_steps), noise_of_step(SHAPE, 0, 1)
+    seen = 0
+
+    def counted(x, sigma, prompt):
+        nonlocal seen
+        seen += len(x)
+        return velocity(x, sigma, prompt)
+
+    result = rollout(tree, counted, FlowSDE(), sigmas, noise, rows_per_pass)
+    assert seen == result.forward_passes == cost(tree).forward_passes
+    expected = torch.cat([naive(tree, int(row), noise, sigmas) for row in tree.leaves])
+    torch.testing.assert_close(result.at(tree.leaves), expected, atol=1e-5, rtol=1e-5)  # fp32, batched differently
+    kept = np.concatenate([tree.edges, tree.trained_parents])
+    if len(kept):
+        expected = torch.cat([naive(tree, int(row), noise, sigmas) for row in kept])
+        torch.testing.assert_close(result.at(kept), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_depends_on_its_key_alone():
+    assert torch.equal(latent_noise(SHAPE, "a", 1), latent_noise(SHAPE, "a", 1))
+    assert not torch.equal(latent_noise(SHAPE, "a", 1), latent_noise(SHAPE, "a", 2))

@@ -1,0 +1,183 @@
+"""The loop: bad input, broken rewards, LoRA, reference, guidance, exports, one's own reward."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from flowgrain import Run, RunStopped, SettingsError, checkpoint, recipe
+from flowgrain.backbones.shapes import WEIGHTS, ShapesBackbone
+from flowgrain.settings import settings
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"granularity": 1}, "did you mean 'granularities'"),
+        ({"learning_rate": "fast"}, "learning_rate='fast'"),
+        ({"sde_steps": "0,15"}, "0 to 14 are possible"),
+        ({"sde_steps": ""}, "must not be empty"),
+        ({"granularities": "0"}, "granularities=0"),
+        ({"group_size": 1}, "group_size=1"),
+        ({"method": "grpo"}, "did you mean 'g2rpo'"),
+        ({"updates_per_rollout": 0}, "updates_per_rollout=0"),
+        ({"method": "flow_grpo", "granularities": "1,2"}, "use method=g2rpo"),
+    ],
+)
+def test_settings_that_cannot_be(bad, message):
+    with pytest.raises(SettingsError, match=message):
+        settings(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("", "is empty"),
+        ("red circle and blue square\n\ntwo red circles\n", "line 2 is blank"),
+        ("a cat\n", "cannot read the prompt"),
+        ("red circle left of blue square and more\n", "8 words"),
+    ],
+)
+def test_prompt_files_that_cannot_be(tiny, tmp_path, text, message):
+    path = tmp_path / "prompts.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        Run(tiny.model_copy(update={"prompts": str(path)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_that_lead_nowhere(tiny):
+    with pytest.raises(SettingsError, match="did you mean 'oracle'"):
+        Run(tiny.model_copy(update={"rewards": {"oracel": 1.0}}))
+    with pytest.raises(SettingsError, match="did you mean 'demo'"):
+        recipe("dmo")
+
+
+def raising(images, prompts):
+    raise OSError("server gone")
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        (raising, "server gone"),
+        (lambda images, prompts: [math.nan] * len(images), "NaN"),
+        (lambda images, prompts: [1.0], "one number an image"),
+        (lambda images, prompts: "good", "no list of numbers"),
+    ],
+)
+def test_a_broken_reward_stops_the_run_with_a_checkpoint(tiny, tmp_path, reward, reason):
+    run = Run(tiny, tmp_path, rewards={"mine": reward})
+    before = {name: p.clone() for name, p in run.policy.trained.items()}
+    with pytest.raises(RunStopped, match=reason):
+        run.train()
+    assert checkpoint.checkpoints(tmp_path / "checkpoints")
+    # every sample was masked, so all advantages were 0: only weight decay may have moved the weights
+    assert all(torch.allclose(p, before[name], atol=1e-6) for name, p in run.policy.trained.items())
+
+
+def test_a_few_failures_are_masked_and_counted(tiny, tmp_path):
+    def flaky(images, prompts):
+        values = images.mean((1, 2, 3)).numpy().copy()
+        values[0] = np.inf
+        return values
+
+    metrics = Run(tiny, tmp_path, rewards={"mine": flaky}).step(1)
+    assert metrics["failed/mine"] == 1
+    assert math.isfinite(metrics["reward/mine"])
+    assert math.isfinite(metrics["loss"])
+    assert metrics["grad_norm"] > 0
+
+
+def test_non_finite_updates_are_skipped_and_stop_the_run(tiny, tmp_path):
+    run = Run(settings({**tiny.model_dump(), "max_skipped_updates": 2, "max_steps": 5}), tmp_path)
+    before = {name: p.clone() for name, p in run.policy.trained.items()}
+    sampled = run.sample_tree(1)
+    run.policy.train_velocity = lambda x, sigma, cond, guidance: x * next(iter(run.policy.trained.values())).sum() * torch.nan
+    assert run.update(sampled)["updates/skipped"] == 1
+    assert all(torch.equal(p, before[name]) for name, p in run.policy.trained.items())
+    with pytest.raises(RunStopped, match="smaller learning_rate"):
+        run.step(2)
+
+
+def test_executed_passes_are_the_plans(tiny, tmp_path):
+    from flowgrain.algorithms import build, plan_tree
+    from flowgrain.tree import cost
+
+    metrics = Run(tiny, tmp_path).step(1)
+    price = cost(plan_tree(build(tiny), tiny))
+    assert metrics["forward_passes"] == 2 * price.forward_passes
+    assert metrics["train_forward_passes"] == 2 * price.train_forward_passes
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_reference_guidance_and_kl(tiny, tmp_path, rank):
+    changes = {"kl_weight": 0.1, "lora_rank": rank, "guidance_scale": 2.0, "learning_rate": 1e-2}
+    run = Run(settings({**tiny.model_dump(), **changes}), tmp_path)
+    base = {n: p.clone() for n, p in run.policy.transformer.named_parameters() if "lora" not in n}
+    assert run.step(1)["kl"] == pytest.approx(0, abs=1e-9)
+    assert run.step(2)["kl"] > 0
+    if rank:
+        for name, parameter in run.policy.transformer.named_parameters():
+            assert "lora" in name or torch.equal(parameter, base[name]), name
+
+
+def test_bf16_sampling_keeps_fp32_masters(tiny, tmp_path):
+    run = Run(settings({**tiny.model_dump(), "dtype": "bfloat16"}), tmp_path)
+    metrics = run.step(1)
+    assert metrics["ratio/max"] == 1
+    assert {p.dtype for p in run.policy.trained.values()} == {torch.float32}
+    assert {p.dtype for p in run.policy.sampler.parameters()} == {torch.bfloat16}
+    for a, b in zip(run.policy.sampler.parameters(), run.policy.transformer.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16())
+
+
+def test_ema_swap_gives_the_trained_weights_back(tiny, tmp_path):
+    run = Run(settings({**tiny.model_dump(), "ema_decay": 0.9, "learning_rate": 1e-2}), tmp_path)
+    run.step(1)
+    run.step(2)
+    before = {name: p.clone() for name, p in run.policy.trained.items()}
+    with run.policy.averaged():
+        assert any(not torch.equal(p, before[name]) for name, p in run.policy.trained.items())
+    assert all(torch.equal(p, before[name]) for name, p in run.policy.trained.items())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_export_loads_in_plain_diffusers(tiny, tmp_path, rank):
+    run = Run(settings({**tiny.model_dump(), "lora_rank": rank, "learning_rate": 1e-2}), tmp_path)
+    run.step(1)
+    run.step(2)
+    ours = run.sample(["three green circles"], num_steps=4)
+    folder = run.export()
+    if rank:
+        plain = SD3Transformer2DModel.from_pretrained(WEIGHTS / "transformer")
+        plain.load_lora_adapter(folder / "lora", prefix=None)
+    else:
+        plain = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    backbone = ShapesBackbone.load()
+    backbone.transformer = plain.eval()
+    fresh = Run(tiny, tmp_path / "other", backbone=backbone)
+    torch.testing.assert_close(fresh.sample(["three green circles"], num_steps=4), ours, atol=1e-5, rtol=0)
+    base = Run(tiny, tmp_path / "base").sample(["three green circles"], num_steps=4)
+    assert (base - ours).abs().max() > 1e-3
+
+
+def test_from_python_with_a_reward_of_ones_own(tmp_path):
+    def redness(images, prompts):
+        return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+    small = {"num_steps": 4, "group_size": 3, "prompts_per_step": 2, "max_steps": 2, "eval_prompts": 4, "eval_every": 1}
+    run = Run(recipe("demo", **small), tmp_path, rewards={"redness": redness}, prompts=["three green circles"])
+    lines = run.train()
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert "eval/redness" in lines[0]
+    assert "eval/oracle" in lines[-1]
+    assert run.evaluate(num_steps=4).scores["redness"].shape == (4,)
+    assert run.sample(["two red squares"]).shape == (1, 3, 32, 32)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    with pytest.raises(SettingsError, match="already holds a run"):
+        Run(recipe("demo", **small), tmp_path).train()
