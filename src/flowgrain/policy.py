@@ -158,14 +158,3 @@ class Policy:
                 self.transformer.save_lora_adapter(folder / "lora")
             else:
                 self.transformer.save_pretrained(folder / "transformer")
-
-    def load_export(self, folder: Path) -> None:
-        """Reads what `export` wrote into this policy."""
-        from safetensors.torch import load_file
-
-        if self.lora:
-            self.transformer.delete_adapters("default")
-            self.transformer.load_lora_adapter(folder / "lora", adapter_name="default", prefix=None)
-        else:
-            self.transformer.load_state_dict(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
-        self.refresh()
