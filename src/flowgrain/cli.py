@@ -49,7 +49,7 @@ def _read_words(words: list[str] | None) -> tuple[str | None, dict[str, str]]:
     return name, changes
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Tells glibc not to give memory back between steps: page faults cost several times the step where they are slow."""
     if sys.platform == "linux":
         try:
@@ -268,7 +268,7 @@ def main() -> None:
     """Runs the command; errors that concern the user are one message and an exit status, not a traceback."""
     from flowgrain.checkpoint import CheckpointError
 
-    _keep_memory()
+    keep_memory()
     try:
         app()
     except SettingsError as error:
