@@ -117,7 +117,7 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
             points = np.array([interval(np.array(e["scores"][name])) for e in evaluations])
             spread = np.nanstd(np.array(evaluations[0]["scores"][name])) or 1
             axes.plot([e["step"] for e in evaluations], (points[:, 0] - points[0, 0]) / spread, "o-", lw=2, ms=4, label=name)
-        axes.set(xlabel="step", ylabel="change, in standard deviations at the start")
+        axes.set(xlabel="step", ylabel="change (std at the start)")
         axes.legend()
 
     def health(axes: Axes) -> None:
