@@ -181,3 +181,20 @@ def test_from_python_with_a_reward_of_ones_own(tmp_path):
     assert (tmp_path / "report.html").stat().st_size > 10_000
     with pytest.raises(SettingsError, match="already holds a run"):
         Run(recipe("demo", **small), tmp_path).train()
+
+
+def test_embedded_guidance_goes_into_the_conditioning(tiny, tmp_path):
+    """A backbone of FLUX's make gets its scale as an input, one forward a state and no unconditional half."""
+    seen = []
+
+    class Embedded(ShapesBackbone):
+        embedded_guidance = True
+
+        def velocity(self, transformer, x, sigma, cond):
+            seen.append(cond["guidance"])
+            return super().velocity(transformer, x, sigma, cond)
+
+    run = Run(settings({**tiny.model_dump(), "guidance_scale": 3.5}), tmp_path, backbone=Embedded.load())
+    metrics = run.step(1)
+    assert all((scale == 3.5).all() for scale in seen)
+    assert sum(len(scale) for scale in seen) == metrics["forward_passes"] + metrics["train_forward_passes"]

@@ -79,7 +79,7 @@ def _quieten() -> None:
 @app.command(no_args_is_help=False)
 def train(
     words: Words = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/<name>]")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="the run's folder by default runs/NAME")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
 ) -> None:
     """Train: a recipe, a method or a saved run, with settings after it.
