@@ -20,8 +20,8 @@ from flowgrain.shapes.render import render
 
 @torch.no_grad()
 def oracle_score(model: ShapesBackbone, transformer: torch.nn.Module, count: int = 256, steps: int = 16) -> float:
-    """Mean oracle score of `count` held-out prompts sampled with `steps` ODE steps."""
-    chosen = list(prompts("held-out"))[:count]
+    """Mean oracle score of `count` validation prompts sampled with `steps` ODE steps."""
+    chosen = list(prompts("validation"))[:count]
     cond, sigmas = model.encode(chosen), sigma_grid(steps)
     x = torch.randn(len(chosen), *model.latent_shape, generator=torch.Generator().manual_seed(1))
     for i in range(steps):
@@ -44,7 +44,7 @@ def encode_scenes(vae: AutoencoderTiny, number: int, rng: np.random.Generator) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--stop-at", type=float, default=0.44, help="stop once the held-out oracle score reaches this")
+    parser.add_argument("--stop-at", type=float, default=0.44, help="stop once the validation oracle score reaches this")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--scenes", type=int, default=30000)

@@ -13,11 +13,11 @@ from flowgrain.shapes.oracle import judge
 from flowgrain.shapes.render import render
 
 
-def test_training_and_held_out_prompts_are_disjoint():
-    train, held_out = set(prompts("train")), set(prompts("held-out"))
-    assert not train & held_out
-    assert train | held_out == set(all_prompts())
-    assert len(held_out) >= 512
+def test_the_three_sets_of_prompts_share_nothing():
+    sets = {split: prompts(split) for split in ("train", "validation", "held-out")}
+    assert sorted(p for chosen in sets.values() for p in chosen) == sorted(all_prompts())
+    assert len(sets["validation"]) >= 256
+    assert len(sets["held-out"]) >= 256
     assert all(len(tokenize(p)) == MAX_WORDS for p in all_prompts())
 
 

@@ -194,7 +194,7 @@ def evaluate_command(
 ) -> None:
     """Evaluate: every metric on held-out prompts, at one or several step counts.
 
-    Examples: `flowgrain evaluate runs/demo --steps 10,16,20` · `flowgrain evaluate shapes eval_prompts=512 --json`
+    Examples: `flowgrain evaluate runs/demo --steps 10,16,20` · `flowgrain evaluate shapes eval_prompts=302 --json`
     """
     _quieten()
     from flowgrain.evaluate import interval

@@ -131,8 +131,11 @@ class Settings(BaseModel):
 
     # prompts and evaluation
     prompts: str | None = Field(None, description="file with a prompt a line; default: the model's own training prompts")
-    eval_prompts_file: str | None = Field(None, description="held-out prompts, a line each; default: the model's own")
+    eval_prompts_file: str | None = Field(None, description="held-out prompts, a line each; default: see eval_split")
     eval_prompts: int = Field(256, ge=1, description="how many held-out prompts are sampled (noise differs on repeats)")
+    eval_split: Literal["held-out", "validation"] = Field(
+        "held-out", description="which of the model's own prompts: settings are chosen on validation, results told on held-out"
+    )
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: never")
     eval_num_steps: int = Field(16, ge=1)
     eval_rewards: tuple[str, ...] | None = Field(None, description="default: the trained rewards and all bundled ones")

@@ -91,7 +91,7 @@ class Run:
         except ValueError as error:
             raise SettingsError(str(error)) from error
         self.prompts = self._prompts("prompts", prompts, s.prompts, "train")
-        self.eval_prompts = self._prompts("eval_prompts_file", eval_prompts, s.eval_prompts_file, "held-out")
+        self.eval_prompts = self._prompts("eval_prompts_file", eval_prompts, s.eval_prompts_file, s.eval_split)
         self.device = compute_device(s.device)
         self.policy = Policy(self.backbone, s, self.device)
         self.optimizer = torch.optim.AdamW(

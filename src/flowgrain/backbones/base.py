@@ -28,7 +28,7 @@ class Backbone(Protocol):
         ...
 
     def bundled_prompts(self, split: str) -> list[str]:
-        """The model's own prompts of `split` ("train" or "held-out"); empty for a model that brings none."""
+        """The model's own prompts of `split` ("train", "validation" or "held-out"); empty for a model that brings none."""
         ...
 
     def encode(self, prompts: list[str]) -> Conditioning:

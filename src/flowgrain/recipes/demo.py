@@ -20,6 +20,6 @@ def recipe() -> dict[str, Any]:
         "learning_rate": 1.5e-4,
         "ema_decay": 0.95,
         "eval_every": 20,
-        "eval_prompts": 512,
+        "eval_prompts": 302,
         "checkpoint_every": 10,
     }

@@ -1,4 +1,4 @@
-"""The prompts of the shapes world: a small grammar, its parser, and the split into training and held-out prompts."""
+"""The prompts of the shapes world: a small grammar, its parser, and the split into training, validation and held-out prompts."""
 
 import hashlib
 from dataclasses import dataclass
@@ -65,10 +65,20 @@ def all_prompts() -> tuple[str, ...]:
     return tuple(counts + pairs)
 
 
+VALIDATION = 256
+
+
 @cache
 def prompts(split: str) -> tuple[str, ...]:
-    """The prompts of `split` ("train" or "held-out"); about a third, chosen by a hash of the text, is held out."""
-    held_out = split == "held-out"
-    chosen = [p for p in all_prompts() if (hashlib.blake2b(p.encode()).digest()[0] % 3 == 0) == held_out]
-    # A hash order mixes counts, pairs and relations, so that the first n prompts are a fair sample of all.
-    return tuple(sorted(chosen, key=lambda p: hashlib.blake2b(p.encode(), salt=b"order").digest()))
+    """The prompts of `split`: "train", "validation" (settings are chosen on these) or "held-out" (results are reported on these).
+
+    About a third of all prompts, picked by a hash of the text, is not trained on; the first VALIDATION of them validate.
+    """
+    aside = [p for p in all_prompts() if hashlib.blake2b(p.encode()).digest()[0] % 3 == 0]
+    chosen = sorted(set(all_prompts()) - set(aside) if split == "train" else aside, key=_shuffled)
+    return tuple({"train": chosen, "validation": chosen[:VALIDATION], "held-out": chosen[VALIDATION:]}[split])
+
+
+def _shuffled(prompt: str) -> bytes:
+    """A hash order mixes counts, pairs and relations, so that the first n prompts are a fair sample of all."""
+    return hashlib.blake2b(prompt.encode(), salt=b"order").digest()
