@@ -19,7 +19,7 @@ from flowgrain import recipe
 from flowgrain.algorithms import build, plan_tree
 from flowgrain.backbones import take
 from flowgrain.cli import keep_memory
-from flowgrain.prompts import noise_of_step
+from flowgrain.prompts import keyed_noise
 from flowgrain.rollout import rollout
 from flowgrain.sde import ODE, FlowSDE, Step
 from flowgrain.train import Run
@@ -66,7 +66,7 @@ def main() -> None:
     def velocity(x, sigma, prompt):
         return run.policy.sample_velocity(x, sigma, take(cond, prompt), 1.0)
 
-    noise = noise_of_step(run.backbone.latent_shape, 0, 1)
+    noise = keyed_noise(run.backbone.latent_shape, 0)
     bare_x, bare_sigma = torch.randn(size, *run.backbone.latent_shape), torch.rand(size)
     bare_cond = take(cond, torch.zeros(size, dtype=torch.long))
     of_bare, of_loop = [], []

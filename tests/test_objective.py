@@ -18,7 +18,7 @@ def edges(theta: torch.Tensor, reference: bool = False) -> Edges:
     old = law(torch.tensor([0.3, -0.1]))
     following = old.sample(drawn)
     frozen = law(torch.tensor([0.2, 0.2])) if reference else None
-    return Edges(law(theta), following, old.log_prob(following), torch.tensor([1.5, -0.7]), step, frozen)
+    return Edges(law(theta), old, following, torch.tensor([1.5, -0.7]), step, frozen)
 
 
 def test_surrogate_and_clip():

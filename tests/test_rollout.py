@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrain.prompts import latent_noise, noise_of_step
+from flowgrain.prompts import keyed_noise, latent_noise
 from flowgrain.rollout import rollout
-from flowgrain.sde import ODE, FlowSDE, Step, sigma_grid
+from flowgrain.sde import ODE, FlowSDE, Step, multistep, sigma_grid
 from flowgrain.tree import ROOT, Planner, Tree, cost
 
 SHAPE = (2, 3)
@@ -30,7 +30,7 @@ def trees(draw) -> Tree:
         else:
             nodes.append((planner.ode(node, to=level + 1), level + 1))
     for node, _ in nodes:
-        planner.image(planner.ode(node, stride=draw(st.integers(1, 3))), draw(st.integers(0, 1)))
+        planner.image(planner.ode(node, stride=draw(st.integers(1, 3)), order=draw(st.integers(1, 2))), draw(st.integers(0, 1)))
     return planner.tree().repeat(draw(st.integers(1, 3)))
 
 
@@ -42,6 +42,12 @@ def naive(tree: Tree, row: int, noise, sigmas) -> torch.Tensor:
         return fresh
     x = naive(tree, parent, noise, sigmas)
     start, end = torch.tensor([tree.level[parent]]), torch.tensor([tree.level[row]])
+    if tree.multistep[row]:
+        before = int(tree.parent[parent])
+        y, t = naive(tree, before, noise, sigmas), torch.tensor([tree.level[before]])
+        prompt = torch.tensor([tree.prompt[row]])
+        x0_before = y - sigmas[t] * velocity(y, sigmas[t], prompt)
+        return multistep(x, velocity(x, sigmas[start], prompt), Step.on(sigmas, start, end), x0_before, sigmas[t])
     law = (FlowSDE() if tree.stochastic[row] else ODE())(
         x, velocity(x, sigmas[start], torch.tensor([tree.prompt[row]])), Step.on(sigmas, start, end)
     )
@@ -51,7 +57,7 @@ def naive(tree: Tree, row: int, noise, sigmas) -> torch.Tensor:
 @settings(max_examples=40, deadline=None)
 @given(tree=trees(), rows_per_pass=st.sampled_from([1, 3, 64]))
 def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass):
-    sigmas, noise = sigma_grid(tree.num_steps), noise_of_step(SHAPE, 0, 1)
+    sigmas, noise = sigma_grid(tree.num_steps), keyed_noise(SHAPE, 0)
     seen = 0
 
     def counted(x, sigma, prompt):

@@ -101,7 +101,8 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(tiny, tmp_path):
     assert run.update(sampled)["updates/skipped"] == 1
     assert all(torch.equal(p, before[name]) for name, p in run.policy.trained.items())
     with pytest.raises(RunStopped, match="smaller learning_rate"):
-        run.step(2)
+        run.train()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step-000001"]
 
 
 def test_executed_passes_are_the_plans(tiny, tmp_path):

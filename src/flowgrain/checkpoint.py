@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -66,16 +67,43 @@ def save(folder: Path, step: int, state: dict[str, Any], score: float | None, ke
         _flush(temporary / "manifest.json")
         if _checksum(temporary / "state.pt") != manifest["sha256"]:
             raise OSError("what was read back is not what was written")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        _flush(temporary)
+        replace_folder(temporary, final)
         _flush(folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         rest = checkpoints(folder)
         good = f"the last good one is {rest[-1]}" if rest else "there is no earlier one"
         raise CheckpointError(f"could not write the checkpoint {final}: {error}; {good}; free some space and resume") from error
-    _drop_old(folder, keep)
+    _drop_old(folder, keep, final)
     return final
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Puts the folder `new` in the place of `final` so that a kill at any moment leaves the old or the new one, whole."""
+    before = final.with_name(f".old-{final.name}")
+    shutil.rmtree(before, ignore_errors=True)
+    if final.exists():
+        final.rename(before)
+    new.rename(final)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def mend(folder: Path) -> None:
+    """Puts back what a kill in the middle of `replace_folder` left aside, and removes half-written checkpoints."""
+    for before in folder.glob(".old-step-*"):
+        final = before.with_name(before.name.removeprefix(".old-"))
+        if final.exists():
+            shutil.rmtree(before, ignore_errors=True)
+        else:
+            before.rename(final)
+    for half in folder.glob(".tmp-step-*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint so that it no longer counts as one."""
+    replace_folder(path, path.with_name(f"damaged-{path.name}"))
 
 
 class _Hashing:
@@ -107,9 +135,9 @@ def hashed_writer(path: Path) -> Iterator[_Hashing]:
 def _score(path: Path) -> float | None:
     try:
         found = json.loads((path / "manifest.json").read_text())["score"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if found is None else float(found)
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 def best(folder: Path) -> Path | None:
@@ -118,31 +146,38 @@ def best(folder: Path) -> Path | None:
     return max(scored, default=(0, None), key=lambda pair: pair[0])[1]
 
 
-def _drop_old(folder: Path, keep: int) -> None:
-    kept = {*checkpoints(folder)[-keep:], best(folder)}
+def _drop_old(folder: Path, keep: int, written: Path) -> None:
+    kept = {*checkpoints(folder)[-keep:], best(folder), written}
     for path in checkpoints(folder):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state in checkpoint `path`. Raises CheckpointError naming it if it is damaged or incomplete."""
+def load(path: Path) -> dict[str, Any]:
+    """The state in checkpoint `path`, on the CPU. Raises CheckpointError naming it if it is damaged or incomplete."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if _checksum(path / "state.pt") != manifest["sha256"]:
-            raise OSError("its checksum does not match what was written")
-        state: dict[str, Any] = torch.load(path / "state.pt", map_location=map_location, weights_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError("its checksum does not match what was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+    # What has the right checksum is no damage: whatever goes wrong now (memory, say) is for the caller to see.
+    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     return state
 
 
-def load_last_good(folder: Path, map_location: torch.device | str = "cpu") -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that reads back whole, its state, and a message for each damaged one passed over; None if none is."""
+def load_last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that reads back whole, its state, and a message for each damaged one passed over.
+
+    None if the folder holds no checkpoint. Raises CheckpointError if it holds some and none is good.
+    """
+    mend(folder)
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
-            return path, load(path, map_location), damaged
+            return path, load(path), damaged
         except CheckpointError as error:
             damaged.append(str(error))
+    if damaged:
+        raise CheckpointError(f"{'; '.join(damaged)}; there is no good one left in {folder}: start anew with another --out")
     return None, {}, damaged

@@ -11,29 +11,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowgrain.tree import ROOT, Tree
+from flowgrain.tree import ROOT, Ints, Tree
 
 Scope = Literal["group", "global"]
 Mix = Literal["advantage", "reward"]
+Peers = Literal["step", "prompt"]
 
 
 @dataclass(frozen=True)
 class Normalisation:
     """How values become advantages: (value - mean of the group) / (std + epsilon).
 
-    scope: whose std, the group's own or that of all edges in the batch; unbiased: divide by n - 1 or by n.
+    scope: whose std, the group's own or that of all edges in the batch; unbiased: divide by n - 1 or by n;
+    peers: a group is a prompt's edges at one step, or all its edges jointly (Stepwise-Flow-GRPO).
     """
 
     scope: Scope = "group"
     unbiased: bool = True
     epsilon: float = 1e-8
+    peers: Peers = "step"
+
+    def groups(self, tree: Tree) -> Tensor:
+        """Group number [E] of every trained edge of `tree`."""
+        return torch.from_numpy(tree.peers if self.peers == "step" else tree.prompt[tree.edges])
 
 
-def edge_values(tree: Tree, rewards: Tensor) -> Tensor:
-    """The value [E, C] of every trained edge: in each channel the mean reward of the leaves below it.
+def row_values(tree: Tree, rewards: Tensor) -> Tensor:
+    """The value [N, C] of every row: in each channel the mean reward of the leaves at or below it.
 
-    rewards [I] in the order of `tree.leaves`, NaN where a sample could not be scored: such a leaf does not count, and an
-    edge without a scored leaf has the value NaN.
+    rewards [I] in the order of `tree.leaves`, NaN where a sample could not be scored: such a leaf does not count, and a
+    row without a scored leaf has the value NaN.
     """
     reward_of_row = torch.full((len(tree),), torch.nan, dtype=torch.float64)
     reward_of_row[torch.from_numpy(tree.leaves)] = rewards.double().cpu()
@@ -46,8 +53,12 @@ def edge_values(tree: Tree, rewards: Tensor) -> Tensor:
     for deepest in range(tree.num_steps, 0, -1):  # a child always stands at a later level than its parent
         rows = ((level == deepest) & (parent != ROOT)).nonzero().squeeze(1)
         total.index_add_(0, parent[rows], total[rows])
-    total = total[torch.from_numpy(tree.edges)]
     return total[..., 0] / total[..., 1]  # 0 / 0 is the NaN that masks
+
+
+def edge_values(tree: Tree, rewards: Tensor) -> Tensor:
+    """The value [E, C] of every trained edge: that of the row it leads to."""
+    return row_values(tree, rewards)[torch.from_numpy(tree.edges)]
 
 
 def normalise(values: Tensor, peers: Tensor, how: Normalisation) -> Tensor:
@@ -81,14 +92,50 @@ def normalise(values: Tensor, peers: Tensor, how: Normalisation) -> Tensor:
 
 def granular(tree: Tree, rewards: Tensor, how: Normalisation) -> Tensor:
     """G2RPO's credit (eq. 12): the value in each channel (granularity) is normalised among peers, then the channels add up. [E]"""
-    values, peers = edge_values(tree, rewards), torch.from_numpy(tree.peers)
-    return torch.stack([normalise(channel, peers, how) for channel in values.T]).sum(0)
+    return torch.stack([normalise(channel, how.groups(tree), how) for channel in edge_values(tree, rewards).T]).sum(0)
 
 
 def outcome(tree: Tree, rewards: Tensor, how: Normalisation) -> Tensor:
     """Flow-GRPO's credit (eq. 4): the mean reward of all images below the edge, normalised among peers. [E]"""
-    values, peers = edge_values(tree, rewards), torch.from_numpy(tree.peers)
-    return normalise(values.nanmean(1), peers, how)
+    return normalise(edge_values(tree, rewards).nanmean(1), how.groups(tree), how)
+
+
+def _looks(tree: Tree, rewards: Tensor, rows: Ints) -> Tensor:
+    """The reward of the look from each of `rows`: the image in the channel that bears the number of the row's level."""
+    return row_values(tree, rewards)[torch.from_numpy(rows), torch.from_numpy(tree.level[rows])]
+
+
+def gains(tree: Tree, rewards: Tensor) -> Tensor:
+    """What every trained edge gained, R_{i+1} - R_i: its look is worth more than the look before it (DenseGRPO eq. 6). [E]"""
+    edges = tree.edges
+    return _looks(tree, rewards, edges) - _looks(tree, rewards, tree.parent[edges])
+
+
+def gain(tree: Tree, rewards: Tensor, how: Normalisation) -> Tensor:
+    """DenseGRPO's credit: the gain of every edge, normalised among peers. [E]"""
+    return normalise(gains(tree, rewards), how.groups(tree), how)
+
+
+def state(tree: Tree, rewards: Tensor, how: Normalisation) -> Tensor:
+    """DenseGRPO's baseline: the look R_{i+1} from the state that the step reached, normalised among peers. [E]"""
+    return normalise(_looks(tree, rewards, tree.edges), how.groups(tree), how)
+
+
+def per_image(tree: Tree, rewards: Tensor, how: Normalisation) -> Tensor:
+    """One advantage for every leaf, [I], among those of its prompt: for a method that trains on images and not on steps."""
+    return normalise(rewards, torch.from_numpy(tree.prompt[tree.leaves]), how)
+
+
+def extremes(advantage: Tensor, groups: Tensor, kept: int) -> Tensor:
+    """Weights [E] with which only the `kept` / 2 highest and lowest of every group count, mean 1 (DanceGRPO's best-of-N)."""
+    weights = torch.zeros_like(advantage)
+    for group in groups.unique():
+        places = (groups == group).nonzero().squeeze(1)
+        ranked = places[advantage[places].argsort(stable=True)]
+        half = min(kept // 2, len(ranked) // 2)
+        chosen = torch.cat([ranked[:half], ranked[len(ranked) - half :]])
+        weights[chosen] = len(ranked) / max(len(chosen), 1)
+    return weights
 
 
 Credit = Callable[[Tree, Tensor, Normalisation], Tensor]

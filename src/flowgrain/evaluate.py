@@ -1,5 +1,6 @@
 """Images of held-out prompts and every metric on them, from the same noise every time."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ def evaluate(
     for name, reward in rewards.items():
         scores[name] = score(reward, everything, prompts, reward_batch).values.numpy()
         if isinstance(reward, Explains):
-            shown = reward.failures(everything, list(prompts))
-            failures.update({kind: float(np.mean(images_with_it)) for kind, images_with_it in shown.items()})
+            with contextlib.suppress(Exception):  # foreign code, and only an explanation
+                shown = reward.failures(everything, list(prompts))
+                failures.update({kind: float(np.mean(images_with_it)) for kind, images_with_it in shown.items()})
     return Evaluation(list(prompts), num_steps, scores, failures, everything)

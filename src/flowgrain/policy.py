@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,19 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 
 
 class Policy:
-    """The trained model. Master weights stay fp32; in bf16 sampling runs on a copy and training under autocast."""
+    """The trained model. Master weights stay fp32; in bf16 sampling runs on a copy and training under autocast.
 
-    def __init__(self, backbone: Backbone, s: Settings, device: torch.device) -> None:
+    A backbone belongs to one policy, which trains it in place. keep_old adds a slow copy of the policy, `old`, that a
+    method with a forward process samples from (DiffusionNFT).
+    """
+
+    def __init__(self, backbone: Backbone, s: Settings, device: torch.device, keep_old: bool = False) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = compute_dtype(s.dtype, device)
         self.lora = s.lora_rank > 0
-        self.transformer = backbone.transformer.to(device).float().eval()  # eval: no dropout, or the ratio would not be 1
+        backbone.to(device)
+        self.transformer = backbone.transformer.float().eval()  # eval: no dropout, or the ratio would not be 1
         if self.lora:
             self.transformer.requires_grad_(False)
             adapter = LoraConfig(
@@ -62,6 +68,7 @@ class Policy:
         self.sampler = self.transformer
         if self.dtype != torch.float32:
             self.sampler = copy.deepcopy(self.transformer).requires_grad_(False).to(self.dtype)
+        self.old = copy.deepcopy(self.transformer).requires_grad_(False) if keep_old else None
         self.unconditional: Conditioning = {}
 
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -79,7 +86,7 @@ class Policy:
             return self.backbone.velocity(model, x, sigma, cond)
         both = {name: torch.cat([value, self.unconditional[name].expand_as(value)]) for name, value in cond.items()}
         v, v_free = self.backbone.velocity(model, torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return v_free + guidance * (v - v_free)
+        return v_free.float() + guidance * (v.float() - v_free.float())
 
     @torch.no_grad()
     def sample_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
@@ -105,6 +112,25 @@ class Policy:
                 raise RuntimeError("a full fine-tune keeps a reference only if kl_weight > 0")
             return self.velocity(self.frozen, x, sigma, cond, guidance).float()
 
+    @torch.no_grad()
+    def old_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+        """v [B, *L] of the slow copy. Raises RuntimeError if none is kept."""
+        if self.old is None:
+            raise RuntimeError("this policy keeps no old copy")
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.velocity(self.old, x, sigma, cond, guidance).float()
+
+    def _trained_of(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of a copy that are trained in the original, in its order."""
+        parameters = dict(model.named_parameters())
+        return [parameters[name] for name in self.trained]
+
+    @torch.no_grad()
+    def drag_old(self, decay: float) -> None:
+        """Moves the slow copy: it keeps `decay` of itself and takes the rest from the trained weights."""
+        if self.old is not None:
+            torch._foreach_lerp_(self._trained_of(self.old), list(self.trained.values()), 1 - decay)
+
     def updated(self) -> None:
         """To be called after every optimizer step: moves the EMA and refreshes the sampling copy."""
         self.updates += 1
@@ -116,7 +142,7 @@ class Policy:
     def refresh(self) -> None:
         """Copies the master weights into the sampling copy, where there is one."""
         if self.sampler is not self.transformer:
-            torch._foreach_copy_(list(self.sampler.parameters()), list(self.transformer.parameters()))
+            torch._foreach_copy_(self._trained_of(self.sampler), list(self.trained.values()))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -136,25 +162,32 @@ class Policy:
     def state(self) -> dict[str, Any]:
         """Trained weights and EMA, for a checkpoint."""
         ema = self.ema.state_dict() if self.ema is not None else None
-        return {"weights": {n: p.detach() for n, p in self.trained.items()}, "ema": ema, "updates": self.updates}
+        old = None if self.old is None else [p.detach() for p in self._trained_of(self.old)]
+        return {"weights": {n: p.detach() for n, p in self.trained.items()}, "ema": ema, "old": old, "updates": self.updates}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` gave. Raises KeyError if the weights are those of another model."""
-        if state["weights"].keys() != self.trained.keys():
-            raise KeyError("the checkpoint's weights are not those of this model: lora_rank or model differ")
+        """Restores what `state` gave, for a policy of the same settings."""
         for name, parameter in self.trained.items():
             parameter.copy_(state["weights"][name])
         if self.ema is not None:
+            decay = self.ema.decay
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)
+            self.ema.decay = decay  # the settings', which may have been changed for the resume
+        if self.old is not None:
+            torch._foreach_copy_(self._trained_of(self.old), state["old"])
         self.updates = state["updates"]
         self.refresh()
 
     def export(self, folder: Path) -> None:
         """Writes `folder`/transformer for diffusers' from_pretrained, or `folder`/lora for load_lora_adapter; EMA weights."""
+        aside = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(aside, ignore_errors=True)
         with self.averaged():
             if self.lora:
-                self.transformer.save_lora_adapter(folder / "lora")
+                self.transformer.save_lora_adapter(aside / "lora")
             else:
-                self.transformer.save_pretrained(folder / "transformer")
+                self.transformer.save_pretrained(aside / "transformer")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)

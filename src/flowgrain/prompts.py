@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgrain.rollout import Ints, Noise
+from flowgrain.rollout import Noise
 from flowgrain.settings import SettingsError, existing_file
+from flowgrain.tree import Ints
 
 
 def read_prompts(setting: str, path: str) -> list[str]:
@@ -48,11 +49,10 @@ def latent_noise(shape: Sequence[int], *key: int | str) -> Tensor:
     return torch.randn(tuple(shape), generator=generator)
 
 
-def noise_of_step(shape: Sequence[int], seed: int, step: int, first_slot: int = 0) -> Noise:
-    """The noise of a training step. A prompt is known by its place in the step's global batch, a draw by its place in the plan."""
+def keyed_noise(shape: Sequence[int], *key: int | str) -> Noise:
+    """The noise of a tree under `key`. A prompt is known by its place in the tree, a draw by its place in the plan."""
 
     def noise(prompt: Ints, draw: Ints) -> Tensor:
-        drawn = [latent_noise(shape, "train", seed, step, first_slot + int(p), int(d)) for p, d in zip(prompt, draw, strict=True)]
-        return torch.stack(drawn)
+        return torch.stack([latent_noise(shape, *key, int(p), int(d)) for p, d in zip(prompt, draw, strict=True)])
 
     return noise

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from flowgrain.calibrate import Calibration
 from flowgrain.checkpoint import write_atomically
 from flowgrain.evaluate import Evaluation
 from flowgrain.settings import Settings, SettingsError, settings
-from flowgrain.tree import Tree
+from flowgrain.tree import Ints, Tree
 
 SHOWN = 24  # images kept of an evaluation
 _PACKAGES = ("flowgrain", "torch", "diffusers", "transformers", "peft", "numpy")
@@ -52,36 +54,59 @@ def describe_environment() -> dict[str, Any]:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     return {
         "versions": versions,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "git_revision": found.stdout.strip() or None,
+        "git_revision": _git_revision(Path(__file__).parent),
     }
 
 
-def read_settings(path: Path, **changes: Any) -> Settings:
-    """The settings saved in a run's folder or its run.yaml, with `changes`. Raises SettingsError if there are none."""
+def _git_revision(here: Path) -> str | None:
+    """The commit this package was run from; None without git or where the package is not under version control."""
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    try:
+        return (git("rev-parse", "HEAD") or None) if git("ls-files", "--error-unmatch", "__init__.py") else None
+    except OSError:
+        return None
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What run.yaml says, of a run's folder or the file itself. Raises SettingsError if there is nothing to read."""
     file = path / "run.yaml" if path.is_dir() else path
     try:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError:
         raise SettingsError(f"{path}: there is no run here (no run.yaml)") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: not readable as YAML: {error}") from None
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not isinstance(saved.get("settings", {}), dict) or not all(isinstance(k, str) for k in saved):
         raise SettingsError(f"{file}: not a file of settings; write a line `key: value` for each")
+    return saved
+
+
+def read_settings(path: Path, /, **changes: Any) -> Settings:
+    """The settings saved in a run's folder or its run.yaml, with `changes`. Raises SettingsError if there are none."""
+    saved = read_saved(path)
     return settings({**saved.get("settings", saved), **changes})
+
+
+def _json(line: dict[str, Any]) -> str:
+    """One line of JSON, with null for what is not a finite number."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}, allow_nan=False)
 
 
 class Record:
     """The folder of a run."""
 
-    def __init__(self, folder: Path, s: Settings) -> None:
+    def __init__(self, folder: Path, s: Settings, given: Sequence[str] = ()) -> None:
         self.folder = folder
         self.settings = s
+        self.given = list(given)
         self._resumed = False
         self._loggers: list[Any] = []
 
@@ -91,17 +116,20 @@ class Record:
             raise SettingsError(
                 f"{self.folder} already holds a run; go on with it by `--resume {self.folder}`, or give another name or --out"
             )
-        for part in ("checkpoints", "images", "evaluations"):
-            (self.folder / part).mkdir(parents=True, exist_ok=True)
-        saved = {"settings": self.settings.model_dump(mode="json"), **describe_environment()}
+        try:
+            for part in ("checkpoints", "images", "evaluations"):
+                (self.folder / part).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise SettingsError(f"--out {self.folder}: cannot be made a run's folder ({error}); name another") from error
+        self._loggers = [_open_logger(kind, self.folder, self.settings) for kind in self.settings.loggers]
+        saved = {"settings": self.settings.model_dump(mode="json"), "given": self.given, **describe_environment()}
         write_atomically(self.folder / "run.yaml", yaml.safe_dump(saved, sort_keys=False))
         (self.folder / "metrics.jsonl").touch()
-        self._loggers = [_open_logger(kind, self.folder, self.settings) for kind in self.settings.loggers]
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl and flushes it to the disk."""
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         for log in self._loggers:
@@ -112,7 +140,7 @@ class Record:
         lines = []
         for text in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
+                lines.append({key: math.nan if value is None else value for key, value in json.loads(text).items()})
         return lines
 
     def forget_after(self, step: int) -> None:
@@ -120,7 +148,7 @@ class Record:
         self._resumed = True
         if (self.folder / "metrics.jsonl").exists():
             kept = [line for line in self.read() if 0 < line["step"] <= step or (line["step"] == 0 and step > 0)]
-            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            write_atomically(self.folder / "metrics.jsonl", "".join(_json(line) + "\n" for line in kept))
         for part in ("evaluations", "images"):
             for path in (self.folder / part).glob("*-[0-9]*"):
                 if int(path.stem.split("-")[-1]) > (step or -1):
@@ -135,12 +163,14 @@ class Record:
             "scores": {name: [float(v) for v in values] for name, values in found.scores.items()},
             "failures": found.failures,
         }
-        (self.folder / "evaluations" / f"step-{step:06d}.json").write_text(json.dumps(saved))
         pixels = to_pixels(found.images[:SHOWN])
         enlarged(contact_sheet(pixels, 8), pixels.shape[2]).save(self.folder / "images" / f"evaluation-{step:06d}.png")
+        write_atomically(self.folder / "evaluations" / f"step-{step:06d}.json", json.dumps(saved))
 
-    def keep_tree(self, step: int, tree: Tree, prompt: str, images: Tensor, rewards: dict[str, Tensor], advantage: Tensor) -> None:
-        """Writes the tree of the step's first prompt: its table, its images as one sheet, rewards and advantages."""
+    def keep_tree(
+        self, step: int, tree: Tree, prompt: str, images: Tensor, rewards: dict[str, Tensor], credited: Ints, advantage: Tensor
+    ) -> None:
+        """Writes the tree of the step's first prompt: table, images, rewards, advantages of the rows `credited`."""
         if (
             step != 1
             and step != self.settings.max_steps
@@ -149,7 +179,7 @@ class Record:
             return
         first = int((tree.prompt == 0).sum())  # rows of the first prompt come first
         leaves = tree.leaves[tree.leaves < first]
-        edges = tree.edges[tree.edges < first]
+        edges = credited[credited < first]
         of_first = tree.image < first
         table = {
             "step": step,
@@ -166,8 +196,13 @@ class Record:
             "advantage": [float(v) for v in advantage[: len(edges)]],
         }
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        (self.folder / "images" / f"tree-{step:06d}.json").write_text(json.dumps(table))
         contact_sheet(to_pixels(images[: len(leaves)]), 16).save(self.folder / "images" / f"tree-{step:06d}.png")
+        write_atomically(self.folder / "images" / f"tree-{step:06d}.json", json.dumps(table))
+
+    def keep_calibration(self, found: Calibration) -> None:
+        """Writes psi and the rounds that led to it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "calibration.json", json.dumps(found.as_dict()))
 
     def report(self) -> Path:
         """Writes report.html. Returns its path."""

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgrain.sde import ODE, Kernel, Step
-from flowgrain.tree import ROOT, Tree, schedule
-
-Ints = NDArray[np.int64]
+from flowgrain.sde import ODE, Kernel, Step, multistep, per_row
+from flowgrain.tree import ROOT, Ints, Tree, schedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x [B, *L], sigma [B] fp32, prompt [B] index) -> v [B, *L]."""
@@ -69,20 +66,32 @@ def rollout(
     first = noise(tree.prompt[roots], tree.draw[roots])
     latents = torch.empty(plan.num_slots, *first.shape[1:], dtype=dtype, device=device)
     latents[index(plan.slot[roots])] = first.to(device, dtype)
+    memories = torch.empty(plan.num_memories, *first.shape[1:], device=device)
+    kinds = {"sde": tree.stochastic, "multistep": tree.multistep, "ode": ~tree.stochastic & ~tree.multistep}
     evaluated = 0
     for batch in plan.passes:
         x = latents[index(batch.slot)]  # (B, *L)
-        v = velocity(x, sigmas[index(tree.level[batch.rows])], index(tree.prompt[batch.rows]))
+        sigma = sigmas[index(tree.level[batch.rows])]
+        v = velocity(x, sigma, index(tree.prompt[batch.rows]))
         evaluated += len(x)
-        for stochastic, step_kernel in ((False, ODE()), (True, kernel)):
-            of_kind = tree.stochastic[batch.child] == stochastic
+        for kind, rows_of_kind in kinds.items():
+            of_kind = rows_of_kind[batch.child]
             if not of_kind.any():
                 continue
-            child, source = batch.child[of_kind], batch.child_of[of_kind]
-            start, end = index(tree.level[tree.parent[child]]), index(tree.level[child])
-            law = step_kernel(x[index(source)], v[index(source)], Step.on(sigmas, start, end))
-            following = law.mean
-            if stochastic:
-                following = law.sample(noise(tree.prompt[child], tree.draw[child]).to(device))
-            latents[index(batch.child_slot[of_kind])] = following.to(dtype)
+            child, source = batch.child[of_kind], index(batch.child_of[of_kind])
+            parent = tree.parent[child]
+            step = Step.on(sigmas, index(tree.level[parent]), index(tree.level[child]))
+            if kind == "sde":
+                drawn = noise(tree.prompt[child], tree.draw[child]).to(device)
+                following = kernel(x[source], v[source], step).sample(drawn)
+            elif kind == "multistep":
+                sigma_before = sigmas[index(tree.level[tree.parent[parent]])]
+                following = multistep(x[source], v[source], step, memories[index(plan.memory[parent])], sigma_before)
+            else:
+                following = ODE()(x[source], v[source], step).mean
+            latents[index(plan.slot[child])] = following.to(dtype)
+        remembering = plan.memory[batch.child] >= 0
+        if remembering.any():
+            x0_hat = x.float() - per_row(sigma, x) * v.float()
+            memories[index(plan.memory[batch.child[remembering]])] = x0_hat[index(batch.child_of[remembering])]
     return Rollout(tree, latents, plan.slot, evaluated, len(plan.passes))

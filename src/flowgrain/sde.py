@@ -6,7 +6,6 @@ A kernel gives p(x_next | x, v) = Normal(mean, std^2 I) for one step of the grid
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,6 +93,20 @@ class ODE:
         return Gaussian(mean, torch.zeros_like(step.sigma))
 
 
+def multistep(x: Tensor, v: Tensor, step: Step, x0_before: Tensor, sigma_before: Tensor) -> Tensor:
+    """One deterministic step of second order, [B, *L]: DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2).
+
+    x0_before [B, *L] is the x0_hat of the state before x, which stood at noise level sigma_before [B]. The first-order part
+    is the Euler step. sigma_next must be above 0, where log-SNR is finite; at sigma_before = 1 nothing is added.
+    """
+    x, v = x.float(), v.float()
+    x0_hat = x - per_row(step.sigma, x) * v
+    before, now, following = (((1 - sigma) / sigma).log() for sigma in (sigma_before, step.sigma, step.sigma_next))
+    gain = (1 - step.sigma_next) - (1 - step.sigma) * step.sigma_next / step.sigma
+    slope = (following - now) / (now - before)
+    return x + v * per_row(step.dt, x) + per_row(0.5 * gain * slope, x) * (x0_hat - x0_before.float())
+
+
 @dataclass(frozen=True)
 class FlowSDE:
     """Flow-SDE(eta) of Flow-GRPO (eq. 9), MixGRPO and G2RPO."""
@@ -137,7 +150,7 @@ class CPS:
 class CalibratedSDE:
     """Flow-SDE with a strength psi[i] of its own for every step i (DenseGRPO)."""
 
-    psi: Sequence[float]
+    psi: tuple[float, ...]
 
     def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian:
         return _flow_sde(x, v, step, torch.tensor(self.psi, device=x.device)[step.index])

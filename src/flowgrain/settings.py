@@ -8,36 +8,94 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from flowgrain.credit import Mix, Scope
+from flowgrain.credit import Mix, Peers, Scope
 from flowgrain.objective import KLForm
 from flowgrain.tree import CoarseGrid
 
+NoiseKind = Literal["flow_sde", "dance_sde", "cps", "calibrated_sde"]
+WindowSchedule = Literal["progressive", "random", "decay", "exp_decay", "frozen"]
+
+_FLOW_GRPO: dict[str, Any] = {
+    "num_steps": 10,
+    "group_size": 24,
+    "std_scope": "global",
+    "std_unbiased": False,
+    "std_epsilon": 1e-4,
+    "reward_mix": "reward",
+    "updates_per_rollout": 2,
+    "kl_weight": 0.04,
+}
+_MIXGRPO: dict[str, Any] = {"num_steps": 25, "shared_noise": True, "window_size": 4}
+
 PAPER: dict[str, dict[str, Any]] = {
-    "g2rpo": {
-        "num_steps": 16,
-        "group_size": 12,
-        "granularities": (1, 2, 3),
-        "eta": 0.7,
+    "g2rpo": {"granularities": (1, 2, 3)},
+    "densegrpo": {
+        **_FLOW_GRPO,
+        "noise": "calibrated_sde",
         "std_scope": "group",
         "std_unbiased": True,
-        "std_epsilon": 1e-8,
-        "reward_mix": "advantage",
         "updates_per_rollout": 1,
-        "kl_weight": 0.0,
+        "calibration_rounds": 20,
     },
-    "flow_grpo": {
-        "num_steps": 10,
-        "group_size": 24,
-        "eta": 0.7,
-        "std_scope": "global",
-        "std_unbiased": False,
-        "std_epsilon": 1e-4,
-        "reward_mix": "reward",
-        "updates_per_rollout": 2,
-        "kl_weight": 0.04,
+    "flow_grpo": _FLOW_GRPO,
+    "flow_grpo_fast": {**_FLOW_GRPO, "window_size": 2, "window_schedule": "random", "window_region": "first_half"},
+    "dancegrpo": {"noise": "dance_sde", "eta": 0.3, "shared_noise": True, "timestep_fraction": 0.6},
+    "mixgrpo": _MIXGRPO,
+    "mixgrpo_flash": {**_MIXGRPO, "tail_order": 2, "tail_ratio": 0.4},
+    "mixgrpo_flash_star": {**_MIXGRPO, "tail_order": 2, "tail_ratio": 0.2, "window_schedule": "frozen"},
+    "tempflow_grpo": {**_FLOW_GRPO, "group_size": 6, "std_scope": "group", "updates_per_rollout": 1},
+    "grpo_guard": _FLOW_GRPO,
+    "branchgrpo": {"num_steps": 20, "group_size": 16, "std_epsilon": 1e-4},
+    "diffusionnft": {
+        **_FLOW_GRPO,
+        "updates_per_rollout": 1,
+        "kl_weight": 1e-4,
+        "tail_order": 2,
+        "timestep_fraction": 0.99,
     },
 }
-"""What each method's paper sets, where methods differ (spec of each in docs/). Whatever a recipe or user says goes before it."""
+"""What each method's paper sets, where methods differ (sources in docs/). Whatever a recipe or user says goes before it."""
+
+_WINDOWED = ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "flow_grpo_fast")
+_FAN_OUT = ("g2rpo", "tempflow_grpo", "branchgrpo")  # one trunk: there is no choice of initial noises
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "granularities": ("g2rpo",),
+    "coarse_grid": ("g2rpo",),
+    "anchor_image": ("g2rpo",),
+    "sde_steps": tuple(m for m in PAPER if m not in (*_WINDOWED, "diffusionnft")),
+    "noise": tuple(m for m in PAPER if m != "diffusionnft"),
+    "shared_noise": tuple(m for m in PAPER if m not in _FAN_OUT),
+    "timestep_fraction": ("dancegrpo", "diffusionnft"),
+    "window_size": _WINDOWED,
+    "window_stride": _WINDOWED,
+    "window_interval": _WINDOWED,
+    "window_schedule": _WINDOWED,
+    "window_region": _WINDOWED,
+    "window_end": _WINDOWED,
+    "tail_order": ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "diffusionnft"),
+    "tail_ratio": ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"),
+    "look_steps": ("densegrpo",),
+    "dense_reward": ("densegrpo",),
+    "split_steps": ("branchgrpo",),
+    "split_fan": ("branchgrpo",),
+    "nft_beta": ("diffusionnft",),
+    "nft_max_decay": ("diffusionnft",),
+    "nft_decay_rate": ("diffusionnft",),
+    "clip_range": tuple(m for m in PAPER if m != "diffusionnft"),
+    "peers": tuple(m for m in PAPER if m != "diffusionnft"),
+    "best_of": tuple(m for m in PAPER if m != "diffusionnft"),
+}
+"""Settings that mean something to some methods alone. Elsewhere they must stay as they are: nothing is silently ignored."""
+
+
+def canonical(method: str) -> str:
+    """The name of a method as this package writes it: DanceGRPO, dance-grpo and dance_grpo are dancegrpo."""
+    plain = re.sub(r"[-_ ]", "", method.lower())
+    return next((name for name in PAPER if name.replace("_", "") == plain), method)
+
+
+FIXED = ("model", "method", "seed", "num_steps", "shift", "lora_rank", "lora_alpha", "noise", "psi", "dtype", "prompts")
+"""Settings that a resumed run must keep: with another value it would be another run."""
 
 
 class SettingsError(ValueError):
@@ -52,6 +110,8 @@ def _listed(value: Any) -> Any:
 
 
 IntList = Annotated[tuple[int, ...], BeforeValidator(_listed)]
+FloatList = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _weights(value: Any) -> Any:
@@ -74,10 +134,10 @@ class Settings(BaseModel):
     Example: Settings(method="g2rpo", granularities=(1, 2, 3), learning_rate=3e-4, max_steps=60)
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     name: str = Field("run", min_length=1, pattern=r"^[\w.+-]+$", description="the run's folder is runs/<name>")
-    method: str = Field("g2rpo", description="g2rpo or flow_grpo")
+    method: str = Field("g2rpo", description=", ".join(PAPER))
     model: str = Field("shapes", description="the backbone; shapes is bundled")
     seed: int = Field(0, ge=0, description="all randomness of the run follows from it")
 
@@ -89,7 +149,29 @@ class Settings(BaseModel):
     granularities: IntList = Field((1,), description="Lambda, strides at which every branch is finished")
     coarse_grid: CoarseGrid = Field("stride", description="stride (the published code's grid) or exact")
     anchor_image: bool = Field(True, description="also decode and score the anchor's own image")
+    noise: NoiseKind = Field("flow_sde", description="kernel of the stochastic steps; calibrated_sde has a strength a step, psi")
     eta: float = Field(0.7, gt=0, description="noise strength of the stochastic steps")
+    shared_noise: bool = Field(False, description="one initial noise for the whole group, or one each")
+    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of the steps trained, drawn at random every rollout")
+    window_size: int = Field(0, ge=0, description="w, stochastic steps in MixGRPO's sliding window")
+    window_stride: int = Field(1, ge=1, description="grid steps the window moves on")
+    window_interval: int = Field(25, ge=1, description="tau, training steps between two moves")
+    window_schedule: WindowSchedule = Field("progressive", description="how the window moves; frozen: it stays at the start")
+    window_region: Literal["all", "first_half"] = Field("all", description="the part of the grid that the window visits")
+    window_end: Literal["roll_back", "stay"] = Field("roll_back", description="after the last position: back to the start, or stay")
+    tail_order: Literal[1, 2] = Field(1, description="2: second-order multistep ODE steps (DPM-Solver++ 2M)")
+    tail_ratio: float = Field(1.0, gt=0, le=1, description="share of the steps after the window that are taken")
+    look_steps: int | Literal["all"] = Field("all", description="ODE steps of a look from a state: all of the grid's rest, or n")
+    dense_reward: Literal["gain", "state"] = Field("gain", description="a step earns R_next - R, or R_next itself")
+    split_steps: IntList = Field((0, 3, 6, 9), description="grid steps at which BranchGRPO's tree splits")
+    split_fan: int = Field(2, ge=2, description="children of a split")
+
+    # noise calibrated on the base policy (DenseGRPO)
+    psi: FloatList | None = Field(None, description="noise strength of every step; default: calibrated before the first step")
+    calibration_rounds: int = Field(0, ge=0, description="rounds of calibration, each moves psi by calibration_step")
+    calibration_samples: int = Field(64, ge=2, description="N, trajectories of a round, each of its own prompt")
+    calibration_step: float = Field(0.01, gt=0)
+    calibration_balance: float = Field(0.25, gt=0, le=1, description="|#pos - #neg| / N below which a step counts as balanced")
 
     # rewards and credit
     rewards: Annotated[dict[str, float], BeforeValidator(_weights)] = Field(
@@ -99,20 +181,26 @@ class Settings(BaseModel):
     std_scope: Scope = Field("group", description="whose std divides: of the group, or global (of the batch)")
     std_unbiased: bool = True
     std_epsilon: float = Field(1e-8, gt=0)
+    peers: Peers = Field("step", description="compare edges of one step of a prompt, or all edges of the prompt jointly")
+    best_of: int = Field(0, ge=0, description="train only the best and worst best_of / 2 of every group; 0: all")
     advantage_clip: float = Field(5.0, gt=0)
     reward_batch: int = Field(256, ge=1, description="images of one reward call")
     max_failed_rewards: float = Field(0.2, ge=0, le=1, description="share of failed rewards in a step at which the run stops")
 
     # the update
     max_steps: int = Field(100, ge=1, description="rollouts; each is followed by its updates")
+    max_seconds: float | None = Field(None, gt=0, description="training ends early after the step that uses this up")
     prompts_per_step: int = Field(24, ge=1)
     updates_per_rollout: int | Literal["per_step"] = Field(1, description="optimizer steps a rollout, or one for each SDE step")
     clip_range: float = Field(1e-4, gt=0)
     kl_weight: float = Field(0.0, ge=0, description="beta, weight of the KL to the reference")
     kl_form: KLForm = Field("gaussian", description="the exact KL, or flow_grpo's published variant")
+    nft_beta: float = Field(1.0, gt=0, description="DiffusionNFT: how far v+ and v- stand from the old velocity")
+    nft_max_decay: float = Field(0.5, ge=0, lt=1, description="DiffusionNFT: most that the old policy keeps of itself a step")
+    nft_decay_rate: float = Field(0.001, ge=0, description="DiffusionNFT: the old policy keeps min(rate * step, max_decay)")
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(_listed)] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     max_skipped_updates: int = Field(3, ge=1, description="non-finite updates in a row at which the run stops")
 
@@ -157,7 +245,14 @@ class Settings(BaseModel):
             raise ValueError("must be at least 1, or per_step")
         return value
 
-    @field_validator("sde_steps", "granularities")
+    @field_validator("look_steps")
+    @classmethod
+    def _a_look_has_steps(cls, value: int | str) -> int | str:
+        if value != "all" and int(value) < 1:
+            raise ValueError("must be at least 1, or all")
+        return value
+
+    @field_validator("sde_steps", "granularities", "split_steps")
     @classmethod
     def _distinct(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is None:
@@ -173,19 +268,26 @@ class Settings(BaseModel):
     def _paper_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        method = values.get("method", "g2rpo")
+        method = canonical(str(values.get("method", "g2rpo")))
         if method not in PAPER:
-            raise ValueError(f"method={method!r} does not exist; {_nearest(str(method), PAPER)}")
-        return {**PAPER[method], **values}
+            raise ValueError(f"method={method!r} does not exist; {_nearest(method, PAPER)}")
+        return {**PAPER[method], **values, "method": method}
 
     @model_validator(mode="after")
     def _possible(self) -> "Settings":
-        last = self.num_steps - 2
+        for name, methods in ONLY_FOR.items():
+            usual = PAPER[self.method].get(name, type(self).model_fields[name].default)
+            if self.method not in methods and getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} means nothing to method={self.method}; leave it out, or use method={methods[0]}"
+                )
+        # DenseGRPO's last step is stochastic too; everywhere else the step into sigma = 0 is an ODE step.
+        last = self.num_steps - (1 if self.method == "densegrpo" else 2)
         for k in self.sde_steps or ():
             if not 0 <= k <= last:
                 raise ValueError(
                     f"sde_steps={','.join(map(str, self.sde_steps or ()))}: step {k} is outside the grid of num_steps="
-                    f"{self.num_steps}; the step into sigma = 0 is never stochastic, so 0 to {last} are possible"
+                    f"{self.num_steps}; the step into sigma = 0 is not stochastic here, so 0 to {last} are possible"
                 )
         for stride in self.granularities:
             if not 1 <= stride < self.num_steps:
@@ -193,9 +295,37 @@ class Settings(BaseModel):
                     f"granularities={','.join(map(str, self.granularities))}: {stride} is not a stride of a grid of "
                     f"num_steps={self.num_steps}; 1 to {self.num_steps - 1} are possible, 1 being the full grid"
                 )
-        if self.method == "flow_grpo" and self.granularities != (1,):
-            raise ValueError(f"granularities={self.granularities} has no meaning for method=flow_grpo; use method=g2rpo")
+        self._possible_window()
+        if self.method == "branchgrpo":
+            noisy = self.sde_steps or range(self.num_steps - 1)
+            if not set(self.split_steps) <= set(noisy):
+                raise ValueError(
+                    f"split_steps={','.join(map(str, self.split_steps))}: a split needs a stochastic step; "
+                    f"possible are {','.join(map(str, noisy))}"
+                )
+            leaves = self.split_fan ** len(self.split_steps)
+            if self.group_size != leaves:
+                raise ValueError(
+                    f"group_size={self.group_size}: split_fan and split_steps make {leaves} leaves; give that or change them"
+                )
+        if self.best_of % 2 or self.best_of > self.group_size:
+            raise ValueError(f"best_of={self.best_of}: give an even number up to group_size={self.group_size}, or 0 for all")
+        if self.psi is not None and (self.noise != "calibrated_sde" or len(self.psi) != self.num_steps):
+            raise ValueError(
+                f"psi has {len(self.psi)} values and noise={self.noise}; it takes num_steps={self.num_steps} values and "
+                "noise=calibrated_sde"
+            )
+        if self.noise == "cps" and self.eta > 1:
+            raise ValueError(f"eta={self.eta}: noise=cps turns by eta * 90 degrees; give at most 1")
         return self
+
+    def _possible_window(self) -> None:
+        room = self.num_steps // 2 if self.window_region == "first_half" else self.num_steps - 1
+        if self.method in _WINDOWED and not 1 <= self.window_size <= room:
+            raise ValueError(
+                f"window_size={self.window_size}: a window of {room} steps at most fits into num_steps={self.num_steps} "
+                f"(window_region={self.window_region}), and it must not be empty; give 1 to {room}"
+            )
 
 
 def settings(values: Mapping[str, Any]) -> Settings:

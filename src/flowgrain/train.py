@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,16 +19,18 @@ from torch import Tensor
 from flowgrain import algorithms, checkpoint, credit
 from flowgrain.algorithms import Method, plan_tree
 from flowgrain.backbones import Backbone, Conditioning, load_backbone, take
+from flowgrain.calibrate import Calibration, calibrate
 from flowgrain.evaluate import Evaluation, decode, evaluate, sample
+from flowgrain.forward import contrast
 from flowgrain.objective import EdgeLoss, Edges
 from flowgrain.policy import Policy, compute_device
-from flowgrain.prompts import latent_noise, noise_of_step, prompts_of_step, read_prompts
+from flowgrain.prompts import keyed_noise, latent_noise, prompts_of_step, read_prompts
 from flowgrain.record import Record
 from flowgrain.rewards import REWARDS, Reward, Scores, load_reward, score
-from flowgrain.rollout import Ints, Rollout, rollout
-from flowgrain.sde import Gaussian, Step, sigma_grid
-from flowgrain.settings import Settings, SettingsError
-from flowgrain.tree import Tree
+from flowgrain.rollout import Noise, Rollout, rollout
+from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step, sigma_grid
+from flowgrain.settings import FIXED, Settings, SettingsError
+from flowgrain.tree import Ints, Tree, split_updates
 
 Metrics = dict[str, Any]
 
@@ -43,14 +45,20 @@ class Interrupted(RunStopped):
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step has before its update: the filled tree, its images [I, 3, H, W], the scores of each reward, advantages [E]."""
+    """What a step has before its update: the filled tree, its images [I, 3, H, W] and the scores of each reward.
 
+    advantage, weight [E] of the rows `credited`: the trained edges, or the leaves where a method trains on images.
+    """
+
+    step: int
     prompts: list[str]
     cond: Conditioning
     result: Rollout
     images: Tensor
     scores: dict[str, Scores]
+    credited: Ints
     advantage: Tensor
+    weight: Tensor
 
 
 class Run:
@@ -93,14 +101,16 @@ class Run:
         self.prompts = self._prompts("prompts", prompts, s.prompts, "train")
         self.eval_prompts = self._prompts("eval_prompts_file", eval_prompts, s.eval_prompts_file, s.eval_split)
         self.device = compute_device(s.device)
-        self.policy = Policy(self.backbone, s, self.device)
+        self.policy = Policy(self.backbone, s, self.device, keep_old=self.method.forward_process is not None)
         self.optimizer = torch.optim.AdamW(
             self.policy.trained.values(), lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay
         )
         self.sigmas = sigma_grid(s.num_steps, s.shift).to(self.device)
         self.steps_done = 0
         self.skipped_in_a_row = 0
-        self.record = Record(self.out, s)
+        own = {"rewards": rewards, "prompts": prompts, "eval_prompts": eval_prompts, "method": method, "backbone": backbone}
+        self.record = Record(self.out, s, [name for name, value in own.items() if value is not None])
+        self._calibrated = s.noise != "calibrated_sde" or s.psi is not None or not s.calibration_rounds or method is not None
         self._stop_signal: int | None = None
 
     def _prompts(self, setting: str, given: Sequence[str] | None, path: str | None, split: str) -> list[str]:
@@ -124,11 +134,18 @@ class Run:
     # ------------------------------------------------------------------ the step
 
     def step(self, step: int) -> Metrics:
-        """One training step: sample, score, give credit, update. Returns the step's metrics. Raises RunStopped."""
+        """One training step: sample, score, give credit, update. Returns the step's metrics.
+
+        Raises RunStopped, before anything is updated, if too many rewards failed.
+        """
+        if not self._calibrated:
+            self.calibrate()
         begin = time.perf_counter()
         sampled = self.sample_tree(step)
+        self._stop_if_rewards_fail(sampled)
         after_rollout = time.perf_counter()
-        metrics = self.update(sampled)
+        process = self.method.forward_process
+        metrics = self.update(sampled) if process is None else contrast(self, sampled, process)
         now = time.perf_counter()
         tree, result = sampled.result.tree, sampled.result
         for name, scores in sampled.scores.items():
@@ -139,29 +156,57 @@ class Run:
         metrics |= {"forward_passes": result.forward_passes, "decodes": len(tree.leaves)}
         metrics |= {"seconds": now - begin, "seconds/sample": after_rollout - begin, "seconds/update": now - after_rollout}
         values = {name: scores.values for name, scores in sampled.scores.items()}
-        self.record.keep_tree(step, tree, sampled.prompts[0], sampled.images, values, sampled.advantage)
-        self._stop_if_broken(sampled)
+        self.record.keep_tree(step, tree, sampled.prompts[0], sampled.images, values, sampled.credited, sampled.advantage)
         return metrics
 
     def sample_tree(self, step: int) -> Sampled:
         """Grows the tree of step `step` for its prompts, scores its images and gives every trained edge its advantage."""
         s = self.settings
         prompts = prompts_of_step(self.prompts, step, s.prompts_per_step, s.seed)
-        cond = self.policy.encode(prompts)
         tree = plan_tree(self.method, s, step).repeat(len(prompts))
-
-        def velocity(x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-            return self.policy.sample_velocity(x, sigma, take(cond, prompt), s.guidance_scale)
-
-        noise = noise_of_step(self.backbone.latent_shape, s.seed, step)
-        result = rollout(tree, velocity, self.method.kernel, self.sigmas, noise, s.rows_per_pass)
-        images = decode(self.policy, result.at(tree.leaves), s.rows_per_pass)
-        texts = [prompts[p] for p in tree.prompt[tree.leaves]]
-        scores = {name: score(reward, images, texts, s.reward_batch) for name, reward in self.rewards.items()}
-        how = credit.Normalisation(s.std_scope, s.std_unbiased, s.std_epsilon)
+        noise = keyed_noise(self.backbone.latent_shape, "train", s.seed, step)
+        cond, result, images, scores = self._grow(tree, prompts, self.method.kernel, noise)
+        how = credit.Normalisation(s.std_scope, s.std_unbiased, s.std_epsilon, s.peers)
         values = {name: found.values for name, found in scores.items()}
         advantage = credit.mix(self.method.credit, tree, values, s.rewards, how, s.reward_mix, s.advantage_clip)
-        return Sampled(prompts, cond, result, images, scores, advantage)
+        weight = credit.extremes(advantage, how.groups(tree), s.best_of) if s.best_of else torch.ones_like(advantage)
+        credited = tree.edges if self.method.forward_process is None else tree.leaves
+        return Sampled(step, prompts, cond, result, images, scores, credited, advantage, weight)
+
+    def _grow(
+        self, tree: Tree, prompts: list[str], kernel: Kernel, noise: Noise
+    ) -> tuple[Conditioning, Rollout, Tensor, dict[str, Scores]]:
+        """Fills `tree`, decodes its leaves and scores them by every trained reward."""
+        s = self.settings
+        cond = self.policy.encode(prompts)
+        model = self.policy.sample_velocity if self.policy.old is None else self.policy.old_velocity
+
+        def velocity(x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+            return model(x, sigma, take(cond, prompt), s.guidance_scale)
+
+        result = rollout(tree, velocity, kernel, self.sigmas, noise, s.rows_per_pass)
+        images = decode(self.policy, result.at(tree.leaves), s.rows_per_pass)
+        texts = [prompts[p] for p in tree.prompt[tree.leaves]]
+        return cond, result, images, {name: score(reward, images, texts, s.reward_batch) for name, reward in self.rewards.items()}
+
+    def calibrate(self) -> Calibration:
+        """Finds psi on the policy as it is, once, takes it as the run's noise and writes it to `calibration.json`."""
+        s = self.settings
+
+        def grow(tree: Tree, kernel: Kernel, number: int) -> Tensor:
+            prompts = prompts_of_step(self.prompts, number, tree.num_prompts, s.seed)
+            noise = keyed_noise(self.backbone.latent_shape, "calibrate", s.seed, number)
+            scores = self._grow(tree, prompts, kernel, noise)[3]
+            return torch.stack([s.rewards[name] * found.values for name, found in scores.items()]).sum(0)
+
+        found = calibrate(s, grow)
+        self._take_psi(found.psi)
+        self.record.keep_calibration(found)
+        return found
+
+    def _take_psi(self, psi: Sequence[float]) -> None:
+        self.method = replace(self.method, kernel=CalibratedSDE(tuple(psi)))
+        self._calibrated = True
 
     def update(self, sampled: Sampled) -> Metrics:
         """The optimizer steps of one rollout: in each one gradient forward per distinct parent, losses summed / global count."""
@@ -169,29 +214,23 @@ class Run:
         shares = split_updates(tree, s.updates_per_rollout)
         size = s.train_rows_per_pass or s.rows_per_pass
         passes = [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
-        old = [None if number == 0 else [self._old_log_prob(sampled, p) for p in share] for number, share in enumerate(passes)]
+        old = [None if number == 0 else [self._old_law(sampled, p) for p in share] for number, share in enumerate(passes)]
         losses: list[EdgeLoss] = []
         norms, skipped = [], 0
         for share, old_share in zip(passes, old, strict=True):
             count = int(np.isin(tree.parent[tree.edges], np.concatenate(share)).sum())
             done = []
             for number, parents in enumerate(share):
-                # Before the first update the policy is the one that sampled, so its own log-probability is the old one.
+                # Before the first update the policy is the one that sampled, so its own law is the old one.
                 edge_loss = self._edge_loss(sampled, parents, old_share[number] if old_share else None)
                 (edge_loss.loss.sum() / count).backward()
                 done.append(EdgeLoss(*(value.detach() for value in vars(edge_loss).values())))
             losses += done
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), s.max_grad_norm)
+            norm, was_skipped = self.optimise([part.loss for part in done])
             norms.append(norm)
-            if torch.isfinite(norm) and all(part.loss.isfinite().all() for part in done):
-                self.optimizer.step()
-                self.policy.updated()
-                self.skipped_in_a_row = 0
-            else:
-                skipped += 1
-                self.skipped_in_a_row += 1
-            self.optimizer.zero_grad(set_to_none=True)
+            skipped += was_skipped
         every = {name: torch.cat([getattr(part, name).float() for part in losses]) for name in ("loss", "ratio", "clipped", "kl")}
+        gradient = sum(len(share) for share in shares)
         metrics: Metrics = {
             "loss": float(every["loss"].mean()),
             "ratio/mean": float(every["ratio"].mean()),
@@ -200,29 +239,45 @@ class Run:
             "grad_norm": float(torch.stack(norms).mean()),
             "updates": len(shares),
             "updates/skipped": skipped,
-            "train_forward_passes": sum(len(share) for share in shares),
+            "train_forward_passes": gradient,
+            "frozen_forward_passes": gradient - len(shares[0]) + (gradient if s.kl_weight else 0),
         }
+        if len(shares) > 1:  # the clip can only bite where the policy has moved on from the one that sampled
+            later = torch.cat([part.clipped.float() for part in losses[len(passes[0]) :]])
+            metrics["clip_fraction/later_updates"] = float(later.mean())
         if s.kl_weight:
             metrics["kl"] = float(every["kl"].mean())
         return metrics
 
-    def _edge_loss(self, sampled: Sampled, parents: Ints, old_log_prob: Tensor | None) -> EdgeLoss:
+    def optimise(self, losses: list[Tensor]) -> tuple[Tensor, bool]:
+        """Takes the optimizer step of the gradients at hand unless they or `losses` are not finite. Returns norm and if skipped."""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), self.settings.max_grad_norm)
+        finite = bool(torch.isfinite(norm)) and all(bool(loss.isfinite().all()) for loss in losses)
+        if finite:
+            self.optimizer.step()
+            self.policy.updated()
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, not finite
+
+    def _edge_loss(self, sampled: Sampled, parents: Ints, old: Gaussian | None) -> EdgeLoss:
         """The loss of every trained edge that leaves `parents`, [E]; one gradient forward serves all edges of a parent."""
         law, edges, step = self._law(sampled, parents, self.policy.train_velocity)
         following = sampled.result.at(edges)
         reference = None
         if self.settings.kl_weight:
             reference = self._law(sampled, parents, self.policy.reference_velocity)[0]
-        place = np.searchsorted(sampled.result.tree.edges, edges)
-        advantage = sampled.advantage[torch.from_numpy(place)].to(self.device)
-        old = law.log_prob(following).detach() if old_log_prob is None else old_log_prob
-        return self.method.objective(Edges(law, following, old, advantage, step, reference))
+        place = torch.from_numpy(np.searchsorted(sampled.result.tree.edges, edges))
+        advantage, weight = (of_edge[place].to(self.device) for of_edge in (sampled.advantage, sampled.weight))
+        if old is None:
+            old = Gaussian(law.mean.detach(), law.std)
+        found = self.method.objective(Edges(law, old, following, advantage, step, reference))
+        return replace(found, loss=found.loss * weight)
 
     @torch.no_grad()
-    def _old_log_prob(self, sampled: Sampled, parents: Ints) -> Tensor:
-        """Log-probabilities before the first update, by the very forward whose gradient is taken later: the ratio is exactly 1."""
-        law, edges, _ = self._law(sampled, parents, self.policy.train_velocity)
-        return law.log_prob(sampled.result.at(edges))
+    def _old_law(self, sampled: Sampled, parents: Ints) -> Gaussian:
+        """The policy before the first update, by the very forward whose gradient is taken later: the ratio is exactly 1."""
+        return self._law(sampled, parents, self.policy.train_velocity)[0]
 
     def _law(self, sampled: Sampled, parents: Ints, velocity: Callable[..., Tensor]) -> tuple[Gaussian, Ints, Step]:
         """p(x_next | x) of the trained edges leaving `parents` under `velocity`, those edges [E], and their steps."""
@@ -237,20 +292,14 @@ class Run:
         step = Step.on(self.sigmas, start, end)
         return self.method.kernel(x[source], v[source], step), edges, step
 
-    def _stop_if_broken(self, sampled: Sampled) -> None:
-        s = self.settings
+    def _stop_if_rewards_fail(self, sampled: Sampled) -> None:
+        allowed = self.settings.max_failed_rewards
         for name, scores in sampled.scores.items():
-            share = scores.failed / max(len(scores.values), 1)
-            if share > s.max_failed_rewards:
+            if scores.failed > allowed * len(scores.values):
                 raise RunStopped(
                     f"reward {name!r} failed on {scores.failed} of {len(scores.values)} images ({scores.reason}), more than "
-                    f"max_failed_rewards={s.max_failed_rewards:g} allows"
+                    f"max_failed_rewards={allowed:g} allows"
                 )
-        if self.skipped_in_a_row >= s.max_skipped_updates:
-            raise RunStopped(
-                f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
-                f"(max_skipped_updates={s.max_skipped_updates}); try a smaller learning_rate than {s.learning_rate:g}"
-            )
 
     # ------------------------------------------------------------------ the loop
 
@@ -260,33 +309,62 @@ class Run:
         progress is called with the metrics of every step. A step that cannot go on raises RunStopped, SIGINT and SIGTERM
         raise Interrupted after the step in hand; in both cases a checkpoint is there to resume from.
         """
-        s = self.settings
-        self.record.start()
-        with self._signals():
-            if self.steps_done == 0 and s.eval_every:
-                self.record.metrics({"step": 0, **self._evaluate_and_keep(0)})
-            for step in range(self.steps_done + 1, s.max_steps + 1):
-                try:
-                    metrics = {"step": step, **self.step(step)}
-                except RunStopped as stopped:
-                    path = self.save(None)
-                    raise RunStopped(f"{stopped}; the run is saved in {path}; resume with {self._resume()}") from stopped
-                self.steps_done = step
-                last = step == s.max_steps
-                if s.eval_every and (step % s.eval_every == 0 or last):
-                    metrics |= self._evaluate_and_keep(step)
-                self.record.metrics(metrics)
-                stopping = self._stop_signal is not None
-                if last or stopping or (s.checkpoint_every and step % s.checkpoint_every == 0):
-                    self.save(metrics)
-                if progress is not None:
-                    progress(metrics)
-                if stopping and not last:
-                    name = signal.Signals(self._stop_signal or 0).name
-                    raise Interrupted(f"{name}: step {step} is finished and saved; resume with {self._resume()}")
-        self.export()
-        self.record.report()
+        self._stop_signal = None
+        try:
+            self.record.start()
+            with self._signals():
+                self._train(progress)
+            self.export()
+            self.record.report()
+        except OSError as error:
+            raise RunStopped(
+                f"{self._saved(None)}: {error}; free some space or mend the disk, then resume with {self._resume()}"
+            ) from error
         return self.record.read()
+
+    def _train(self, progress: Callable[[Metrics], None] | None) -> None:
+        """The loop itself. Raises RunStopped and Interrupted."""
+        s = self.settings
+        spent = sum(line["seconds"] for line in self.record.read() if "seconds" in line)
+        if self.steps_done == 0 and s.eval_every:
+            self.record.metrics({"step": 0, **self._evaluate_and_keep(0)})
+        for step in range(self.steps_done + 1, s.max_steps + 1):
+            if s.max_seconds is not None and spent >= s.max_seconds:
+                break  # a resumed run that had already used up its time
+            try:
+                metrics = {"step": step, **self.step(step)}
+            except RunStopped as stopped:
+                raise RunStopped(f"{stopped}; {self._saved(None)}; resume with {self._resume()}") from stopped
+            self.steps_done = step
+            spent += metrics["seconds"]
+            stopping, broken = self._stop_signal is not None, self.skipped_in_a_row >= s.max_skipped_updates
+            last = step == s.max_steps or (s.max_seconds is not None and spent >= s.max_seconds)
+            if s.eval_every and (step % s.eval_every == 0 or last) and not broken:
+                metrics |= self._evaluate_and_keep(step)
+            self.record.metrics(metrics)
+            if last or stopping or broken or (s.checkpoint_every and step % s.checkpoint_every == 0):
+                self.save(metrics)
+            if progress is not None:
+                progress(metrics)
+            if broken:
+                raise RunStopped(
+                    f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
+                    f"(max_skipped_updates={s.max_skipped_updates}); try a smaller learning_rate than {s.learning_rate:g}: "
+                    f"{self._resume()} learning_rate={s.learning_rate / 3:g}"
+                )
+            if last:
+                break
+            if stopping:
+                name = signal.Signals(self._stop_signal or 0).name
+                raise Interrupted(f"{name}: step {step} is finished and saved; resume with {self._resume()}")
+
+    def _saved(self, metrics: Metrics | None) -> str:
+        """Makes sure that the weights as they are now are in a checkpoint, and says where."""
+        newest = self.out / "checkpoints" / f"step-{self.steps_done:06d}"
+        try:
+            return f"the run is saved in {newest if newest.exists() else self.save(metrics)}"
+        except (OSError, checkpoint.CheckpointError) as error:
+            return f"the last steps could not be saved ({error})"
 
     def _resume(self) -> str:
         return f"flowgrain train --resume {self.out}"
@@ -318,6 +396,7 @@ class Run:
             "step": self.steps_done,
             "settings": self.settings.model_dump(mode="json"),
             "policy": self.policy.state(),
+            "psi": list(self.method.kernel.psi) if isinstance(self.method.kernel, CalibratedSDE) and self._calibrated else None,
             "optimizer": self.optimizer.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
@@ -328,18 +407,43 @@ class Run:
         return checkpoint.save(self.out / "checkpoints", self.steps_done, state, score, self.settings.keep_checkpoints)
 
     def restore(self) -> list[str]:
-        """Takes the state of the last good checkpoint of this run's folder, if there is one. Returns what was found damaged."""
-        path, state, damaged = checkpoint.load_last_good(self.out / "checkpoints", self.device)
-        if path is not None:
-            self.policy.load_state(state["policy"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.steps_done = state["step"]
-            self.skipped_in_a_row = state["skipped_in_a_row"]
+        """Takes the state of the last good checkpoint of this run's folder, if there is one. Returns what was found damaged.
+
+        Settings that may change on a resume (learning_rate, say) keep this run's values. Raises SettingsError for one that
+        may not, CheckpointError if there are checkpoints and none is good.
+        """
+        path, state, damaged = checkpoint.load_last_good(self.out / "checkpoints")
+        if path is None:
+            return damaged
+        s = self.settings
+        saved = {**s.model_dump(mode="json"), **state["settings"]}
+        now = s.model_dump(mode="json")
+        for name in FIXED:
+            if saved[name] != now[name]:
+                raise SettingsError(
+                    f"{name}={now[name]}: the run in {self.out} has {name}={saved[name]} and must keep it; start a new run"
+                )
+        if (saved["ema_decay"] > 0) != (s.ema_decay > 0):
+            raise SettingsError(
+                f"ema_decay={s.ema_decay}: the run in {self.out} has {saved['ema_decay']}; EMA can't be turned on or off"
+            )
+        self.policy.load_state(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group |= {"lr": s.learning_rate, "betas": s.adam_betas, "weight_decay": s.weight_decay}
+        if state["psi"] is not None:
+            self._take_psi(state["psi"])
+        self.steps_done = state["step"]
+        skipped = state["skipped_in_a_row"]
+        self.skipped_in_a_row = skipped if skipped < s.max_skipped_updates else 0  # whoever resumes after that stop means it
         return damaged
 
     def resume(self) -> list[str]:
-        """Like `restore`, and makes ready to go on from there: what the folder holds of later steps is dropped."""
+        """Like `restore`, and makes ready to go on from there: what the folder holds of later steps is dropped or set aside."""
         damaged = self.restore()
+        for path in checkpoint.checkpoints(self.out / "checkpoints"):
+            if int(path.name.removeprefix("step-")) > self.steps_done:
+                checkpoint.set_aside(path)
         self.record.forget_after(self.steps_done)
         return damaged
 
@@ -386,15 +490,3 @@ class Run:
         self.record.keep_evaluation(step, evaluation)
         metrics: Metrics = {f"eval/{name}": value for name, value in evaluation.means().items()}
         return metrics | {f"eval/failures/{kind}": share for kind, share in evaluation.failures.items()}
-
-
-def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
-    """The trained parents of `tree`, dealt to the optimizer steps of a rollout: by grid step, or in equal shares of prompts."""
-    parents = tree.trained_parents
-    if updates == "per_step":
-        levels = tree.level[parents]
-        return [parents[levels == level] for level in np.unique(levels)]
-    groups = np.array_split(np.unique(tree.prompt[parents]), int(updates))
-    if any(len(group) == 0 for group in groups):  # fewer prompts than updates
-        return [part for part in np.array_split(parents, int(updates)) if len(part)]
-    return [parents[np.isin(tree.prompt[parents], group)] for group in groups]

@@ -5,9 +5,11 @@ and drawn before anything runs. Letters: P prompts, N rows, E trained edges, T s
 """
 
 import heapq
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ def coarse_levels(start: int, num_steps: int, stride: int = 1, grid: CoarseGrid 
     """Grid indices from `start` to T that an ODE of granularity `stride` visits, both ends included.
 
     The first step is always fine, the last goes straight to T. `stride` is the reading of G2RPO's public code: the last
-    level short of T that the stride meets is dropped. `exact` keeps it (G2RPO eq. 10, spec of the grids in docs/g2rpo.md).
+    level short of T that the stride meets is dropped. `exact` keeps it (G2RPO eq. 10 to the letter).
     """
     visited = [start, *range(start + 1, num_steps + 1, stride)]
     if grid == "stride" or visited[-1] == num_steps:
@@ -35,6 +37,7 @@ class Tree:
     """The table: N rows in an order in which parents come first.
 
     parent [N] row index or ROOT; level [N] grid index reached, 0..T; stochastic, trained [N]; prompt [N] in 0..P-1;
+    multistep [N] a deterministic row reached by a step of second order, which also looks at its grandparent;
     draw [N] which noise of its prompt a root or a stochastic row takes, -1 for ODE rows;
     image [J] and channel [J]: row `image[j]` is decoded and its reward counts in channel `channel[j]` (a granularity, say);
     a row may stand in several channels and is decoded once.
@@ -46,6 +49,7 @@ class Tree:
     level: Ints
     stochastic: NDArray[np.bool_]
     trained: NDArray[np.bool_]
+    multistep: NDArray[np.bool_]
     prompt: Ints
     draw: Ints
     image: Ints
@@ -56,7 +60,7 @@ class Tree:
 
     @cached_property
     def _key(self) -> tuple[int, bytes]:
-        columns = (self.parent, self.level, self.trained, self.prompt, self.draw, self.image, self.channel)
+        columns = (self.parent, self.level, self.trained, self.multistep, self.prompt, self.draw, self.image, self.channel)
         return self.num_steps, b"".join(column.tobytes() for column in columns)
 
     def __eq__(self, other: object) -> bool:
@@ -91,6 +95,11 @@ class Tree:
         edges = self.edges
         return np.unique(self.prompt[edges] * (self.num_steps + 1) + self.level[edges], return_inverse=True)[1]
 
+    @cached_property
+    def remembering(self) -> Ints:
+        """Rows that keep their parent's x0_hat beside their latent, because a multistep child will want it."""
+        return np.unique(self.parent[self.multistep])
+
     @property
     def num_channels(self) -> int:
         return int(self.channel.max(initial=-1)) + 1
@@ -107,11 +116,21 @@ class Tree:
             level=np.tile(self.level, prompts),
             stochastic=np.tile(self.stochastic, prompts),
             trained=np.tile(self.trained, prompts),
+            multistep=np.tile(self.multistep, prompts),
             prompt=shift,
             draw=np.tile(self.draw, prompts),
             image=np.tile(self.image, prompts) + np.arange(prompts).repeat(len(self.image)) * n,
             channel=np.tile(self.channel, prompts),
         )
+
+
+class _Row(NamedTuple):
+    parent: int
+    level: int
+    stochastic: bool = False
+    trained: bool = False
+    multistep: bool = False
+    draw: int = -1
 
 
 class Planner:
@@ -120,43 +139,50 @@ class Planner:
     def __init__(self, num_steps: int, coarse_grid: CoarseGrid = "stride") -> None:
         self.num_steps = num_steps
         self.coarse_grid: CoarseGrid = coarse_grid
-        self._rows: list[tuple[int, int, bool, bool, int]] = []  # parent, level, stochastic, trained, draw
-        self._ode_child: dict[tuple[int, int], int] = {}
+        self._rows: list[_Row] = []
+        self._ode_child: dict[_Row, int] = {}
         self._images: list[tuple[int, int]] = []
         self._draws = 0
 
     def root(self) -> int:
         """A new initial noise at sigma = 1; returns its row."""
-        return self._stochastic_row(ROOT, 0, False, False)
+        return self._add(_Row(ROOT, 0, draw=self._draw()))
 
     def sde(self, node: int, fan: int = 1, train: bool = True) -> list[int]:
         """`fan` stochastic steps of one grid step from `node`, each with its own noise; returns their rows.
 
         Raises ValueError at sigma = 0, from where no step leads on.
         """
-        level = self._rows[node][1] + 1
+        level = self._rows[node].level + 1
         if level > self.num_steps:
             raise ValueError(f"no stochastic step leads on from sigma = 0 (row {node} stands at level {self.num_steps})")
-        return [self._stochastic_row(node, level, True, train) for _ in range(fan)]
+        return [self._add(_Row(node, level, stochastic=True, trained=train, draw=self._draw())) for _ in range(fan)]
 
-    def ode(self, node: int, to: int | None = None, stride: int = 1) -> int:
+    def ode(self, node: int, to: int | None = None, stride: int = 1, *, via: Sequence[int] | None = None, order: int = 1) -> int:
         """ODE steps from `node` to grid index `to` (default: sigma = 0), coarse by `stride`; returns the last row.
 
-        Steps that another call has written from the same state are shared. Raises ValueError for a stride with `to` short
-        of sigma = 0, or a `to` that lies behind.
+        via names the grid indices to stop at instead, the last among them. order 2 takes multistep steps (see sde.multistep)
+        but for one from a root and the one into sigma = 0. Steps that another call has written from the same state are shared.
+        Raises ValueError for a stride with `to` short of sigma = 0, or indices that lie behind.
         """
-        level = self._rows[node][1]
+        level = self._rows[node].level
         to = self.num_steps if to is None else to
         if stride < 1 or not level <= to <= self.num_steps or (stride > 1 and to != self.num_steps):
             raise ValueError(f"an ODE from level {level} to {to} of {self.num_steps} by stride {stride} is not possible")
-        for following in coarse_levels(level, to, stride, self.coarse_grid)[1:]:
-            node = self._ode_step(node, following)
+        levels = [level, *via] if via is not None else coarse_levels(level, to, stride, self.coarse_grid)
+        if any(b <= a for a, b in itertools.pairwise(levels)) or levels[-1] > self.num_steps:
+            raise ValueError(f"an ODE from level {level} of {self.num_steps} by way of {list(via or ())} is not possible")
+        for following in levels[1:]:
+            multistep = order == 2 and following < self.num_steps and self._rows[node].parent != ROOT
+            row = _Row(node, following, multistep=multistep)
+            node = self._ode_child[row] if row in self._ode_child else self._add(row)
+            self._ode_child[row] = node
         return node
 
     def image(self, node: int, channel: int = 0) -> None:
         """Ask for the image of `node`, its reward to count in `channel`. Raises ValueError short of sigma = 0."""
-        if self._rows[node][1] != self.num_steps:
-            raise ValueError(f"row {node} stands at level {self._rows[node][1]}, short of sigma = 0, and is no image")
+        if self._rows[node].level != self.num_steps:
+            raise ValueError(f"row {node} stands at level {self._rows[node].level}, short of sigma = 0, and is no image")
         if (node, channel) not in self._images:
             self._images.append((node, channel))
 
@@ -165,15 +191,14 @@ class Planner:
         needed = np.zeros(len(self._rows), dtype=bool)
         needed[[node for node, _ in self._images]] = True
         for row in range(len(self._rows) - 1, -1, -1):
-            if needed[row] and self._rows[row][0] != ROOT:
-                needed[self._rows[row][0]] = True
+            if needed[row] and self._rows[row].parent != ROOT:
+                needed[self._rows[row].parent] = True
         kept = np.flatnonzero(needed)
         if not kept.size:
             raise ValueError("the plan asks for no image")
         number = np.cumsum(needed) - 1
-        parent, level, stochastic, trained, draw = (
-            np.array(column) for column in zip(*(self._rows[row] for row in kept), strict=True)
-        )
+        columns = zip(*(self._rows[row] for row in kept), strict=True)
+        parent, level, stochastic, trained, multistep, draw = (np.array(column) for column in columns)
         image, channel = np.array(self._images, dtype=np.int64).T
         return Tree(
             num_steps=self.num_steps,
@@ -182,45 +207,64 @@ class Planner:
             level=level.astype(np.int64),
             stochastic=stochastic.astype(bool),
             trained=trained.astype(bool),
+            multistep=multistep.astype(bool),
             prompt=np.zeros(len(kept), dtype=np.int64),
             draw=draw.astype(np.int64),
             image=number[image].astype(np.int64),
             channel=channel.copy(),
         )
 
-    def _stochastic_row(self, parent: int, level: int, stochastic: bool, trained: bool) -> int:
-        self._rows.append((parent, level, stochastic, trained, self._draws))
-        self._draws += 1
+    def _add(self, row: _Row) -> int:
+        self._rows.append(row)
         return len(self._rows) - 1
 
-    def _ode_step(self, node: int, level: int) -> int:
-        if (node, level) not in self._ode_child:
-            self._rows.append((node, level, False, False, -1))
-            self._ode_child[node, level] = len(self._rows) - 1
-        return self._ode_child[node, level]
+    def _draw(self) -> int:
+        self._draws += 1
+        return self._draws - 1
 
 
 @dataclass(frozen=True)
 class Pass:
     """One batch of the model: which rows it evaluates and which children it makes.
 
-    rows, slot [B]; child [K] rows with child_slot [K] and child_of [K], the position of its parent in `rows`.
+    rows, slot [B]; child [K] rows with child_of [K], the position of its parent in `rows`.
     """
 
     rows: Ints
     slot: Ints
     child: Ints
-    child_slot: Ints
     child_of: Ints
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The passes of a tree, and where each latent lives: slot [N], num_slots the peak number of latents held at once."""
+    """The passes of a tree, and where each latent lives: slot [N], num_slots the peak number of latents held at once.
+
+    memory [N] is where a row keeps its parent's x0_hat, -1 for the rows that need not; num_memories as num_slots.
+    """
 
     passes: tuple[Pass, ...]
     slot: Ints
     num_slots: int
+    memory: Ints
+    num_memories: int
+
+
+class _Slots:
+    """Places that are taken and given back; the lowest free one goes first."""
+
+    def __init__(self) -> None:
+        self.free: list[int] = []
+        self.count = 0
+
+    def take(self) -> int:
+        if self.free:
+            return heapq.heappop(self.free)
+        self.count += 1
+        return self.count - 1
+
+    def give(self, place: int) -> None:
+        heapq.heappush(self.free, place)
 
 
 @lru_cache(maxsize=4)
@@ -242,20 +286,14 @@ def schedule(tree: Tree, rows_per_pass: int) -> Schedule:
     kept = np.zeros(n, dtype=bool)
     kept[tree.leaves] = kept[tree.edges] = kept[tree.trained_parents] = True
 
-    slot = np.full(n, -1, dtype=np.int64)
-    free: list[int] = []
-    num_slots = 0
+    remembers = np.zeros(n, dtype=bool)
+    remembers[tree.remembering] = True
 
-    def take_slot() -> int:
-        nonlocal num_slots
-        if free:
-            return heapq.heappop(free)
-        num_slots += 1
-        return num_slots - 1
-
+    slot, memory = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
+    slots, memories = _Slots(), _Slots()
     roots = np.flatnonzero(tree.parent == ROOT)
     for row in roots.tolist():
-        slot[row] = take_slot()
+        slot[row] = slots.take()
     ready = [(-int(height[root]), int(root)) for root in roots if height[root]]
     heapq.heapify(ready)
     passes = []
@@ -263,27 +301,42 @@ def schedule(tree: Tree, rows_per_pass: int) -> Schedule:
         rows = np.array([heapq.heappop(ready)[1] for _ in range(min(rows_per_pass, len(ready)))])
         for row in rows:
             if not kept[row]:
-                heapq.heappush(free, int(slot[row]))
+                slots.give(int(slot[row]))
         children = [order[first[row] : first[row + 1]] for row in rows]
         child = np.concatenate(children)
         for row in child.tolist():
-            slot[row] = take_slot()
+            slot[row] = slots.take()
+            if remembers[row]:
+                memory[row] = memories.take()
             if height[row]:
                 heapq.heappush(ready, (-int(height[row]), int(row)))
+        for row in rows[remembers[rows]]:  # only now: a child's memory must not overwrite what its parent still reads
+            memories.give(int(memory[row]))
         child_of = np.repeat(np.arange(len(rows)), [len(c) for c in children])
-        passes.append(Pass(rows, slot[rows], child, slot[child], child_of))
-    return Schedule(tuple(passes), slot, num_slots)
+        passes.append(Pass(rows, slot[rows], child, child_of))
+    return Schedule(tuple(passes), slot, slots.count, memory, memories.count)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a tree costs: rows through the model while sampling and while training, decodes, reward calls, edges trained."""
+    """What a tree costs: rows through the model while sampling and while training, decodes, reward calls, edges trained.
+
+    frozen_forward_passes are those of the update that take no gradient: the old policy's for every update of a rollout but
+    the first, and the reference's. A tree alone does not tell them; see algorithms.price.
+    """
 
     forward_passes: int
     train_forward_passes: int
     decodes: int
     reward_calls: int
     trained_edges: int
+    frozen_forward_passes: float = 0
+
+    @property
+    def units(self) -> float:
+        """One number to compare methods by: forward passes (with gradient three, forward and backward) + decodes + reward calls."""
+        passes = self.forward_passes + 3 * self.train_forward_passes + self.frozen_forward_passes
+        return passes + self.decodes + self.reward_calls
 
 
 def cost(tree: Tree, num_rewards: int = 1) -> Cost:
@@ -295,3 +348,15 @@ def cost(tree: Tree, num_rewards: int = 1) -> Cost:
         reward_calls=len(tree.leaves) * num_rewards,
         trained_edges=len(tree.edges),
     )
+
+
+def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
+    """The trained parents of `tree`, dealt to the optimizer steps of a rollout: "per_step", or in equal shares of prompts."""
+    parents = tree.trained_parents
+    if updates == "per_step":
+        levels = tree.level[parents]
+        return [parents[levels == level] for level in np.unique(levels)]
+    groups = np.array_split(np.unique(tree.prompt[parents]), int(updates))
+    if any(len(group) == 0 for group in groups):  # fewer prompts than updates
+        return [part for part in np.array_split(parents, int(updates)) if len(part)]
+    return [parents[np.isin(tree.prompt[parents], group)] for group in groups]

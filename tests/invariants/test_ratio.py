@@ -8,7 +8,8 @@ import torch
 from flowgrain.algorithms import build
 from flowgrain.sde import CPS, CalibratedSDE, DanceSDE, FlowSDE
 from flowgrain.settings import Settings
-from flowgrain.train import Run, split_updates
+from flowgrain.train import Run
+from flowgrain.tree import split_updates
 
 
 @pytest.mark.parametrize("kernel", [FlowSDE(0.7), DanceSDE(0.3), CPS(0.7), CalibratedSDE([0.4] * 4)])
@@ -16,7 +17,7 @@ def test_ratio_is_exactly_one_before_the_first_update(tiny, kernel, tmp_path):
     run = Run(tiny, tmp_path, method=replace(build(tiny), kernel=kernel))
     sampled = run.sample_tree(1)
     parents = sampled.result.tree.trained_parents
-    old = run._old_log_prob(sampled, parents)  # a separate pass, without gradient
+    old = run._old_law(sampled, parents)  # a separate pass, without gradient
     found = run._edge_loss(sampled, parents, old)
     assert torch.equal(found.ratio, torch.ones_like(found.ratio))
 

@@ -3,6 +3,7 @@
 import importlib
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 Conditioning = dict[str, Tensor]
@@ -22,6 +23,10 @@ class Backbone(Protocol):
     """Names of the layers that take LoRA, as peft matches them."""
     embedded_guidance: bool
     """Whether the model takes the guidance scale as an input, "guidance" [B] in its conditioning (FLUX), instead of true CFG."""
+
+    def to(self, device: torch.device) -> None:
+        """Moves every part to `device`."""
+        ...
 
     def check(self, prompt: str) -> None:
         """Raises ValueError, saying what it can read, for a prompt that is too long or otherwise not to be read."""

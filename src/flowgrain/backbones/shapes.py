@@ -71,6 +71,10 @@ class ShapesBackbone:
         self.transformer.save_pretrained(folder / "transformer")
         self.vae.save_pretrained(folder / "vae")
 
+    def to(self, device: torch.device) -> None:
+        for part in (self.transformer, self.words, self.vae):
+            part.to(device)
+
     def check(self, prompt: str) -> None:
         tokenize(prompt)
 

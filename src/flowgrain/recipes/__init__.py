@@ -9,7 +9,7 @@ from typing import Any
 
 from flowgrain.algorithms import METHODS
 from flowgrain.record import read_settings
-from flowgrain.settings import Settings, SettingsError, settings
+from flowgrain.settings import Settings, SettingsError, canonical, settings
 
 DEFAULT = "demo"
 
@@ -19,7 +19,7 @@ def bundled() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def recipe(name: str = DEFAULT, **changes: Any) -> Settings:
+def recipe(name: str = DEFAULT, /, **changes: Any) -> Settings:
     """The settings that `name` stands for, with `changes`.
 
     name: a bundled recipe; a method, which then runs on the bundled model as its paper sets it; the path of a recipe file
@@ -27,14 +27,17 @@ def recipe(name: str = DEFAULT, **changes: Any) -> Settings:
     """
     if name in bundled():
         return settings({"name": name, **importlib.import_module(f"{__name__}.{name}").recipe(), **changes})
-    if name in METHODS:
-        return settings({"name": name, "method": name, **changes})
+    if canonical(name) in METHODS:
+        return settings({"name": canonical(name), "method": name, **changes})
     path = Path(name).expanduser()
     if path.suffix == ".py" and path.is_file():
         function = runpy.run_path(str(path)).get("recipe")
         if not callable(function):
             raise SettingsError(f"{path}: a recipe file defines a function `recipe()` that returns a dict of settings")
-        return settings({"name": path.stem, **function(), **changes})
+        found = function()
+        if not isinstance(found, dict):
+            raise SettingsError(f"{path}: recipe() returned {type(found).__name__}; it returns a dict of settings")
+        return settings({"name": path.stem, **found, **changes})
     if path.exists():
         return read_settings(path, **changes)
     known = [*bundled(), *METHODS]

@@ -52,6 +52,8 @@ def load_reward(name: str) -> Reward:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"rewards={name}: cannot be loaded ({error}); write it as package.module:function") from error
     reward: Reward = found() if isinstance(found, type) else found
+    if not callable(reward):
+        raise ValueError(f"rewards={name}: is {type(reward).__name__} and cannot be called; name a function (images, prompts)")
     return reward
 
 
@@ -87,10 +89,11 @@ def _score_once(reward: Reward, images: Tensor, prompts: list[str]) -> Scores:
         return lost(f"{type(error).__name__}: {error}")
     try:
         values = given.detach().cpu().float() if isinstance(given, Tensor) else torch.from_numpy(np.array(given, dtype=np.float32))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # numpy asks foreign objects, which may raise anything too
         return lost(f"returned {type(given).__name__}, which is no list of numbers ({error})")
     if values.shape != (len(images),):
         return lost(f"returned shape {list(values.shape)} for {len(images)} images; one number an image is expected")
-    values = torch.where(values.isfinite(), values, torch.nan)
+    whole = images.isfinite().flatten(1).all(1).cpu()  # no reward is asked to notice a broken image
+    values = torch.where(values.isfinite() & whole, values, torch.nan)
     failed = int(values.isnan().sum())
-    return Scores(values, failed, "returned NaN or infinity" if failed else None)
+    return Scores(values, failed, "NaN or infinity in the scores or the images" if failed else None)
