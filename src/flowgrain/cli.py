@@ -1,4 +1,4 @@
-"""The command line: flowgrain train | plan | evaluate | sample | report."""
+"""The command line: flowgrain train | plan | evaluate | sample | report | compare."""
 
 import ctypes
 import json
@@ -94,8 +94,8 @@ def train(
 
     name, changes = _read_words(words)
     if resume is not None:
-        if name is not None:
-            raise SettingsError(f"--resume {resume} already says which run; leave out {name!r}")
+        if name is not None or folder is not None:
+            raise SettingsError(f"--resume {resume} already says which run; leave out {name or f'--out {folder}'}")
         run = Run(read_settings(resume, **changes), resume)
         for message in run.resume():
             err.print(f"[yellow]{message}; going back to step {run.steps_done}")
@@ -112,7 +112,9 @@ def train(
         for key in lines[-1]
         if key.startswith("eval/") and "failures" not in key and key in lines[0]
     )
-    out.print(f"done in {time.perf_counter() - begin:.0f} s. {'Held-out ' + rewards if rewards else ''}", highlight=False)
+    out.print(
+        f"done in {time.perf_counter() - begin:.0f} s. {'Held-out ' + rewards if rewards else ''}", highlight=False, soft_wrap=True
+    )
     out.print(f"open {run.out / 'report.html'}", highlight=False)
 
 
@@ -262,6 +264,81 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     from flowgrain.report import write_report
 
     out.print(f"wrote {write_report(folder)}", highlight=False)
+
+
+@app.command()
+def compare(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMPARISON] [key=value ...]", show_default=False)] = None,
+    methods: Annotated[str | None, typer.Option(help="instead of the comparison's: g2rpo,mixgrpo")] = None,
+    rewards: Annotated[
+        list[str] | None, typer.Option(help="a reward set, towers or towers,preference; may be given several times")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="a list, 1,2,3")] = None,
+    budget: Annotated[float | None, typer.Option(help="of one run, in --unit")] = None,
+    unit: Annotated[str | None, typer.Option(help="passes (with decodes and reward calls), updates or seconds")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="processes, a thread each; 0: one a core")] = 0,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="by default comparisons/NAME; a finished run in it is not run again")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, and stop")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run, for machines")] = False,
+) -> None:
+    """Compare: methods x reward sets x seeds at equal budget, one table and one page. The same command goes on after a stop.
+
+    Examples: `flowgrain compare quick` · `flowgrain compare full --dry-run` ·
+    `flowgrain compare full --methods g2rpo,densegrpo --rewards towers --seeds 1,2 --budget 20000 --out comparisons/two`
+    """
+    _quieten()
+    from flowgrain.compare import cpu_jobs, entries, estimated_seconds, load_comparison, machine_speed, method_names, run_comparison
+    from flowgrain.report.comparison import write_comparison
+
+    name, common = _read_words(words)
+    given = {"seeds": seeds, "budget": budget, "unit": unit, "common": common}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if methods is not None:
+        changes["methods"] = method_names(methods)
+    if rewards:
+        if len(set(rewards)) < len(rewards):
+            raise SettingsError(f"--rewards {' --rewards '.join(rewards)}: one stands there twice; two runs cannot have one name")
+        changes["rewards"] = {one.replace(",", "+"): one for one in rewards}
+    c = load_comparison(name or "quick", changes)
+    planned = entries(c)
+    jobs = jobs or cpu_jobs()
+    if dry_run:
+        speed = machine_speed(planned[0].settings)
+        seconds = [estimated_seconds(entry, speed) for entry in planned]
+        if as_json:
+            runs = [
+                {
+                    "name": e.name,
+                    "rollouts": e.settings.max_steps,
+                    "units": e.units,
+                    "evaluation_passes": e.evaluation_passes,
+                    "seconds": t,
+                }
+                for e, t in zip(planned, seconds, strict=True)
+            ]
+            typer.echo(json.dumps({"name": c.name, "runs": runs, "seconds": sum(seconds) / jobs, "jobs": jobs}))
+            return
+        table = Table(
+            "run", "rollouts", "units", "evaluation passes", "about", title=f"{c.name}: {len(planned)} runs", title_justify="left"
+        )
+        for e, t in zip(planned, seconds, strict=True):
+            table.add_row(e.name, f"{e.settings.max_steps:,}", f"{e.units:,.0f}", f"{e.evaluation_passes:,}", f"{t / 60:.1f} min")
+        out.print(table)
+        total = f"in all {sum(e.units for e in planned):,.0f} units"
+        out.print(f"{total}; about {sum(seconds) / jobs / 60:.0f} minutes with {jobs} processes on this machine", highlight=False)
+        return
+    folder = folder or Path("comparisons") / c.name
+    begin = time.perf_counter()
+
+    def show(state: Any, finished: str) -> None:
+        err.print(f"{state.done}/{state.total} {finished} [{time.perf_counter() - begin:.0f} s]", highlight=False, markup=False)
+
+    state = run_comparison(c, folder, jobs, show)
+    for run_name, reason in state.stopped.items():
+        err.print(f"{run_name} stopped early: {reason}", highlight=False, markup=False)
+    out.print(f"open {write_comparison(folder)}", highlight=False)
 
 
 def main() -> None:

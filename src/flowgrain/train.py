@@ -454,11 +454,15 @@ class Run:
 
     # ------------------------------------------------------------------ looking at it
 
-    def evaluate(self, num_steps: int | None = None, count: int | None = None) -> Evaluation:
-        """Scores `count` held-out prompts (default: the settings' `eval_prompts`) at `num_steps` ODE steps, by every reward."""
+    def evaluate(self, num_steps: int | None = None, prompts: Sequence[str] | None = None) -> Evaluation:
+        """Scores an image of each of `prompts` at `num_steps` ODE steps, by every reward.
+
+        Default: the settings' `eval_num_steps`, and as many of the held-out prompts as its `eval_prompts`; beyond their
+        number they are taken again with other noise.
+        """
         s = self.settings
-        count = count or s.eval_prompts
-        prompts = [self.eval_prompts[i % len(self.eval_prompts)] for i in range(count)]
+        if prompts is None:
+            prompts = [self.eval_prompts[i % len(self.eval_prompts)] for i in range(s.eval_prompts)]
         return evaluate(
             self.policy,
             prompts,

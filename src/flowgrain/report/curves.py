@@ -10,7 +10,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-PALETTE = ("#2f6fde", "#d9822b", "#2a9d63", "#b44ac0", "#c23b3b")
+PALETTE = ("#2f6fde", "#d9822b", "#2a9d63", "#b44ac0", "#c23b3b", "#1f9eb0", "#8a6d3b", "#7d84a0", "#8fae2c", "#e06c9f")
 
 
 @dataclass(frozen=True)

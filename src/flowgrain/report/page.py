@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,21 @@ from PIL import Image
 from flowgrain.checkpoint import write_atomically
 from flowgrain.evaluate import interval
 from flowgrain.record import Record, read_settings
-from flowgrain.report.curves import Picture, picture
+from flowgrain.report.curves import PALETTE, Picture, picture
 from flowgrain.settings import Settings
 
 PAIRS_SHOWN = 16
+STORIES = {
+    "g2rpo": "From one anchor trajectory every stochastic step fans out into branches that differ in that step's noise alone; "
+    "each branch is finished at every granularity and scored.",
+    "tempflow_grpo": "From one trunk every step fans out into branches that differ in that step's noise alone.",
+    "densegrpo": "Every state of a trajectory is finished without noise; a step earns what this look gained or lost. The image is "
+    "the look after the step.",
+    "branchgrpo": "The tree splits at several steps; an edge is worth the mean of the images below it.",
+    "diffusionnft": "The images of a group are compared with each other; no step of the sampler is trained.",
+    "flow_grpo": "The trajectories of a group are compared by their final images; every trained step of one has the same advantage "
+    "and is shown once.",
+}
 
 Lines = list[dict[str, Any]]
 
@@ -32,22 +44,26 @@ def write_report(folder: Path) -> Path:
     evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("step-*.json"))]
     saved = yaml.safe_load((folder / "run.yaml").read_text())
     trees = [read_tree(path) for path in sorted((folder / "images").glob("tree-*.json"))]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("flowgrain.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html").render(
+    page = template("report.html").render(
         s=s,
         saved=saved,
         summary=summary(s, lines, evaluations),
-        curves=curves(s, lines, evaluations),
+        curves=curves(s, lines, evaluations) + calibration_curves(folder),
         pairs=pairs(folder, evaluations),
         failures=failures(evaluations),
         trees=trees,
+        tree_story=STORIES.get(s.method, STORIES["flow_grpo"]),
         settings=s.model_dump(mode="json"),
         steps_done=lines[-1]["step"] if lines else 0,
     )
     write_atomically(folder / "report.html", page)
     return folder / "report.html"
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template."""
+    loader = jinja2.PackageLoader("flowgrain.report")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,10 @@ def summary(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> lis
     trained = [line for line in lines if line["step"] > 0]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
-        for name in s.rewards:
-            before, after = (np.array(e["scores"][name]) for e in (first, last))
+        for name in _common(evaluations, s.rewards):
+            before, after = (
+                np.array(e["scores"][name])[: min(len(e["scores"][name]) for e in (first, last))] for e in (first, last)
+            )
             mean, low, high = interval(after - before)
             facts.append(
                 Fact(
@@ -104,7 +122,7 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
         axes.legend()
 
     def held_out(axes: Axes) -> None:
-        for name in s.rewards:
+        for name in _common(evaluations, s.rewards):
             points = [interval(np.array(e["scores"][name])) for e in evaluations]
             steps = [e["step"] for e in evaluations]
             (line,) = axes.plot(steps, [p[0] for p in points], "o-", lw=2, ms=4, label=name)
@@ -113,7 +131,7 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
         axes.legend()
 
     def others(axes: Axes) -> None:
-        for name in (n for n in evaluations[0]["scores"] if n not in s.rewards):
+        for name in (n for n in _common(evaluations, evaluations[0]["scores"]) if n not in s.rewards):
             points = np.array([interval(np.array(e["scores"][name])) for e in evaluations])
             spread = np.nanstd(np.array(evaluations[0]["scores"][name])) or 1
             axes.plot([e["step"] for e in evaluations], (points[:, 0] - points[0, 0]) / spread, "o-", lw=2, ms=4, label=name)
@@ -133,6 +151,31 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
     if trained and any(line["grad_norm"] > 0 for line in trained):
         drawn.append(("Gradient", picture(health)))
     return drawn
+
+
+def calibration_curves(folder: Path) -> list[tuple[str, Picture]]:
+    """Where the run calibrated its noise: psi before and after, and how the shares of gains and losses moved."""
+    if not (folder / "calibration.json").exists():
+        return []
+    found = json.loads((folder / "calibration.json").read_text())
+    first, last = found["rounds"][0], found["rounds"][-1]
+
+    def psi(axes: Axes) -> None:
+        axes.plot(first["psi"], "o--", lw=1.5, ms=4, label="before (Flow-SDE)")
+        axes.plot(found["psi"], "o-", lw=2, ms=4, label="calibrated")
+        axes.set(xlabel="step of the grid", ylabel="noise strength psi", yscale="log")
+        axes.legend()
+
+    def balance(axes: Axes) -> None:
+        for when, style in ((first, "--"), (last, "-")):
+            name = "first round" if when is first else "last round"
+            axes.plot(when["gained"], style, color=PALETTE[2], lw=2, label=f"gained, {name}")
+            axes.plot(when["lost"], style, color=PALETTE[4], lw=2, label=f"lost, {name}")
+        axes.set(xlabel="step of the grid", ylabel="share of trajectories", ylim=(0, 1))
+        axes.legend(fontsize=8)
+
+    rounds = len(found["rounds"])
+    return [(f"Calibrated noise, {rounds} rounds", picture(psi)), ("Reward gained or lost at each step", picture(balance))]
 
 
 def _smooth(values: np.ndarray, window: int = 9) -> np.ndarray:
@@ -156,14 +199,14 @@ def pairs(folder: Path, evaluations: list[dict[str, Any]]) -> list[Pair]:
     if len(evaluations) < 2:
         return []
     first, last = evaluations[0], evaluations[-1]
-    tiles = [_tiles(folder / "images" / f"evaluation-{e['step']:06d}.png", 8) for e in (first, last)]
-    shown = min(PAIRS_SHOWN, len(first["prompts"]), len(tiles[0]))
+    sheets = [tiles(folder / "images" / f"evaluation-{e['step']:06d}.png", 8) for e in (first, last)]
+    shown = min(PAIRS_SHOWN, *(len(e["prompts"]) for e in (first, last)), *map(len, sheets))
     return [
         Pair(
             first["prompts"][i],
-            _data_uri(tiles[0][i]),
-            _data_uri(tiles[1][i]),
-            [(name, first["scores"][name][i], last["scores"][name][i]) for name in first["scores"]],
+            data_uri(sheets[0][i]),
+            data_uri(sheets[1][i]),
+            [(name, first["scores"][name][i], last["scores"][name][i]) for name in _common([first, last], first["scores"])],
         )
         for i in range(shown)
     ]
@@ -174,7 +217,12 @@ def failures(evaluations: list[dict[str, Any]]) -> list[tuple[str, float, float]
     if len(evaluations) < 2:
         return []
     first, last = evaluations[0]["failures"], evaluations[-1]["failures"]
-    return [(kind, first[kind], last[kind]) for kind in first]
+    return [(kind, first[kind], last[kind]) for kind in first if kind in last]
+
+
+def _common(evaluations: list[dict[str, Any]], names: Iterable[str]) -> list[str]:
+    """Those of `names` that every evaluation has: a resumed run may have been given other rewards."""
+    return [name for name in names if all(name in e["scores"] for e in evaluations)]
 
 
 @dataclass(frozen=True)
@@ -216,10 +264,10 @@ class TreePicture:
 def read_tree(path: Path) -> TreePicture:
     """The kept tree at `path`, arranged for the eye: for each grid step the branches with images, rewards and advantage."""
     table = json.loads(path.read_text())
-    tiles = _tiles(path.with_suffix(".png"), 16)
+    sheet = tiles(path.with_suffix(".png"), 16)
     leaves, parent, level = table["leaves"], table["parent"], table["level"]
     shot = {
-        leaf: Shot(_data_uri(tiles[i]), [(name, values[i]) for name, values in table["rewards"].items()])
+        leaf: Shot(data_uri(sheet[i]), [(name, values[i]) for name, values in table["rewards"].items()])
         for i, leaf in enumerate(leaves)
     }
     trained = set(table["edges"])
@@ -238,9 +286,17 @@ def read_tree(path: Path) -> TreePicture:
             shots[edge].append((channel, shot[leaf]))
         if not above[leaf]:
             anchor = shot[leaf]
+    looks = any(channel > 0 and channel == table["num_steps"] for channel in table["channel"])  # a channel a level: DenseGRPO
     steps: dict[int, list[Branch]] = {}
     for edge, advantage in zip(table["edges"], table["advantage"], strict=True):
-        steps.setdefault(level[parent[edge]], []).append(Branch(advantage, sorted(shots[edge], key=lambda pair: pair[0])))
+        below = [pair for pair in shots[edge] if not looks or pair[0] == level[edge]]
+        steps.setdefault(level[parent[edge]], []).append(Branch(advantage, sorted(below, key=lambda pair: pair[0])))
+    told: set[tuple[tuple[float, tuple[str, ...]], ...]] = set()
+    for index, branches in sorted(steps.items()):
+        story = tuple(sorted((b.advantage, tuple(shot.image for _, shot in b.shots)) for b in branches))
+        if story in told:  # the steps of plain trajectories all say the same
+            del steps[index]
+        told.add(story)
     return TreePicture(
         step=table["step"],
         prompt=table["prompt"],
@@ -251,7 +307,7 @@ def read_tree(path: Path) -> TreePicture:
     )
 
 
-def _tiles(path: Path, columns: int) -> list[Image.Image]:
+def tiles(path: Path, columns: int) -> list[Image.Image]:
     """The square tiles of a contact sheet, row by row."""
     sheet = Image.open(path).convert("RGB")
     size = sheet.width // columns
@@ -259,7 +315,7 @@ def _tiles(path: Path, columns: int) -> list[Image.Image]:
     return [sheet.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r in range(rows) for c in range(columns)]
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     """An image as a PNG that the page carries in itself."""
     file = io.BytesIO()
     image.save(file, format="png", optimize=True)
