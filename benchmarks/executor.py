@@ -18,7 +18,7 @@ import torch
 from flowgrain import recipe
 from flowgrain.algorithms import build, plan_tree
 from flowgrain.backbones import take
-from flowgrain.cli import keep_memory
+from flowgrain.process import keep_memory
 from flowgrain.prompts import keyed_noise
 from flowgrain.rollout import rollout
 from flowgrain.sde import ODE, FlowSDE, Step

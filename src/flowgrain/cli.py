@@ -1,12 +1,8 @@
 """The command line: flowgrain train | plan | evaluate | sample | report | compare."""
 
-import ctypes
 import json
-import logging
 import os
-import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flowgrain.process import keep_memory, quieten
 from flowgrain.settings import SettingsError
 
 app = typer.Typer(
@@ -49,33 +46,6 @@ def _read_words(words: list[str] | None) -> tuple[str | None, dict[str, str]]:
     return name, changes
 
 
-def keep_memory() -> None:
-    """Tells glibc not to give memory back between steps: page faults cost several times the step where they are slow."""
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            trim_threshold, top_pad, mmap_max = -1, -2, -4  # numbers of <malloc.h>
-            libc.mallopt(trim_threshold, 2**31 - 1)
-            libc.mallopt(top_pad, 2**26)
-            libc.mallopt(mmap_max, 0)
-        except (OSError, AttributeError):
-            pass
-
-
-def _quieten() -> None:
-    """Model libraries' notes on loading small configs are not for this command's user."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("torch").setLevel(logging.ERROR)
-
-
 @app.command(no_args_is_help=False)
 def train(
     words: Words = None,
@@ -87,7 +57,7 @@ def train(
     Examples: `flowgrain train` · `flowgrain train g2rpo granularities=1,2 max_steps=40 seed=1 --out runs/two` ·
     `flowgrain train flow_grpo rewards=oracle:1,towers:0.5` · `flowgrain train --resume runs/demo max_steps=120`
     """
-    _quieten()
+    quieten()
     from flowgrain.recipes import DEFAULT, recipe
     from flowgrain.record import read_settings
     from flowgrain.train import Run
@@ -198,7 +168,7 @@ def evaluate_command(
 
     Examples: `flowgrain evaluate runs/demo --steps 10,16,20` · `flowgrain evaluate shapes eval_prompts=302 --json`
     """
-    _quieten()
+    quieten()
     from flowgrain.evaluate import interval
 
     counts = _positive_ints("--steps", steps)
@@ -242,7 +212,7 @@ def sample(
 
     Example: `flowgrain sample runs/demo --prompt "three green circles" --prompt "red square and blue circle" --out two.png`
     """
-    _quieten()
+    quieten()
     from flowgrain.record import contact_sheet, enlarged, to_pixels
 
     run = _load(target, {})
@@ -288,7 +258,7 @@ def compare(
     Examples: `flowgrain compare quick` · `flowgrain compare full --dry-run` ·
     `flowgrain compare full --methods g2rpo,densegrpo --rewards towers --seeds 1,2 --budget 20000 --out comparisons/two`
     """
-    _quieten()
+    quieten()
     from flowgrain.compare import cpu_jobs, entries, estimated_seconds, load_comparison, machine_speed, method_names, run_comparison
     from flowgrain.report.comparison import write_comparison
 

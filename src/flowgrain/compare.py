@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flowgrain import comparisons
 from flowgrain.algorithms import build, densegrpo, plan_tree, price
 from flowgrain.checkpoint import write_atomically
+from flowgrain.process import keep_memory, quieten
 from flowgrain.record import contact_sheet, describe_environment, to_pixels
 from flowgrain.settings import PAPER, IntList, Settings, SettingsError, canonical, settings
 from flowgrain.shapes.features import diversity, features, frechet, true_features
@@ -261,6 +262,8 @@ def _result_file(folder: Path, entry: Entry | str) -> Path:
 
 def _run_one(job: tuple[Entry | str, Comparison, Path]) -> tuple[str, str | None]:
     """Trains one run to its end, or goes on with it, and measures it. Returns its name and, if it stopped early, the reason."""
+    keep_memory()
+    quieten()
     entry, c, folder = job
     out = _result_file(folder, entry).parent
     first = entry if isinstance(entry, Entry) else entries(c)[0]

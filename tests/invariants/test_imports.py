@@ -6,12 +6,12 @@ from pathlib import Path
 import flowgrain
 
 ORDER = [
-    "shapes", "sde", "tree", "rollout", "credit", "objective", "settings", "window", "algorithms", "calibrate",
+    "process", "shapes", "sde", "tree", "rollout", "credit", "objective", "settings", "window", "algorithms", "calibrate",
     "backbones", "rewards", "policy", "prompts", "checkpoint", "evaluate", "record", "recipes", "forward", "train",
-    "report", "cli", "__main__",
+    "comparisons", "compare", "report", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(flowgrain.__file__).parent
-LATE = {("record", "report"), ("cli", "report"), ("backbones", "shapes"), ("rewards", "shapes")}
+LATE = {("record", "report"), ("cli", "report"), ("compare", "comparisons"), ("backbones", "shapes"), ("rewards", "shapes")}
 TYPES_ALONE = {("forward", "train")}
 
 
