@@ -1,6 +1,8 @@
 """The loop: bad input, broken rewards, LoRA, reference, guidance, exports, one's own reward."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 
 from flowgrain import Run, RunStopped, SettingsError, checkpoint, recipe
 from flowgrain.backbones.shapes import WEIGHTS, ShapesBackbone
+from flowgrain.rewards import score
 from flowgrain.settings import settings
 
 
@@ -78,6 +81,51 @@ def test_a_broken_reward_stops_the_run_with_a_checkpoint(tiny, tmp_path, reward,
     assert checkpoint.checkpoints(tmp_path / "checkpoints")
     # every sample was masked, so all advantages were 0: only weight decay may have moved the weights
     assert all(torch.allclose(p, before[name], atol=1e-6) for name, p in run.policy.trained.items())
+
+
+def test_a_reward_by_its_path(tiny, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\nnumber = 3\n")
+    monkeypatch.chdir(tmp_path)
+    s = settings({**tiny.model_dump(), "rewards": "my_rewards:bright:2"})
+    assert s.rewards == {"my_rewards:bright": 2.0}
+    assert 0 < Run(s, tmp_path / "run").step(1)["reward/my_rewards:bright"] < 1
+    for name, message in (("my_rewards:number", "cannot be called"), ("my_rewards:none", "cannot be loaded")):
+        with pytest.raises(SettingsError, match=message):
+            Run(settings({**tiny.model_dump(), "rewards": name}))
+
+
+def test_a_broken_image_gets_no_score():
+    images = torch.rand(3, 3, 32, 32)
+    images[1, 0, 0, 0] = torch.nan
+    found = score(lambda images, prompts: [1.0] * len(images), images, ["a"] * 3)
+    assert found.values.isnan().tolist() == [False, True, False]
+    assert found.failed == 1
+
+
+def test_tensorboard(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Run(settings({**tiny.model_dump(), "loggers": "tensorboard"}), tmp_path).train()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("reward/oracle")] == [1, 2]
+
+
+def test_wandb_gets_every_line(tiny, tmp_path, monkeypatch):
+    """Against a stand-in of the two calls that are made; the library itself is no dependency."""
+    logged, begun = [], {}
+    run = types.SimpleNamespace(log=lambda line, step: logged.append((step, line["loss"])))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.update(how) or run))
+    Run(settings({**tiny.model_dump(), "loggers": "wandb"}), tmp_path).train()
+    assert [step for step, _ in logged] == [1, 2]
+    assert begun["config"]["num_steps"] == 4
+
+
+def test_a_logger_that_is_missing_is_named_before_the_run_begins(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SettingsError, match="pip install wandb"):
+        Run(settings({**tiny.model_dump(), "loggers": "wandb"}), tmp_path).train()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_few_failures_are_masked_and_counted(tiny, tmp_path):

@@ -59,14 +59,20 @@ def train(
     """
     quieten()
     from flowgrain.recipes import DEFAULT, recipe
-    from flowgrain.record import read_settings
+    from flowgrain.record import read_saved, read_settings
     from flowgrain.train import Run
 
     name, changes = _read_words(words)
     if resume is not None:
         if name is not None or folder is not None:
             raise SettingsError(f"--resume {resume} already says which run; leave out {name or f'--out {folder}'}")
-        run = Run(read_settings(resume, **changes), resume)
+        s = read_settings(resume, **changes)
+        given = read_saved(resume).get("given", [])
+        if given:
+            raise SettingsError(
+                f"{resume}: this run was given its {', '.join(given)} in Python; go on with it there: Run(...).resume()"
+            )
+        run = Run(s, resume)
         for message in run.resume():
             err.print(f"[yellow]{message}; going back to step {run.steps_done}")
     else:
@@ -116,42 +122,75 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
 
     Examples: `flowgrain plan g2rpo` · `flowgrain plan g2rpo granularities=1,2 --json` · `flowgrain plan flow_grpo num_steps=8`
     """
-    from flowgrain.algorithms import build, plan_tree
+    from flowgrain.algorithms import build, plan_tree, price
     from flowgrain.recipes import DEFAULT, recipe
-    from flowgrain.tree import cost
+    from flowgrain.tree import schedule
 
     name, changes = _read_words(words)
     s = recipe(name or DEFAULT, **changes)
     method = build(s)
     tree = plan_tree(method, s)
-    price = {"method": s.method, **vars(cost(tree, len(s.rewards)))}
+    found = {"method": s.method, **vars(price(method, s))}
     if method.published_passes:
-        price["published_forward_passes"] = method.published_passes
+        found["published_forward_passes"] = method.published_passes
+    found["peak_latents"] = schedule(tree, s.rows_per_pass).num_slots
+    of_steps = [price(method, s, step).forward_passes for step in range(1, s.max_steps + 1)] if _varies(s) else []
+    if of_steps:
+        found["mean_forward_passes"] = sum(of_steps) / len(of_steps)
     if as_json:
-        typer.echo(json.dumps(price))
+        typer.echo(json.dumps(found))
         return
     from flowgrain.report.drawing import draw_tree
 
     out.print(draw_tree(tree, s))
     table = Table("per prompt", "", title=f"cost of {s.method}", title_justify="left")
-    for key, value in price.items():
+    for key, value in found.items():
         if key != "method":
-            table.add_row(key.replace("_", " "), f"{value:,}")
+            table.add_row(_MEANING.get(key, key.replace("_", " ")), f"{value:,.1f}".removesuffix(".0"))
     out.print(table)
-    total = price["forward_passes"] * s.prompts_per_step * s.max_steps
-    out.print(f"{s.prompts_per_step} prompts a step, {s.max_steps} steps: {total:,} forward passes in all", highlight=False)
+    total = (sum(of_steps) or found["forward_passes"] * s.max_steps) * s.prompts_per_step
+    out.print(
+        f"{s.prompts_per_step} prompts a step, {s.max_steps} steps: {total:,} sampling forward passes in all", highlight=False
+    )
+
+
+_MEANING = {
+    "forward_passes": "sampling forward passes",
+    "train_forward_passes": "forward passes with gradient",
+    "frozen_forward_passes": "of the update without gradient (reference, old policy)",
+    "published_forward_passes": "sampling passes as published",
+    "peak_latents": "latents held at most",
+    "mean_forward_passes": "sampling passes, mean over the run",
+}
+
+
+def _varies(s: Any) -> bool:
+    """Whether the tree of a method with a window changes from step to step."""
+    return s.window_size > 0 and s.window_schedule != "frozen"
+
+
+def _not_scored(_images: Any, prompts: list[str]) -> list[float]:
+    return [float("nan")] * len(prompts)
 
 
 def _load(target: str, changes: dict[str, str]) -> Any:
     """The run in a folder at its last good checkpoint, or a backbone as it is."""
     from flowgrain.backbones.base import BACKBONES
     from flowgrain.recipes import DEFAULT, recipe
-    from flowgrain.record import read_settings
+    from flowgrain.record import read_saved, read_settings
     from flowgrain.train import Run
 
     if target in BACKBONES:
         return Run(recipe(DEFAULT, model=target, **changes), Path("runs") / target)
-    run = Run(read_settings(Path(target), **changes), Path(target))
+    folder = Path(target)
+    s = read_settings(folder, **changes)
+    given = read_saved(folder).get("given", [])
+    if "backbone" in given:
+        raise SettingsError(
+            f"{folder}: this run was given its backbone in Python; load it there with Run(..., backbone=...).restore()"
+        )
+    # What a run was given in Python cannot be loaded here; its own rewards then show as not scored.
+    run = Run(s, folder, rewards=dict.fromkeys(s.rewards, _not_scored) if "rewards" in given else None)
     for message in run.restore():
         err.print(f"[yellow]{message}; taking step {run.steps_done}")
     return run
@@ -172,7 +211,10 @@ def evaluate_command(
     from flowgrain.evaluate import interval
 
     counts = _positive_ints("--steps", steps)
-    run = _load(target, _read_words(words)[1])
+    other, changes = _read_words(words)
+    if other is not None:
+        raise SettingsError(f"{other!r}: one run or model at a time; settings are written key=value")
+    run = _load(target, changes)
     results = []
     for count in counts:
         found = run.evaluate(count)

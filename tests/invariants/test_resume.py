@@ -1,18 +1,21 @@
 """A run that was killed and resumed is the run that never was, to the bit."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from toy import PROMPTS, Toy, red
 
 from flowgrain import checkpoint
-from flowgrain.settings import settings
-from flowgrain.train import Interrupted, Run
+from flowgrain.settings import SettingsError, settings
+from flowgrain.train import Interrupted, Run, RunStopped
 
 TIMES = ("seconds", "seconds/sample", "seconds/update")
 
@@ -22,8 +25,15 @@ def long(tiny):
     return settings({**tiny.model_dump(), "max_steps": 4, "checkpoint_every": 2, "eval_every": 2, "ema_decay": 0.9})
 
 
+def toy(s, folder):
+    return Run(s, folder, backbone=Toy(), prompts=PROMPTS, eval_prompts=PROMPTS, rewards={"red": red})
+
+
 def lines(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
+            found.append(json.loads(line))
     return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
 
 
@@ -38,8 +48,8 @@ def assert_same(a, b):
 
 
 def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
-    Run(long, tmp_path / "whole").train()
-    first = Run(long, tmp_path / "cut")
+    toy(long, tmp_path / "whole").train()
+    first = toy(long, tmp_path / "cut")
 
     def stop(metrics):
         if metrics["step"] == 3:
@@ -47,7 +57,7 @@ def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         first.train(stop)
-    again = Run(long, tmp_path / "cut")
+    again = toy(long, tmp_path / "cut")
     assert again.resume() == []
     assert again.steps_done == 2
     again.train()
@@ -57,7 +67,7 @@ def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
     data = bytearray((last / "state.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (last / "state.pt").write_bytes(data)
-    third = Run(long, tmp_path / "cut")
+    third = toy(long, tmp_path / "cut")
     (message,) = third.resume()
     assert last.name in message
     assert third.steps_done == 2
@@ -65,21 +75,27 @@ def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_sigkill_at_any_moment(long, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    Run(long, whole).train()
-    settings_file = tmp_path / "recipe.yaml"
-    settings_file.write_text(json.dumps(long.model_dump(mode="json")))
-    command = [sys.executable, "-m", "flowgrain", "train"]
+def test_sigkill_at_any_moment(tmp_path):
+    """Killed six times, wherever it is, and gone on with each time: curve and weights are the uninterrupted ones."""
+    script = Path(__file__).parent.parent / "toy_run.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, str(settings_file), "threads=1", "--out", str(cut)], env=environment)
-    deadline = time.time() + 120
-    while (time.time() < deadline and not (cut / "metrics.jsonl").exists()) or len(lines(cut)) < 4:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run([*command, "--resume", str(cut)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([sys.executable, script, whole], env=environment, check=True)
+    kills = 0
+    for delay in (0.0, 0.013, 0.06, 0.11, 0.2, 0.31):
+        process = subprocess.Popen([sys.executable, script, cut], env=environment)
+        before = len(lines(cut)) if (cut / "metrics.jsonl").exists() else 0
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:
+            if (cut / "metrics.jsonl").exists() and len(lines(cut)) not in (0, before):
+                break
+            time.sleep(0.005)
+        time.sleep(delay)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills >= 2
+    subprocess.run([sys.executable, script, cut], env=environment, check=True)
     assert_same(whole, cut)
 
 
@@ -107,3 +123,82 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.1), (4, 0.3)):
         checkpoint.save(tmp_path, step, {}, score, keep=1)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000004"]
+
+
+def test_a_command_line_run_is_killed_and_resumed(tiny, tmp_path):
+    """The same by the commands that a user types, once."""
+    settings_file, cut = tmp_path / "recipe.yaml", tmp_path / "cut"
+    settings_file.write_text(json.dumps({**tiny.model_dump(mode="json"), "max_steps": 3, "checkpoint_every": 1, "threads": 1}))
+    command = [sys.executable, "-m", "flowgrain", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(settings_file), "--out", str(cut)], env=environment)
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((cut / "metrics.jsonl").exists() and lines(cut)):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*command, "--resume", str(cut)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(cut)] == [1, 2, 3]
+
+
+def test_a_resume_keeps_its_own_learning_rate_and_refuses_another_run(long, tmp_path):
+    Run(long.model_copy(update={"max_steps": 1, "eval_every": 0}), tmp_path).train()
+    again = Run(long.model_copy(update={"learning_rate": 5e-4, "ema_decay": 0.5}), tmp_path)
+    again.resume()
+    assert again.optimizer.param_groups[0]["lr"] == 5e-4
+    assert again.policy.ema.decay == 0.5
+    for change, message in (({"seed": 3}, "seed=3"), ({"lora_rank": 2}, "lora_rank=2"), ({"ema_decay": 0.0}, "ema_decay=0")):
+        with pytest.raises(SettingsError, match=message):
+            Run(long.model_copy(update=change), tmp_path).resume()
+
+
+def test_lora_resumes_to_the_bit(long, tmp_path):
+    s = long.model_copy(update={"lora_rank": 2, "eval_every": 0, "max_steps": 3, "checkpoint_every": 1})
+    Run(s, tmp_path / "whole").train()
+    Run(s.model_copy(update={"max_steps": 2}), tmp_path / "cut").train()
+    again = Run(s, tmp_path / "cut")
+    again.resume()
+    again.train()
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_failed_reward_leaves_the_last_checkpoint_as_it_was(long, tmp_path):
+    """The step that could not be scored updates nothing, so a resume takes it again."""
+    calls = []
+
+    def failing(images, prompts):
+        calls.append(1)
+        return [float("nan") if len(calls) == 3 else float(i) for i in range(len(images))]
+
+    s = long.model_copy(update={"eval_every": 0, "checkpoint_every": 1})
+    run = Run(s, tmp_path, rewards={"mine": failing})
+    with pytest.raises(RunStopped, match="step-000002"):
+        run.train()
+    assert lines(tmp_path)[-1]["step"] == 2
+    stopped = weights(tmp_path)
+    assert all(torch.equal(p, stopped[name]) for name, p in run.policy.trained.items())
+
+
+def test_no_good_checkpoint_is_an_error_and_no_new_start(tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, None, keep=2)
+    (tmp_path / "step-000001" / "manifest.json").write_text("[]")
+    with pytest.raises(checkpoint.CheckpointError, match="no good one left"):
+        checkpoint.load_last_good(tmp_path)
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, None, keep=2)
+    (tmp_path / "step-000001").rename(tmp_path / ".old-step-000001")  # the moment between the two renames
+    (tmp_path / ".tmp-step-000001").mkdir()
+    path, state, damaged = checkpoint.load_last_good(tmp_path)
+    assert path is not None
+    assert torch.equal(state["a"], torch.ones(3))
+    assert damaged == []
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    for step, score in ((1, float("nan")), (2, 0.9), (3, 0.1)):
+        checkpoint.save(tmp_path, step, {}, score, keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000003"]

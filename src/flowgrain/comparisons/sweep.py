@@ -15,7 +15,7 @@ def comparison() -> dict[str, Any]:
         "name": "sweep",
         "rewards": {"towers": "towers"},
         "seeds": (100,),
-        "learning_rates": (1e-4, 3e-4, 1e-3),
+        "learning_rates": (3e-5, 1e-4, 3e-4, 1e-3),
         "common": {**full.COMMON, "eval_split": "validation"},
         "eval_steps": (16,),
         "curve_points": 0,

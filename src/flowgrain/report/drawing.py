@@ -60,7 +60,8 @@ def _add(drawing: Drawing, shape: Shape, line: str, sigmas: list[float]) -> None
             label = f"at {level} (sigma {sigmas[level]:.3f}) {mark}{_times(number)}" + (f" [green]{kind}[/]" if branch[1] else "")
             _add(drawing.add(label), branch, str(branch[0]), sigmas)
         if going_on is None:
-            drawing.add(line)
+            if "-" in line or "~" in line:
+                drawing.add(line)
             return
         line += ("~" if going_on[1] else "-") + str(going_on[0])
         shape = going_on
