@@ -91,7 +91,11 @@ def write_comparison(folder: Path) -> Path:
         tables=tables,
         metrics=shown,
         best={
-            (name, n, m): _best(rows, m) for name, of_steps in tables.items() for n, rows in of_steps.items() for m in shown if rows
+            (name, n, m): _best(rows, m)
+            for name, of_steps in tables.items()
+            for n, rows in of_steps.items()
+            for m in shown
+            if rows and m != "diversity"  # more of it is not better by itself: noise is diverse
         },
         curves={reward_set: curves(c, folder, reward_set) for reward_set in c.rewards},
         pictures={reward_set: pictures(c, folder, reward_set) for reward_set in c.rewards},
@@ -134,11 +138,13 @@ def _curve(out: Path, metric: str, rewards: int) -> list[tuple[float, float, flo
 
 def curves(c: Comparison, folder: Path, reward_set: str) -> list[tuple[str, Picture]]:
     """Held-out metrics while training, mean over seeds with the 95% interval, against cost and against updates."""
+    if not c.curve_points:
+        return []
     runs = _runs(c, folder, reward_set)
     drawn = []
     trained = str(c.rewards[reward_set]).split(",")
     for metric in dict.fromkeys([trained[0].split(":")[0], "oracle"]):
-        for axis, title in ((0, "units (see below)"), (1, "optimizer updates")):
+        for axis, title in ((0, "units (see above)"), (1, "optimizer updates")):
 
             def draw(axes: Axes, metric: str = metric, axis: int = axis, title: str = title) -> None:
                 for label, folders in runs.items():
