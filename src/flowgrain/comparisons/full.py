@@ -21,14 +21,15 @@ COMMON: dict[str, Any] = {
 }
 # From the base model, 40 rounds of 128 trajectories on `towers` (184,320 passes, once; not in the budget of the runs).
 PSI = (3.68, 3.61, 2.48, 1.97, 1.61, 1.34, 1.10, 0.86)
+# Learning rates: the best of 3e-5, 1e-4, 3e-4 and 1e-3 by the trained reward, one for each method (flowgrain compare sweep).
 METHODS: dict[str, dict[str, Any]] = {
-    "g2rpo": {},
-    "densegrpo": {"psi": PSI},
-    "mixgrpo": {"window_size": 2, "window_interval": 4},
-    "flow_grpo": {},
-    "dancegrpo": {},
-    "tempflow_grpo": {},
-    "diffusionnft": {},
+    "g2rpo": {"learning_rate": 3e-4},
+    "densegrpo": {"learning_rate": 3e-4, "psi": PSI},
+    "mixgrpo": {"learning_rate": 1e-4, "window_size": 2, "window_interval": 4},
+    "flow_grpo": {"learning_rate": 3e-4},
+    "dancegrpo": {"learning_rate": 1e-4},
+    "tempflow_grpo": {"learning_rate": 1e-4},
+    "diffusionnft": {"learning_rate": 3e-4},
 }
 
 
