@@ -17,7 +17,6 @@ from toy import PROMPTS, Toy, green, red
 from flowgrain import Run
 from flowgrain.algorithms import build as build_method
 from flowgrain.algorithms import price, psi_profile
-from flowgrain.forward import contrast
 from flowgrain.prompts import latent_noise
 from flowgrain.settings import PAPER, settings
 from flowgrain.window import window
@@ -536,6 +535,6 @@ def test_diffusionnft_against_the_naive_version(tmp_path, monkeypatch):
         return optimise(done)
 
     monkeypatch.setattr(run, "optimise", compare)
-    metrics = contrast(run, sampled, run.method.forward_process)
+    metrics = run._contrast(sampled, run.method.forward_process)
     assert seen[0] < 2e-3
     assert metrics["train_forward_passes"] == len(losses)

@@ -3,23 +3,27 @@
 Letters: I images, B rows of a micro-batch, *L latent.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flowgrain.backbones import take
 from flowgrain.objective import ForwardProcess
+from flowgrain.policy import Policy
 from flowgrain.prompts import latent_noise
+from flowgrain.sampled import Metrics, Sampled
 from flowgrain.sde import per_row
+from flowgrain.settings import Settings
 
-if TYPE_CHECKING:
-    from flowgrain.train import Metrics, Run, Sampled
+Optimise = Callable[[list[Tensor]], tuple[Tensor, bool]]
+"""optimise(losses) takes the optimizer step of the gradients at hand; the gradient's norm, and whether it was skipped."""
 
 
-def contrast(run: "Run", sampled: "Sampled", process: ForwardProcess) -> "Metrics":
-    """The optimizer steps of one rollout: every image at `process.times` noise levels of the sampler's grid, drawn for each."""
-    s, policy, tree = run.settings, run.policy, sampled.result.tree
+def contrast(s: Settings, policy: Policy, sigmas: Tensor, sampled: Sampled, process: ForwardProcess, optimise: Optimise) -> Metrics:
+    """The optimizer steps of one rollout: every image at `process.times` levels of the grid `sigmas` [T + 1], drawn for each."""
+    tree = sampled.result.tree
     leaves = tree.leaves
     random = np.random.default_rng([s.seed, sampled.step])
     levels = random.permuted(np.tile(np.arange(s.num_steps), (len(leaves), 1)), axis=1)[:, : process.times]  # (I, times)
@@ -39,12 +43,12 @@ def contrast(run: "Run", sampled: "Sampled", process: ForwardProcess) -> "Metric
             x0 = sampled.result.at(leaves[i]).float()  # (B, *L)
             keys = zip(i.tolist(), k.tolist(), strict=True)
             eps = torch.stack([latent_noise(x0.shape[1:], "forward", s.seed, sampled.step, *key) for key in keys]).to(x0)
-            sigma = run.sigmas[torch.from_numpy(k).to(run.device)]
+            sigma = sigmas[torch.from_numpy(k).to(policy.device)]
             x = (1 - per_row(sigma, x0)) * x0 + per_row(sigma, x0) * eps
-            cond = take(sampled.cond, torch.from_numpy(tree.prompt[leaves[i]]).to(run.device))
+            cond = take(sampled.cond, torch.from_numpy(tree.prompt[leaves[i]]).to(policy.device))
             at = (x, sigma, cond, s.guidance_scale)
             v = policy.train_velocity(*at)
-            advantage = sampled.advantage[torch.from_numpy(i)].to(run.device)
+            advantage = sampled.advantage[torch.from_numpy(i)].to(policy.device)
             loss = process.loss(v, policy.old_velocity(*at), eps - x0, sigma, advantage)
             if s.kl_weight:
                 distance = (v - policy.reference_velocity(*at)).square().flatten(1).mean(1)
@@ -54,7 +58,7 @@ def contrast(run: "Run", sampled: "Sampled", process: ForwardProcess) -> "Metric
             done.append(loss.detach())
         rows += len(image)
         losses += done
-        norm, was_skipped = run.optimise(done)
+        norm, was_skipped = optimise(done)
         norms.append(norm)
         skipped += was_skipped
     policy.drag_old(process.decay(sampled.step))

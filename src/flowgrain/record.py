@@ -204,12 +204,6 @@ class Record:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "calibration.json", json.dumps(found.as_dict()))
 
-    def report(self) -> Path:
-        """Writes report.html. Returns its path."""
-        from flowgrain.report import write_report  # matplotlib and the template are needed by no training step
-
-        return write_report(self.folder)
-
 
 def _open_logger(kind: str, folder: Path, s: Settings) -> Any:
     """A function that logs one line of metrics. Raises SettingsError if its library is not installed."""

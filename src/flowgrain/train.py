@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,17 +22,16 @@ from flowgrain.backbones import Backbone, Conditioning, load_backbone, take
 from flowgrain.calibrate import Calibration, calibrate
 from flowgrain.evaluate import Evaluation, decode, evaluate, sample
 from flowgrain.forward import contrast
-from flowgrain.objective import EdgeLoss, Edges
+from flowgrain.objective import EdgeLoss, Edges, ForwardProcess
 from flowgrain.policy import Policy, compute_device
 from flowgrain.prompts import keyed_noise, latent_noise, prompts_of_step, read_prompts
 from flowgrain.record import Record
 from flowgrain.rewards import REWARDS, Reward, Scores, load_reward, score
 from flowgrain.rollout import Noise, Rollout, rollout
+from flowgrain.sampled import Metrics, Sampled
 from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step, sigma_grid
 from flowgrain.settings import FIXED, Settings, SettingsError
 from flowgrain.tree import Ints, Tree, split_updates
-
-Metrics = dict[str, Any]
 
 
 class RunStopped(RuntimeError):
@@ -41,24 +40,6 @@ class RunStopped(RuntimeError):
 
 class Interrupted(RunStopped):
     """SIGINT or SIGTERM: the step was finished and saved."""
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What a step has before its update: the filled tree, its images [I, 3, H, W] and the scores of each reward.
-
-    advantage, weight [E] of the rows `credited`: the trained edges, or the leaves where a method trains on images.
-    """
-
-    step: int
-    prompts: list[str]
-    cond: Conditioning
-    result: Rollout
-    images: Tensor
-    scores: dict[str, Scores]
-    credited: Ints
-    advantage: Tensor
-    weight: Tensor
 
 
 class Run:
@@ -145,7 +126,7 @@ class Run:
         self._stop_if_rewards_fail(sampled)
         after_rollout = time.perf_counter()
         process = self.method.forward_process
-        metrics = self.update(sampled) if process is None else contrast(self, sampled, process)
+        metrics = self.update(sampled) if process is None else self._contrast(sampled, process)
         now = time.perf_counter()
         tree, result = sampled.result.tree, sampled.result
         for name, scores in sampled.scores.items():
@@ -249,6 +230,9 @@ class Run:
             metrics["kl"] = float(every["kl"].mean())
         return metrics
 
+    def _contrast(self, sampled: Sampled, process: ForwardProcess) -> Metrics:
+        return contrast(self.settings, self.policy, self.sigmas, sampled, process, self.optimise)
+
     def optimise(self, losses: list[Tensor]) -> tuple[Tensor, bool]:
         """Takes the optimizer step of the gradients at hand unless they or `losses` are not finite. Returns norm and if skipped."""
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), self.settings.max_grad_norm)
@@ -315,7 +299,7 @@ class Run:
             with self._signals():
                 self._train(progress)
             self.export()
-            self.record.report()
+            self.report()
         except OSError as error:
             raise RunStopped(
                 f"{self._saved(None)}: {error}; free some space or mend the disk, then resume with {self._resume()}"
@@ -453,6 +437,12 @@ class Run:
         return self.out / "export"
 
     # ------------------------------------------------------------------ looking at it
+
+    def report(self) -> Path:
+        """Writes report.html. Returns its path."""
+        from flowgrain.report import write_report  # matplotlib and the template are needed by no training step
+
+        return write_report(self.out)
 
     def evaluate(self, num_steps: int | None = None, prompts: Sequence[str] | None = None) -> Evaluation:
         """Scores an image of each of `prompts` at `num_steps` ODE steps, by every reward.
