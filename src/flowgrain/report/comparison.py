@@ -4,7 +4,7 @@ Letters: S seeds, R finished runs.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def table(c: Comparison, found: Sequence[Mapping[str, Any]], reward_set: str, nu
 
 
 def write_comparison(folder: Path) -> Path:
-    """Writes comparison.json and comparison.html into `folder` from its finished runs. Raises SettingsError if there is none."""
+    """Writes comparison.json, .md and .html into `folder` from its finished runs. Raises SettingsError if there is none."""
     c, found = load(folder), results(folder)
     base = next((r for r in found if r["label"] == BASE), None)
     tables = {
@@ -85,6 +85,7 @@ def write_comparison(folder: Path) -> Path:
     plain = {name: {str(n): [vars(row) for row in rows] for n, rows in of_steps.items()} for name, of_steps in tables.items()}
     write_atomically(folder / "comparison.json", json.dumps({"base": base, "tables": plain}, indent=1))
     shown = sorted({metric for r in found for of_steps in r["steps"].values() for metric in of_steps if "/" not in metric})
+    write_atomically(folder / "comparison.md", "".join(markdown(base, tables, shown)))
     page = template("comparison.html").render(
         c=c,
         base=base,
@@ -106,13 +107,35 @@ def write_comparison(folder: Path) -> Path:
     return folder / "comparison.html"
 
 
+def markdown(
+    base: Mapping[str, Any] | None, tables: Mapping[str, Mapping[int, list[Row]]], metrics: Sequence[str]
+) -> Iterator[str]:
+    """The tables as text: mean ± half of the 95% interval, and in brackets the interval of the difference to the first method."""
+    for reward_set, of_steps in tables.items():
+        for num_steps, rows in of_steps.items():
+            yield f"Trained on {reward_set}, {num_steps} inference steps\n\n"
+            yield f"| method | seeds | {' | '.join(metrics)} | updates |\n|{'---|' * (len(metrics) + 3)}\n"
+            if base is not None:
+                before = [f"{base['steps'][str(num_steps)][m]:.3f}" for m in metrics]
+                yield f"| base | | {' | '.join(before)} | |\n"
+            for row in rows:
+                cells = []
+                for m in metrics:
+                    mean, low, high = row.metrics[m]
+                    cell = f"{mean:.3f}" + (f" ± {(high - low) / 2:.3f}" if row.seeds > 1 else "")
+                    _, low, high = row.against_first[m]
+                    cells.append(cell + (f" [{low:+.3f}, {high:+.3f}]" if row.seeds > 1 and row.label != rows[0].label else ""))
+                yield f"| {row.label} | {row.seeds} | {' | '.join(cells)} | {row.updates:.0f} |\n"
+            yield "\n"
+
+
 def _best(rows: Sequence[Row], metric: str) -> str:
     """The method with the best mean of `metric`."""
     sign = -1 if metric in SMALLER_IS_BETTER else 1
     return max(rows, key=lambda row: sign * row.metrics[metric][0]).label
 
 
-def _runs(c: Comparison, folder: Path, reward_set: str) -> dict[str, list[Path]]:
+def finished_runs(c: Comparison, folder: Path, reward_set: str) -> dict[str, list[Path]]:
     """The folders of finished runs on `reward_set`, by method."""
     found: dict[str, list[Path]] = {}
     for entry in entries(c):
@@ -122,7 +145,7 @@ def _runs(c: Comparison, folder: Path, reward_set: str) -> dict[str, list[Path]]
     return found
 
 
-def _curve(out: Path, metric: str, rewards: int) -> list[tuple[float, float, float]]:
+def curve_of(out: Path, metric: str, rewards: int) -> list[tuple[float, float, float]]:
     """(units spent, updates done, value) at every evaluation of a run."""
     units = updates = 0.0
     points = []
@@ -140,7 +163,7 @@ def curves(c: Comparison, folder: Path, reward_set: str) -> list[tuple[str, Pict
     """Held-out metrics while training, mean over seeds with the 95% interval, against cost and against updates."""
     if not c.curve_points:
         return []
-    runs = _runs(c, folder, reward_set)
+    runs = finished_runs(c, folder, reward_set)
     drawn = []
     trained = str(c.rewards[reward_set]).split(",")
     for metric in dict.fromkeys([trained[0].split(":")[0], "oracle"]):
@@ -148,7 +171,7 @@ def curves(c: Comparison, folder: Path, reward_set: str) -> list[tuple[str, Pict
 
             def draw(axes: Axes, metric: str = metric, axis: int = axis, title: str = title) -> None:
                 for label, folders in runs.items():
-                    each = [_curve(out, metric, len(trained)) for out in folders]
+                    each = [curve_of(out, metric, len(trained)) for out in folders]
                     length = min(map(len, each))
                     if not length:
                         continue
@@ -171,7 +194,7 @@ def pictures(c: Comparison, folder: Path, reward_set: str) -> tuple[list[str], l
     rows = []
     num_steps = 16 if 16 in c.eval_steps else c.eval_steps[0]
     base = folder / "runs" / BASE
-    for label, out in [(BASE, base), *((label, found[0]) for label, found in _runs(c, folder, reward_set).items())]:
+    for label, out in [(BASE, base), *((label, found[0]) for label, found in finished_runs(c, folder, reward_set).items())]:
         if (out / f"pictures-{num_steps}.png").exists():
             rows.append((label, [data_uri(tile) for tile in tiles(out / f"pictures-{num_steps}.png", 8)]))
             prompts = prompts or json.loads((out / "result.json").read_text()).get("prompts", [])

@@ -142,6 +142,18 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
         axes.plot([line["step"] for line in trained], [line["grad_norm"] for line in trained], lw=1.5)
         axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
 
+    def held_back(axes: Axes) -> None:
+        steps = [line["step"] for line in trained]
+        for key, name in (("clip_fraction", "all updates"), ("clip_fraction/later_updates", "off-policy updates")):
+            if key in trained[-1]:
+                axes.plot(steps, [line[key] for line in trained], lw=1.5, label=name)
+        axes.set(xlabel="step", ylabel="share of edges held by the clip", ylim=(0, 1))
+        axes.legend()
+
+    def distance(axes: Axes) -> None:
+        axes.plot([line["step"] for line in trained], [line["kl"] for line in trained], lw=1.5)
+        axes.set(xlabel="step", ylabel="KL to the reference, per dimension")
+
     if trained:
         drawn.append(("Reward while training", picture(rewards)))
     if evaluations:
@@ -150,6 +162,10 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
             drawn.append(("Rewards that were not trained", picture(others)))
     if trained and any(line["grad_norm"] > 0 for line in trained):
         drawn.append(("Gradient", picture(health)))
+    if any(line.get("clip_fraction", 0) > 0 for line in trained):
+        drawn.append(("Clip", picture(held_back)))
+    if trained and all("kl" in line for line in trained):
+        drawn.append(("Distance", picture(distance)))
     return drawn
 
 

@@ -81,7 +81,10 @@ class PreferenceModel(nn.Module):
 
 
 class Preference:
-    """Bradley-Terry score of a small model trained on pairs of images of one prompt; unbounded, about -5 to 5."""
+    """Bradley-Terry score of a small model trained on pairs of images of one prompt; unbounded; only differences mean something.
+
+    True renderings score -13.9 on average, those of another prompt -18.8.
+    """
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
         self.model = PreferenceModel().eval().requires_grad_(False)
