@@ -1,13 +1,16 @@
-# make demo | test | lint | types | bench | weights
+# make demo | compare | test | lint | types | bench | weights
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 export MALLOC_MMAP_MAX_ ?= 0
 
-.PHONY: demo test lint types unit bench weights
+.PHONY: demo compare test lint types unit bench weights
 demo: .venv/ready
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+compare: .venv/ready
+	$(BIN)/flowgrain compare quick
 
 test: lint types unit
 
@@ -29,6 +32,7 @@ weights: .venv/ready
 	$(BIN)/python scripts/train_base.py
 	$(BIN)/python scripts/train_rewards.py towers
 	$(BIN)/python scripts/train_rewards.py preference --steps 1500
+	$(BIN)/python scripts/train_features.py
 
 # Torch first, pinned: whichever build your pip is set up for (on Linux without a GPU, point pip at PyTorch's CPU builds).
 .venv/ready: pyproject.toml constraints.txt

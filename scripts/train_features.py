@@ -1,6 +1,6 @@
 """Trains the net whose features measure image quality and diversity: it counts the things of every kind in a scene.
 
-python scripts/train_features.py [--steps 2000] [--out src/flowgrain/shapes/weights]
+python scripts/train_features.py [--steps 1500] [--out src/flowgrain/shapes/weights]
 """
 
 import argparse
@@ -31,7 +31,7 @@ def scenes(rng: np.random.Generator, count: int) -> tuple[list[Scene], torch.Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -300,7 +300,7 @@ def read_tree(path: Path) -> TreePicture:
     for leaf, channel in zip(table["image"], table["channel"], strict=True):
         for edge in above[leaf]:
             shots[edge].append((channel, shot[leaf]))
-        if not above[leaf]:
+        if not above[leaf] and channel == 0 and table["num_steps"] not in table["channel"]:
             anchor = shot[leaf]
     looks = any(channel > 0 and channel == table["num_steps"] for channel in table["channel"])  # a channel a level: DenseGRPO
     steps: dict[int, list[Branch]] = {}
