@@ -204,7 +204,7 @@ def test_export_loads_in_plain_diffusers(tiny, tmp_path, rank):
     folder = run.export()
     if rank:
         plain = SD3Transformer2DModel.from_pretrained(WEIGHTS / "transformer")
-        plain.load_lora_adapter(str(folder / "lora"), prefix=None, use_safetensors=True)
+        plain.load_lora_adapter(str(folder / "lora"), prefix="transformer", use_safetensors=True)
     else:
         plain = SD3Transformer2DModel.from_pretrained(folder / "transformer")
     backbone = ShapesBackbone.load()

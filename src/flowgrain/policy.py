@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from flowgrain.backbones import Backbone, Conditioning
 from flowgrain.settings import Settings, SettingsError
+
+_LORA_METADATA = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")  # what loaders need beside the weights
 
 
 def compute_device(setting: str) -> torch.device:
@@ -45,7 +47,9 @@ class Policy:
         self.dtype = compute_dtype(s.dtype, device)
         self.lora = s.lora_rank > 0
         backbone.to(device)
-        self.transformer = backbone.transformer.float().eval()  # eval: no dropout, or the ratio would not be 1
+        # Trained weights are fp32; under LoRA the frozen rest may be as coarse as the computation. No dropout, or the ratio
+        # would not be 1.
+        self.transformer = backbone.transformer.to(self.dtype if self.lora else torch.float32).eval()
         if self.lora:
             self.transformer.requires_grad_(False)
             adapter = LoraConfig(
@@ -57,6 +61,9 @@ class Policy:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(s.seed)
                 self.transformer.add_adapter(adapter)
+            for parameter in self.transformer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         else:
             self.transformer.requires_grad_(True)
         self.trained = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
@@ -66,7 +73,7 @@ class Policy:
         needs_copy = s.kl_weight > 0 and not self.lora
         self.frozen = copy.deepcopy(self.transformer).requires_grad_(False) if needs_copy else None
         self.sampler = self.transformer
-        if self.dtype != torch.float32:
+        if self.dtype != torch.float32 and not self.lora:
             self.sampler = copy.deepcopy(self.transformer).requires_grad_(False).to(self.dtype)
         self.old = copy.deepcopy(self.transformer).requires_grad_(False) if keep_old else None
         self.unconditional: Conditioning = {}
@@ -91,7 +98,8 @@ class Policy:
     @torch.no_grad()
     def sample_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         """v [B, *L] without gradient, in the sampling dtype."""
-        return self.velocity(self.sampler, x.to(self.dtype), sigma, cond, guidance)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.lora and self.dtype != torch.float32):
+            return self.velocity(self.sampler, x.to(self.dtype), sigma, cond, guidance)
 
     def train_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         """v [B, *L] with gradient where grad is enabled, in fp32 or under autocast."""
@@ -181,12 +189,17 @@ class Policy:
         self.refresh()
 
     def export(self, folder: Path) -> None:
-        """Writes `folder`/transformer for diffusers' from_pretrained, or `folder`/lora for load_lora_adapter; EMA weights."""
+        """Writes `folder`/transformer for diffusers' from_pretrained, or `folder`/lora for load_lora_weights; EMA weights."""
         aside = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(aside, ignore_errors=True)
         with self.averaged():
             if self.lora:
-                self.transformer.save_lora_adapter(aside / "lora")
+                config = self.transformer.peft_config["default"].to_dict()
+                self.backbone.lora_format.save_lora_weights(
+                    aside / "lora",
+                    transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+                    transformer_lora_adapter_metadata={k: v for k, v in config.items() if k in _LORA_METADATA},
+                )
             else:
                 self.transformer.save_pretrained(aside / "transformer")
         shutil.rmtree(folder, ignore_errors=True)

@@ -138,12 +138,27 @@ class Settings(BaseModel):
 
     name: str = Field("run", min_length=1, pattern=r"^[\w.+-]+$", description="the run's folder is runs/<name>")
     method: str = Field("g2rpo", description=", ".join(PAPER))
-    model: str = Field("shapes", description="the backbone; shapes is bundled")
+    model: str = Field("shapes", description="the backbone: shapes (bundled), sd3 (SD3 and SD3.5), flux (FLUX.1)")
+    weights: str | None = Field(None, description="folder or hub name of a diffusers pipeline")
+    revision: str | None = Field(None, description="of a hub name")
+    height: int = Field(512, ge=8, description="pixels")
+    width: int = Field(512, ge=8, description="pixels")
+    max_prompt_tokens: int = Field(256, ge=1, description="length to which prompts are encoded")
+    t5: bool = Field(True, description="SD3: encode with T5 too; without it prompts have CLIP's 77 tokens")
+    long_prompts: Literal["refuse", "cut"] = Field("refuse", description="what becomes of a prompt with more tokens")
+    embedding_cache: str | None = Field(None, description="folder in which prompt embeddings are kept for the next run")
+    vae_tiling: bool = Field(False, description="decode large images piece by piece")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    attention_backend: str | None = Field(None, description="as diffusers names them: native, flash, ...")
     seed: int = Field(0, ge=0, description="all randomness of the run follows from it")
 
     # the grid and the tree
     num_steps: int = Field(16, ge=2, le=1000, description="T, sampling steps while training")
-    shift: float = Field(3.0, gt=0, description="timestep shift of the noise grid")
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        3.0, description="timestep shift of the noise grid; auto: as the model's own pipeline computes it"
+    )
     group_size: int = Field(12, ge=2, description="G, samples that are compared with each other")
     sde_steps: IntList | None = Field(None, description="M, grid indices with noise and training; default: see the method")
     granularities: IntList = Field((1,), description="Lambda, strides at which every branch is finished")
@@ -244,6 +259,11 @@ class Settings(BaseModel):
         if value != "per_step" and int(value) < 1:
             raise ValueError("must be at least 1, or per_step")
         return value
+
+    @property
+    def known_shift(self) -> float:
+        """The shift as a number. Before the model is loaded, 3 stands for auto: what a plan costs does not depend on it."""
+        return 3.0 if self.shift == "auto" else self.shift
 
     @field_validator("look_steps")
     @classmethod

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowgrain import algorithms, checkpoint, credit
 from flowgrain.algorithms import Method, plan_tree
-from flowgrain.backbones import Backbone, Conditioning, load_backbone, take
+from flowgrain.backbones import Backbone, Conditioning, Source, load_backbone, take
 from flowgrain.calibrate import Calibration, calibrate
 from flowgrain.evaluate import Evaluation, decode, evaluate, sample
 from flowgrain.forward import contrast
@@ -71,14 +71,16 @@ class Run:
         if s.threads:
             torch.set_num_threads(s.threads)
         self.out = Path(out) if out is not None else Path("runs") / s.name
-        self.method = method or algorithms.build(s)
         try:
-            self.backbone = backbone or load_backbone(s.model)
+            self.backbone = backbone or load_backbone(_source(s))
             self.rewards = dict(rewards) if rewards is not None else {name: load_reward(name) for name in s.rewards}
             others = s.eval_rewards if s.eval_rewards is not None else (REWARDS if s.model == "shapes" else ())
             self.eval_rewards = {**self.rewards, **{n: load_reward(n) for n in others if n not in self.rewards}}
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        if s.shift == "auto":  # from here on a number, which run.yaml then records
+            self.settings = s = s.model_copy(update={"shift": self.backbone.natural_shift()})
+        self.method = method or algorithms.build(s)
         self.prompts = self._prompts("prompts", prompts, s.prompts, "train")
         self.eval_prompts = self._prompts("eval_prompts_file", eval_prompts, s.eval_prompts_file, s.eval_split)
         self.device = compute_device(s.device)
@@ -86,7 +88,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.policy.trained.values(), lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay
         )
-        self.sigmas = sigma_grid(s.num_steps, s.shift).to(self.device)
+        self.sigmas = sigma_grid(s.num_steps, s.known_shift).to(self.device)
         self.steps_done = 0
         self.skipped_in_a_row = 0
         own = {"rewards": rewards, "prompts": prompts, "eval_prompts": eval_prompts, "method": method, "backbone": backbone}
@@ -458,7 +460,7 @@ class Run:
             prompts,
             self.eval_rewards,
             num_steps=num_steps or s.eval_num_steps,
-            shift=s.shift,
+            shift=s.known_shift,
             guidance=self.eval_guidance,
             rows_per_pass=s.rows_per_pass,
             reward_batch=s.reward_batch,
@@ -477,10 +479,17 @@ class Run:
             self.backbone.check(prompt)
         noise = torch.stack([latent_noise(self.backbone.latent_shape, "sample", seed, i) for i in range(len(prompts))])
         with self.policy.averaged():
-            return sample(self.policy, prompts, noise, num_steps or s.eval_num_steps, s.shift, self.eval_guidance, s.rows_per_pass)
+            return sample(
+                self.policy, prompts, noise, num_steps or s.eval_num_steps, s.known_shift, self.eval_guidance, s.rows_per_pass
+            )
 
     def _evaluate_and_keep(self, step: int) -> Metrics:
         evaluation = self.evaluate()
         self.record.keep_evaluation(step, evaluation)
         metrics: Metrics = {f"eval/{name}": value for name, value in evaluation.means().items()}
         return metrics | {f"eval/failures/{kind}": share for kind, share in evaluation.failures.items()}
+
+
+def _source(s: Settings) -> Source:
+    """Where the settings say the model comes from."""
+    return Source(**{field.name: getattr(s, field.name) for field in fields(Source)})

@@ -1,7 +1,9 @@
 """The contract of a backbone. Shapes: B rows, *L latent, H x W pixels."""
 
+import difflib
 import importlib
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,29 @@ from torch import Tensor, nn
 Conditioning = dict[str, Tensor]
 """What a prompt becomes for the model: tensors by name, a row a prompt."""
 
-BACKBONES = {"shapes": "flowgrain.backbones.shapes:ShapesBackbone"}
+BACKBONES = {
+    "shapes": "flowgrain.backbones.shapes:ShapesBackbone",
+    "sd3": "flowgrain.backbones.sd3:SD3Backbone",
+    "flux": "flowgrain.backbones.flux:FluxBackbone",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from and how it is set up; the fields are those of the settings."""
+
+    model: str
+    weights: str | None = None
+    revision: str | None = None
+    height: int = 512
+    width: int = 512
+    max_prompt_tokens: int = 256
+    t5: bool = True
+    long_prompts: Literal["refuse", "cut"] = "refuse"
+    embedding_cache: str | None = None
+    vae_tiling: bool = False
+    gradient_checkpointing: bool = False
+    attention_backend: str | None = None
 
 
 class Backbone(Protocol):
@@ -21,8 +45,14 @@ class Backbone(Protocol):
     """*L of one image."""
     lora_targets: list[str]
     """Names of the layers that take LoRA, as peft matches them."""
+    lora_format: type
+    """The diffusers mixin whose save_lora_weights and load_lora_weights the model's LoRA files follow."""
     embedded_guidance: bool
     """Whether the model takes the guidance scale as an input, "guidance" [B] in its conditioning (FLUX), instead of true CFG."""
+
+    def natural_shift(self) -> float:
+        """The timestep shift that the model's own pipeline uses at this size."""
+        ...
 
     def to(self, device: torch.device) -> None:
         """Moves every part to `device`."""
@@ -54,10 +84,12 @@ def take(cond: Conditioning, rows: Tensor) -> Conditioning:
     return {name: value[rows] for name, value in cond.items()}
 
 
-def load_backbone(name: str) -> Backbone:
-    """The backbone `name`, with its weights. Raises ValueError naming the known ones."""
-    if name not in BACKBONES:
-        raise ValueError(f"model={name!r} is not a known backbone; known: {', '.join(BACKBONES)}")
-    module, attribute = BACKBONES[name].split(":")
-    backbone: Backbone = getattr(importlib.import_module(module), attribute).load()
+def load_backbone(source: Source) -> Backbone:
+    """The backbone of `source`, with its weights. Raises ValueError naming the known ones, or the setting that is wrong."""
+    if source.model not in BACKBONES:
+        near = difflib.get_close_matches(source.model, BACKBONES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(BACKBONES)}"
+        raise ValueError(f"model={source.model!r} is not a known backbone; {hint}")
+    module, attribute = BACKBONES[source.model].split(":")
+    backbone: Backbone = getattr(importlib.import_module(module), attribute).load(source)
     return backbone

@@ -4,15 +4,17 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel
+from diffusers.loaders import SD3LoraLoaderMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flowgrain.backbones.base import Conditioning
+from flowgrain.backbones.base import Conditioning, Source
 from flowgrain.shapes import grammar
 from flowgrain.shapes.grammar import MAX_WORDS, VOCABULARY, tokenize
 
 WEIGHTS = Path(__file__).parent.parent / "shapes" / "weights"
 WIDTH = 64
+BUNDLED = Source("shapes")
 
 
 class WordTable(nn.Module):
@@ -49,6 +51,7 @@ class ShapesBackbone:
 
     latent_shape = (4, 8, 8)
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    lora_format = SD3LoraLoaderMixin
     embedded_guidance = False
 
     def __init__(self, transformer: SD3Transformer2DModel, words: WordTable, vae: AutoencoderTiny) -> None:
@@ -57,8 +60,11 @@ class ShapesBackbone:
         self.vae = vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     @classmethod
-    def load(cls, folder: Path = WEIGHTS) -> "ShapesBackbone":
+    def load(cls, source: Source = BUNDLED) -> "ShapesBackbone":
         """The bundled weights, or those of another folder with the same three parts."""
+        folder = Path(source.weights) if source.weights else WEIGHTS
+        if not (folder / "words.safetensors").exists():
+            raise ValueError(f"weights={folder}: there is no words.safetensors; leave it out for the bundled model")
         words = WordTable()
         words.load_state_dict(load_file(folder / "words.safetensors"))
         transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
@@ -74,6 +80,9 @@ class ShapesBackbone:
     def to(self, device: torch.device) -> None:
         for part in (self.transformer, self.words, self.vae):
             part.to(device)
+
+    def natural_shift(self) -> float:
+        return 3.0
 
     def check(self, prompt: str) -> None:
         tokenize(prompt)

@@ -21,7 +21,7 @@ def draw_tree(tree: Tree, s: Settings) -> Drawing:
     for row in range(len(tree) - 1, -1, -1):
         below = tuple(sorted(shapes[child] for child in children[row]))
         shapes[row] = (int(tree.level[row]), bool(tree.stochastic[row]), bool(tree.trained[row]), row in images, below)
-    sigmas = sigma_grid(s.num_steps, s.shift)
+    sigmas = sigma_grid(s.num_steps, s.known_shift)
     drawing = Drawing(f"[bold]{s.method}[/]  T={s.num_steps}   ~ noise   - ODE   # image   (grid index of every state)")
     roots = [shapes[row] for row in children[ROOT]]
     for shape, number in _count(roots):

@@ -1,0 +1,58 @@
+"""Stable Diffusion 3 and 3.5: true CFG, up to three text encoders. Latents [16, h, w]."""
+
+from typing import Any
+
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from flowgrain.backbones.base import Conditioning
+from flowgrain.backbones.pipeline import PipelineBackbone
+
+
+class SD3Backbone(PipelineBackbone):
+    """See `Backbone`."""
+
+    pipeline = lora_format = StableDiffusion3Pipeline
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    embedded_guidance = False
+    # The layers that Flow-GRPO adapts.
+    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        scale = self.pipe.vae_scale_factor
+        return self.transformer.config.in_channels, self.source.height // scale, self.source.width // scale
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers, to shard or compile one by one."""
+        return list(self.transformer.transformer_blocks)
+
+    def _load_tokenizer(self) -> Any:
+        for part in (
+            ("tokenizer_3", "tokenizer") if self.source.t5 else ("tokenizer",)
+        ):  # T5 is optional; without it CLIP's 77 tokens are all there is
+            try:
+                return AutoTokenizer.from_pretrained(self.source.weights, subfolder=part, revision=self.source.revision)
+            except (OSError, ValueError):
+                continue
+        return None
+
+    def _encode(self, pipe: Any, prompts: list[str]) -> Conditioning:
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.source.max_prompt_tokens
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return transformer(
+            hidden_states=x,
+            timestep=1000 * sigma,
+            encoder_hidden_states=cond["embeds"].to(x.dtype),
+            pooled_projections=cond["pooled"].to(x.dtype),
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._decode_grid(latents)

@@ -1,0 +1,172 @@
+"""The real backbones on tiny twins: parity with diffusers' own pipelines, embeddings that are kept, training, export, errors."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import twins
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
+
+from flowgrain import Run, SettingsError
+from flowgrain.backbones import Source, load_backbone
+from flowgrain.settings import settings
+
+PROMPTS = ["a red cat", "two blue dogs", "a green bird", "seven trees"]
+PIPELINES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
+SIZE = {"height": 32, "width": 48, "max_prompt_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("twins")
+    twins.sd3(root / "sd3")
+    twins.sd3(root / "sd3-no-t5", with_t5=False)
+    twins.flux(root / "flux")
+    twins.flux(root / "schnell", guidance=False)
+    return root
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3)) + 0.1 * images[:, 0].std((1, 2))
+
+
+def run_of(model, weights, tmp_path, **changes):
+    values = {
+        "model": model, "weights": str(weights), "num_steps": 4, "group_size": 3, "granularities": (1, 2), "prompts_per_step": 2,
+        "max_steps": 2, "eval_num_steps": 3, "eval_prompts": 2, "learning_rate": 1e-2, "guidance_scale": 3.5, **SIZE, **changes,
+    }  # fmt: skip
+    return Run(settings(values), tmp_path, prompts=PROMPTS, eval_prompts=PROMPTS[:2], rewards={"brightness": brightness})
+
+
+def latents_of(run, count):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, *run.backbone.latent_shape, generator=generator)
+
+
+def images_of_pipeline(pipe, run, noise, num_steps, guidance, prompts):
+    """The pipeline's own images from our noise on our grid: it applies the shift itself."""
+    pipe.set_progress_bar_config(disable=True)
+    sigmas = np.linspace(1, 1 / num_steps, num_steps).tolist()
+    found = pipe(
+        prompts, height=run.settings.height, width=run.settings.width, latents=noise, sigmas=sigmas, num_inference_steps=num_steps,
+        guidance_scale=guidance, max_sequence_length=run.settings.max_prompt_tokens, output_type="pt",
+    )  # fmt: skip
+    return found.images
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "guidance"),
+    [("sd3", "sd3", 4.5), ("sd3", "sd3", 1.0), ("sd3", "sd3-no-t5", 3.0), ("flux", "flux", 3.5), ("flux", "schnell", 1.0)],
+)
+def test_our_images_are_the_pipelines(folders, tmp_path, model, weights, guidance):
+    """fp32, 1e-4: the pipeline rounds timesteps to 1000 sigma in fp32, we hand the model sigma itself."""
+    from flowgrain.evaluate import sample
+
+    run = run_of(model, folders / weights, tmp_path, shift="auto", guidance_scale=guidance)
+    noise = latents_of(run, 2)
+    ours = sample(run.policy, PROMPTS[:2], noise, 5, run.settings.shift, guidance, 8)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if weights == "sd3-no-t5" else {}  # from_pretrained wants to be told
+    pipe = PIPELINES[model].from_pretrained(folders / weights, **absent)
+    theirs = images_of_pipeline(pipe, run, noise, 5, guidance, PROMPTS[:2])
+    assert ours.shape == theirs.shape == (2, 3, 32, 48)
+    assert ours.std() > 0.01
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("model", "weights"), [("sd3", "sd3"), ("flux", "flux")])
+def test_the_natural_shift_is_the_schedulers(folders, model, weights):
+    from flowgrain.sde import sigma_grid
+
+    backbone = load_backbone(Source(model, str(folders / weights), **SIZE))
+    scheduler = backbone.pipe.scheduler
+    mu = None
+    if scheduler.config.use_dynamic_shifting:
+        slope = (1.15 - 0.5) / (4096 - 256)
+        mu = 0.5 + slope * (backbone.sequence_length - 256)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist(), mu=mu)
+    torch.testing.assert_close(sigma_grid(6, backbone.natural_shift()), scheduler.sigmas, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("model", "weights"), [("sd3", "sd3"), ("flux", "flux")])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_resume_and_export(folders, tmp_path, model, weights, rank):
+    """Two steps, a resume to the bit, and the export in a plain pipeline gives our images."""
+    from flowgrain.evaluate import sample
+
+    whole = run_of(model, folders / weights, tmp_path / "whole", lora_rank=rank, checkpoint_every=1)
+    lines = whole.train()
+    assert lines[0]["ratio/max"] == 1
+    assert lines[0]["grad_norm"] > 0
+    run_of(model, folders / weights, tmp_path / "cut", lora_rank=rank, checkpoint_every=1, max_steps=1).train()
+    again = run_of(model, folders / weights, tmp_path / "cut", lora_rank=rank, checkpoint_every=1)
+    again.resume()
+    again.train()
+    for name, parameter in whole.policy.trained.items():
+        assert torch.equal(parameter, again.policy.trained[name]), name
+
+    noise = latents_of(whole, 2)
+    ours = sample(whole.policy, PROMPTS[:2], noise, 4, 3.0, 3.5, 8)
+    pipe = PIPELINES[model].from_pretrained(folders / weights)
+    pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "use_dynamic_shifting": False, "shift": 3.0})
+    before = images_of_pipeline(pipe, whole, noise, 4, 3.5, PROMPTS[:2])
+    if rank:
+        pipe.load_lora_weights(str(tmp_path / "whole" / "export" / "lora"))
+    else:
+        pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path / "whole" / "export" / "transformer")
+    theirs = images_of_pipeline(pipe, whole, noise, 4, 3.5, PROMPTS[:2])
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert (before - theirs).abs().max() > 1e-3
+
+
+def test_embeddings_are_kept_and_the_encoders_stay_away(folders, tmp_path, monkeypatch, caplog):
+    source = Source("flux", str(folders / "flux"), embedding_cache=str(tmp_path / "cache"), **SIZE)
+    first = load_backbone(source).encode(PROMPTS)
+    again = load_backbone(source)
+    monkeypatch.setattr(again, "_load", lambda **_: pytest.fail("the text encoders were loaded"))
+    for name, value in again.encode(PROMPTS).items():
+        assert torch.equal(value, first[name])
+
+    damaged = load_backbone(source)
+    path = damaged.cache.path(PROMPTS[1])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        for name, value in damaged.encode(PROMPTS).items():
+            torch.testing.assert_close(value, first[name], atol=1e-5, rtol=1e-5)
+    assert str(path) in caplog.text
+    assert damaged.cache.damaged == 1
+
+    other_length = load_backbone(Source(**{**vars(source), "max_prompt_tokens": 12}))
+    assert other_length.encode(PROMPTS[:1])["embeds"].shape[1] == 12
+    config = folders / "flux" / "text_encoder_2" / "config.json"
+    config.write_text(config.read_text() + " ")  # other encoders: what is kept is stale
+    assert load_backbone(source).cache.get(PROMPTS[0]) is None
+
+
+def test_what_cannot_be_loaded(folders, tmp_path):
+    for values, message in (
+        ({"weights": ""}, "weights: model=sd3 needs them"),
+        ({"weights": str(tmp_path)}, "no model_index.json"),
+        ({"height": 30}, "height=30: sd3 takes multiples of 4; 28 or 32"),
+        ({"model": "sd4"}, "did you mean 'sd3'"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            run_of(**{"model": "sd3", "weights": folders / "sd3", "tmp_path": tmp_path, **values})
+    long = " ".join(["cat"] * 40)
+    with pytest.raises(SettingsError, match="more than max_prompt_tokens=16"):
+        Run(settings({"model": "flux", "weights": str(folders / "flux"), **SIZE}), prompts=[long], eval_prompts=PROMPTS)
+    Run(
+        settings({"model": "flux", "weights": str(folders / "flux"), "long_prompts": "cut", **SIZE}),
+        prompts=[long],
+        eval_prompts=PROMPTS,
+    )
+
+
+def test_lora_in_bf16_keeps_one_copy_and_fp32_adapters(folders, tmp_path):
+    run = run_of("flux", folders / "flux", tmp_path, lora_rank=2, dtype="bfloat16")
+    assert run.policy.sampler is run.policy.transformer
+    assert {p.dtype for p in run.policy.trained.values()} == {torch.float32}
+    assert run.policy.transformer.x_embedder.weight.dtype == torch.bfloat16
+    assert run.step(1)["ratio/max"] == 1
