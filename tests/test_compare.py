@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from flowgrain import SettingsError
+from flowgrain import RunStopped, SettingsError
 from flowgrain.compare import Comparison, entries, load_comparison, method_names, results, run_comparison
 from flowgrain.report.comparison import table, write_comparison
 from flowgrain.shapes.features import diversity, features, frechet, true_features
@@ -53,13 +53,32 @@ def test_what_cannot_be_compared():
     with pytest.raises(SettingsError, match="mixgrpoo: method='mixgrpoo' does not exist; did you mean 'mixgrpo'"):
         entries(small(methods={"mixgrpoo": {}}))
     with pytest.raises(SettingsError, match="did you mean 'g2rpo'"):
-        method_names("g2rp")
+        method_names("g2rp", "quick")
     with pytest.raises(SettingsError, match="stands there twice"):
-        method_names("g2rpo,G2RPO")
+        method_names("g2rpo,G2RPO", "quick")
     with pytest.raises(SettingsError, match="did you mean 'quick'"):
         load_comparison("quik", {})
+    with pytest.raises(SettingsError, match="seed=3: a comparison sets this"):
+        entries(small(override={"seed": 3}))
     with pytest.raises(SettingsError, match="budget"):
         load_comparison("quick", {"budget": -1})
+
+
+def test_the_command_line_comes_last_and_the_methods_keep_their_own():
+    chosen = method_names("mixgrpo,densegrpo", "full")
+    assert chosen["mixgrpo"]["window_size"] == 2
+    assert "psi" in chosen["densegrpo"]
+    c = load_comparison("full", {"methods": chosen, "override": {"learning_rate": "0.5"}})
+    assert {e.settings.learning_rate for e in entries(c)} == {0.5}
+
+
+def test_a_broken_reward_is_no_result(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def broken(images, prompts):\n    raise OSError('gone')\n")
+    monkeypatch.chdir(tmp_path)
+    c = small(rewards={"mine": "mine:broken"}, seeds=(1,), methods={"mixgrpo": {"window_size": 1}})
+    with pytest.raises(RunStopped, match="gone"):
+        run_comparison(c, tmp_path / "out")
+    assert [r["label"] for r in results(tmp_path / "out")] == ["base"]
 
 
 def test_bundled_comparisons_can_be_planned():
@@ -93,7 +112,18 @@ def test_a_killed_comparison_goes_on(tmp_path):
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in cut.glob("runs/*/result.json")}
     assert 2 <= len(finished) < 5
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    in_two = [*words[:-3], "2", *words[-2:]]
+    process = subprocess.Popen(in_two, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and len(list(cut.glob("runs/*/metrics.jsonl"))) <= len(finished):
+        time.sleep(0.05)
+    with pytest.raises(SettingsError, match="another process works on this comparison"):
+        run_comparison(c, cut)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, told
+    assert "the same command goes on from here" in told
+    done = subprocess.run(in_two, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())  # they were not run again
     for entry in entries(c):
@@ -108,7 +138,7 @@ def test_a_killed_comparison_goes_on(tmp_path):
     assert [row.label for row in rows] == ["g2rpo", "mixgrpo"]
     runs = {(r["label"], r["seed"]): r["steps"]["3"]["oracle"] for r in results(whole) if r["seed"]}
     expected = np.mean([runs["mixgrpo", seed] - runs["g2rpo", seed] for seed in (1, 2)])
-    assert rows[1].against_first["oracle"][0] == pytest.approx(expected)
+    assert rows[1].against["oracle"][0] == pytest.approx(expected)
     assert rows[0].seeds == 2
     page = write_comparison(whole).read_text()
     for word in ("mixgrpo", "frechet", "diversity", "data:image/png"):

@@ -389,7 +389,7 @@ def test_against_the_naive_version(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", PAPER)
 def test_executed_is_priced_and_the_first_ratio_is_one(method, tmp_path):
     """At the paper's own setting, but for few prompts: what runs is what `price` said, and the policy starts on-policy."""
-    own = {"calibration_rounds": 0} if method == "densegrpo" else {}
+    own = {"calibration_rounds": 1, "calibration_samples": 2} if method == "densegrpo" else {}
     values = {"method": method, "prompts_per_step": P, "learning_rate": 1e-3, "eval_rewards": (), "updates_per_rollout": 1, **own}
     run = Run(settings(values), tmp_path, backbone=Toy(), prompts=PROMPTS, eval_prompts=PROMPTS, rewards={"red": red})
     for step in (1, 2):

@@ -107,7 +107,7 @@ def g2rpo(s: Settings) -> Method:
 
 def densegrpo(s: Settings) -> Method:
     """DenseGRPO (arXiv 2601.20218): trajectories with an ODE look from every state; a step earns what its look gained."""
-    steps = _steps(s, s.num_steps)
+    steps = _steps(s, s.num_steps - (s.noise == "cps"))  # CPS leaves no noise at sigma = 0
     looked = {k + after for k in steps for after in ((0, 1) if s.dense_reward == "gain" else (1,))}
 
     def plan(tree: Planner, step: int) -> None:

@@ -14,7 +14,7 @@ from flowgrain.algorithms import densegrpo, plan_tree, psi_profile
 from flowgrain.credit import gains
 from flowgrain.sde import CalibratedSDE, Kernel
 from flowgrain.settings import Settings
-from flowgrain.tree import Tree, cost
+from flowgrain.tree import Cost, Tree, cost
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def calibrate(s: Settings, grow: Grow) -> Calibration:
     |#gained - #lost| / N < calibration_balance: the printed |#gained - #lost| < 2 is not scale-free and drives psi to 0
     (DenseGRPO section 4.2; docs/densegrpo.md).
     """
-    one = s.model_copy(update={"group_size": 1, "dense_reward": "gain"})
-    tree = plan_tree(densegrpo(one), one).repeat(s.calibration_samples)
+    tree = _tree(s)
     step_of_edge = tree.level[tree.parent[tree.edges]]
     psi = np.array(psi_profile(s))
     rounds = []
@@ -63,8 +62,27 @@ def calibrate(s: Settings, grow: Grow) -> Calibration:
         towards = np.where(np.abs(gained - lost) < s.calibration_balance, 1.0, -1.0)
         moved = np.isin(np.arange(s.num_steps), step_of_edge)
         psi = np.where(moved, np.maximum(psi + towards * s.calibration_step, s.calibration_step), psi)
-    price = cost(tree)
-    return Calibration(psi.tolist(), rounds, len(rounds) * price.forward_passes, len(rounds) * price.decodes)
+    price = calibration_price(s)
+    return Calibration(psi.tolist(), rounds, price.forward_passes, price.decodes)
+
+
+def needs_calibration(s: Settings) -> bool:
+    """Whether a run of these settings finds its psi before the first step."""
+    return s.noise == "calibrated_sde" and s.psi is None
+
+
+def calibration_price(s: Settings) -> Cost:
+    """What the calibration of a run costs; nothing where there is none."""
+    if not needs_calibration(s):
+        return Cost(0, 0, 0, 0, 0)
+    once, n = cost(_tree(s), len(s.rewards)), s.calibration_rounds
+    return Cost(n * once.forward_passes, 0, n * once.decodes, n * once.reward_calls, 0)
+
+
+def _tree(s: Settings) -> Tree:
+    """The trees of one round: a trajectory with looks for each prompt."""
+    one = s.model_copy(update={"group_size": 1, "dense_reward": "gain"})
+    return plan_tree(densegrpo(one), one).repeat(s.calibration_samples)
 
 
 def _share_by_step(test: Tensor, step_of_edge: np.ndarray, num_steps: int) -> np.ndarray:

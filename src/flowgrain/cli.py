@@ -1,5 +1,6 @@
 """The command line: flowgrain train | plan | evaluate | sample | report | compare."""
 
+import contextlib
 import json
 import os
 import time
@@ -123,6 +124,7 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
     Examples: `flowgrain plan g2rpo` · `flowgrain plan g2rpo granularities=1,2 --json` · `flowgrain plan flow_grpo num_steps=8`
     """
     from flowgrain.algorithms import build, plan_tree, price
+    from flowgrain.calibrate import calibration_price
     from flowgrain.recipes import DEFAULT, recipe
     from flowgrain.tree import schedule
 
@@ -134,6 +136,9 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
     if method.published_passes:
         found["published_forward_passes"] = method.published_passes
     found["peak_latents"] = schedule(tree, s.rows_per_pass).num_slots
+    calibration = calibration_price(s).forward_passes
+    if calibration:
+        found["calibration_forward_passes"] = calibration
     of_steps = [price(method, s, step).forward_passes for step in range(1, s.max_steps + 1)] if _varies(s) else []
     if of_steps:
         found["mean_forward_passes"] = sum(of_steps) / len(of_steps)
@@ -161,6 +166,7 @@ _MEANING = {
     "published_forward_passes": "sampling passes as published",
     "peak_latents": "latents held at most",
     "mean_forward_passes": "sampling passes, mean over the run",
+    "calibration_forward_passes": "once a run, not a prompt: calibration",
 }
 
 
@@ -272,10 +278,12 @@ def sample(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
-    """Report: (re)draws report.html of a run, finished or not. Example: `flowgrain report runs/demo`"""
+    """Report: (re)draws the page of a run or a comparison, finished or not. Example: `flowgrain report runs/demo`"""
     from flowgrain.report import write_report
+    from flowgrain.report.comparison import write_comparison
 
-    out.print(f"wrote {write_report(folder)}", highlight=False)
+    write = write_comparison if (folder / "comparison.yaml").exists() else write_report
+    out.print(f"wrote {write(folder)}", highlight=False)
 
 
 @app.command()
@@ -298,17 +306,18 @@ def compare(
     """Compare: methods x reward sets x seeds at equal budget, one table and one page. The same command goes on after a stop.
 
     Examples: `flowgrain compare quick` · `flowgrain compare full --dry-run` ·
-    `flowgrain compare full --methods g2rpo,densegrpo --rewards towers --seeds 1,2 --budget 20000 --out comparisons/two`
+    `flowgrain compare full --methods g2rpo,densegrpo --rewards towers --seeds 1,2 --budget 40000 --out comparisons/two`
     """
     quieten()
     from flowgrain.compare import cpu_jobs, entries, estimated_seconds, load_comparison, machine_speed, method_names, run_comparison
     from flowgrain.report.comparison import write_comparison
+    from flowgrain.train import RunStopped
 
     name, common = _read_words(words)
-    given = {"seeds": seeds, "budget": budget, "unit": unit, "common": common}
+    given = {"seeds": seeds, "budget": budget, "unit": unit, "override": common}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if methods is not None:
-        changes["methods"] = method_names(methods)
+        changes["methods"] = method_names(methods, name or "quick")
     if rewards:
         if len(set(rewards)) < len(rewards):
             raise SettingsError(f"--rewards {' --rewards '.join(rewards)}: one stands there twice; two runs cannot have one name")
@@ -336,7 +345,13 @@ def compare(
             "run", "rollouts", "units", "evaluation passes", "about", title=f"{c.name}: {len(planned)} runs", title_justify="left"
         )
         for e, t in zip(planned, seconds, strict=True):
-            table.add_row(e.name, f"{e.settings.max_steps:,}", f"{e.units:,.0f}", f"{e.evaluation_passes:,}", f"{t / 60:.1f} min")
+            table.add_row(
+                e.name,
+                "-" if e.settings.max_seconds else f"{e.settings.max_steps:,}",
+                f"{e.units:,.0f}",
+                f"{e.evaluation_passes:,}",
+                f"{t / 60:.1f} min",
+            )
         out.print(table)
         total = f"in all {sum(e.units for e in planned):,.0f} units"
         out.print(f"{total}; about {sum(seconds) / jobs / 60:.0f} minutes with {jobs} processes on this machine", highlight=False)
@@ -347,7 +362,12 @@ def compare(
     def show(state: Any, finished: str) -> None:
         err.print(f"{state.done}/{state.total} {finished} [{time.perf_counter() - begin:.0f} s]", highlight=False, markup=False)
 
-    state = run_comparison(c, folder, jobs, show)
+    try:
+        state = run_comparison(c, folder, jobs, show)
+    except RunStopped:
+        with contextlib.suppress(SettingsError):  # nothing may be finished yet
+            err.print(f"so far: {write_comparison(folder)}", highlight=False)
+        raise
     for run_name, reason in state.stopped.items():
         err.print(f"{run_name} stopped early: {reason}", highlight=False, markup=False)
     out.print(f"open {write_comparison(folder)}", highlight=False)

@@ -4,15 +4,18 @@ Letters: R runs (method x reward set x seed), S seeds, P prompts.
 """
 
 import concurrent.futures
+import contextlib
 import difflib
+import fcntl
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import pkgutil
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,22 +26,28 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowgrain import comparisons
-from flowgrain.algorithms import build, densegrpo, plan_tree, price
+from flowgrain.algorithms import build, plan_tree, price
+from flowgrain.calibrate import calibration_price
 from flowgrain.checkpoint import write_atomically
+from flowgrain.comparisons import full
 from flowgrain.process import keep_memory, quieten
 from flowgrain.record import contact_sheet, describe_environment, to_pixels
+from flowgrain.sampled import Metrics
 from flowgrain.settings import PAPER, IntList, Settings, SettingsError, canonical, settings
 from flowgrain.shapes.features import diversity, features, frechet, true_features
-from flowgrain.train import Interrupted, Run, RunStopped
-from flowgrain.tree import cost
+from flowgrain.train import Diverged, Interrupted, Run, RunStopped
+from flowgrain.tree import Cost, Tree, split_updates
 
 BASE = "base"
+RESERVED = {"name", "method", "seed", "rewards", "max_steps", "max_seconds", "eval_every", "checkpoint_every"}
 SHOWN = 8  # pictures kept of a run
 _MANY = 10**6
 
 
 class Comparison(BaseModel):
-    """What is compared. Every run is a method's settings with `common` and its own changes, one reward set and one seed.
+    """What is compared: methods x reward sets x seeds. A run has `common` settings, its method's own, and `override`.
+
+    baselines says for a method which other its differences are taken to; for the rest it is the first.
 
     Example: Comparison(name="two", methods={"g2rpo": {}, "g2rpo {1}": {"method": "g2rpo", "granularities": 1}},
     rewards={"towers": "towers"}, seeds=(1, 2), budget=20000)
@@ -53,6 +62,8 @@ class Comparison(BaseModel):
     budget: float = Field(gt=0)
     unit: Literal["passes", "updates", "seconds"] = "passes"
     common: dict[str, Any] = {}
+    override: dict[str, Any] = {}
+    baselines: dict[str, str] = {}
     learning_rates: tuple[float, ...] = ()
     eval_steps: IntList = (10, 16, 20)
     eval_prompts: int = Field(256, ge=2)
@@ -96,32 +107,40 @@ def load_comparison(name: str, changes: Mapping[str, Any]) -> Comparison:
             f"COMPARISON={name}: there is none; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
         )
     try:
-        return Comparison(**{**values, **changes, "common": {**values.get("common", {}), **changes.get("common", {})}})
+        return Comparison(**{**values, **changes})
     except ValidationError as error:
         raise SettingsError(
             "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
         ) from None
 
 
-def method_names(text: str) -> dict[str, dict[str, Any]]:
-    """Methods as they are written on the command line, g2rpo,mixgrpo. Raises SettingsError for an unknown or a repeated one."""
+def method_names(text: str, comparison: str) -> dict[str, dict[str, Any]]:
+    """Methods as they are written on the command line, g2rpo,mixgrpo, with what `comparison` sets for them.
+
+    Raises SettingsError for an unknown or a repeated one.
+    """
+    own = load_comparison(comparison, {}).methods
+    own = {**full.METHODS, **own} if comparison in ("quick", "sweep") else own
     chosen: dict[str, dict[str, Any]] = {}
     for word in text.split(","):
-        name = canonical(word.strip())
-        if name not in PAPER:
-            near = difflib.get_close_matches(name, PAPER, n=1, cutoff=0.5)
-            raise SettingsError(
-                f"--methods {word}: no such method; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PAPER)}")
-            )
+        name = word.strip() if word.strip() in own else canonical(word.strip())
+        if name not in PAPER and name not in own:
+            near = difflib.get_close_matches(name, [*PAPER, *own], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PAPER)}"
+            raise SettingsError(f"--methods {word}: no such method; {hint}")
         if name in chosen:
             raise SettingsError(f"--methods {text}: {name} stands there twice; two runs cannot have one name")
-        chosen[name] = {}
+        chosen[name] = own.get(name, {})
     return chosen
 
 
 def entries(c: Comparison) -> list[Entry]:
     """Every run of the comparison, priced by its plan. Raises SettingsError for settings that cannot be, two runs of one name,
     or a budget that does not pay for one rollout."""
+    for key in c.override.keys() & RESERVED:
+        raise SettingsError(
+            f"{key}={c.override[key]}: a comparison sets this for each run; use --methods, --rewards, --seeds or --budget"
+        )
     variants = {label: {"method": label, **own} for label, own in c.methods.items()}
     if c.learning_rates:
         variants = {
@@ -131,16 +150,8 @@ def entries(c: Comparison) -> list[Entry]:
     # Seeds outermost: a comparison that is stopped early has all methods on the first seeds.
     for seed, (reward_set, rewards), (label, own) in itertools.product(c.seeds, c.rewards.items(), variants.items()):
         try:
-            s = settings(
-                {
-                    "eval_rewards": ("oracle", "towers", "preference"),
-                    "threads": 1,
-                    **c.common,
-                    **own,
-                    "rewards": rewards,
-                    "seed": seed,
-                }
-            )
+            usual = {"eval_rewards": ("oracle", "towers", "preference"), "threads": 1}
+            s = settings({**usual, **c.common, **own, **c.override, "rewards": rewards, "seed": seed})
         except SettingsError as error:
             raise SettingsError(f"{label}: {error}") from error
         found.append(_priced(c, label, reward_set, s))
@@ -153,43 +164,40 @@ def entries(c: Comparison) -> list[Entry]:
 
 def _priced(c: Comparison, label: str, reward_set: str, s: Settings) -> Entry:
     """`s` with the number of steps that the budget pays for, and what they cost."""
-    method = build(s)
-    units = passes = 0.0
-    if s.noise == "calibrated_sde" and s.psi is None and s.calibration_rounds:
-        one = s.model_copy(update={"group_size": 1})
-        calibration = cost(plan_tree(densegrpo(one), one), len(s.rewards))
-        units += calibration.units * s.calibration_samples * s.calibration_rounds
-        passes += calibration.forward_passes * s.calibration_samples * s.calibration_rounds
-    steps, updates, each = 0, 0, 0.0
-    prices: dict[bytes, Any] = {}
-    while steps < s.max_steps if c.unit == "seconds" else True:
+    method, before = build(s), calibration_price(s)
+    units, passes = before.units, float(before.forward_passes)
+    steps = updates = 0
+    prices: dict[Tree, tuple[Cost, int]] = {}
+    while c.unit != "seconds" or steps < s.max_steps:
         tree = plan_tree(method, s, steps + 1)
-        key = tree.parent.tobytes() + tree.trained.tobytes()
-        if key not in prices:
-            prices[key] = price(method, s, steps + 1)
-        each = prices[key].units * s.prompts_per_step
-        spent = {"passes": units + each, "updates": updates + _updates(s), "seconds": 0}[c.unit]
+        if tree not in prices:
+            shares = (
+                int(s.updates_per_rollout)
+                if method.forward_process
+                else len(split_updates(tree.repeat(s.prompts_per_step), s.updates_per_rollout))
+            )
+            prices[tree] = price(method, s, steps + 1), shares
+        found, of_step = prices[tree]
+        each = found.units * s.prompts_per_step
+        spent = {"passes": units + each, "updates": updates + of_step, "seconds": 0}[c.unit]
         if spent > c.budget:
+            if not steps:
+                needed = spent if c.unit == "passes" else of_step
+                raise SettingsError(f"budget={c.budget:g}: too small for one rollout of {label}; it needs {needed:,.0f} {c.unit}")
             break
-        steps, units, updates = steps + 1, units + each, updates + _updates(s)
-        p = prices[key]
-        passes += (p.forward_passes + 3 * p.train_forward_passes + p.frozen_forward_passes) * s.prompts_per_step
-    if steps == 0:
-        needed = units + each if c.unit == "passes" else _updates(s)
-        raise SettingsError(f"budget={c.budget:g}: too small for one rollout of {label}; it needs {needed:,.0f} {c.unit}")
+        steps, units, updates = steps + 1, units + each, updates + of_step
+        passes += (found.forward_passes + 3 * found.train_forward_passes + found.frozen_forward_passes) * s.prompts_per_step
     values = {"max_steps": _MANY, "max_seconds": c.budget} if c.unit == "seconds" else {"max_steps": steps}
     every = max(1, steps // c.curve_points) if c.curve_points else 0
     s = settings({**s.model_dump(), **values, "name": "run", "eval_every": every, "checkpoint_every": max(1, steps // 4)})
-    evaluation = s.eval_prompts * s.eval_num_steps * (c.curve_points + 1) + c.eval_prompts * c.images_per_prompt * sum(c.eval_steps)
+    evaluations = 1 + -(-steps // every) if every else 0
+    evaluation = s.eval_prompts * s.eval_num_steps * evaluations + c.eval_prompts * c.images_per_prompt * sum(c.eval_steps)
     return Entry(label, reward_set, s, units, passes, evaluation)
 
 
-def _updates(s: Settings) -> int:
-    """Optimizer steps of one rollout."""
-    return len(s.sde_steps or range(s.num_steps // 2)) if s.updates_per_rollout == "per_step" else int(s.updates_per_rollout)
-
-
 # ---------------------------------------------------------------------- running
+
+Job = tuple[Entry | str, Comparison, Path]
 
 
 @dataclass
@@ -204,41 +212,111 @@ class Progress:
 def run_comparison(c: Comparison, folder: Path, jobs: int = 1, progress: Callable[[Progress, str], None] | None = None) -> Progress:
     """Runs what is not finished yet, `jobs` at a time, and leaves a result.json in each run's folder.
 
-    Raises SettingsError if `folder` holds another comparison, Interrupted on SIGINT or SIGTERM; the same call goes on from there.
+    Raises SettingsError if `folder` holds another comparison or another process works on it, Interrupted on SIGINT or SIGTERM,
+    RunStopped at the end if runs could not go on (a broken reward, a full disk). The same call goes on from there.
     """
     todo = entries(c)
     _claim(c, folder)
-    state = Progress(len(todo) + 1)
+    state, failed = Progress(len(todo) + 1), dict[str, str]()
     pending = []
-    for job in [("base", c, folder), *((entry, c, folder) for entry in todo)]:
+    for job in [(BASE, c, folder), *((entry, c, folder) for entry in todo)]:
         if _result_file(folder, job[0]).exists():
             state.done += 1
         else:
             pending.append(job)
-    if jobs == 1:
-        for job in pending:
-            _note(state, *_run_one(job), progress)
-        return state
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+
+    def note(name: str, stopped: str | None, failure: str | None) -> None:
+        if failure is not None:
+            failed[name] = failure
+            return
+        state.done += 1
+        if stopped:
+            state.stopped[name] = stopped
+        if progress is not None:
+            progress(state, name)
+
+    with _alone(folder):
         try:
-            for finished in concurrent.futures.as_completed([pool.submit(_run_one, job) for job in pending]):
-                _note(state, *finished.result(), progress)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)
+            if jobs == 1:
+                for job in pending:
+                    note(*_run_one(job))
+            else:
+                _run_in_processes(pending, jobs, note)
+        except (Interrupted, KeyboardInterrupt):
             raise Interrupted(f"{state.done} of {state.total} runs are done; the same command goes on from here") from None
-        except Interrupted:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    if failed:
+        told = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise RunStopped(f"{len(failed)} of {state.total} runs could not go on; the same command tries them again. {told}")
     return state
 
 
-def _note(state: Progress, name: str, stopped: str | None, progress: Callable[[Progress, str], None] | None) -> None:
-    state.done += 1
-    if stopped:
-        state.stopped[name] = stopped
-    if progress is not None:
-        progress(state, name)
+def _run_in_processes(pending: list[Job], jobs: int, note: Callable[[str, str | None, str | None], None]) -> None:
+    """Works through `pending`, `jobs` at a time. Raises KeyboardInterrupt once every process has saved and stopped."""
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    stop = context.Event()
+
+    def ask(*_: object) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(stop,)) as pool:
+            queue, running = list(pending), set[concurrent.futures.Future[tuple[str, str | None, str | None]]]()
+            while (queue and not stop.is_set()) or running:
+                while queue and len(running) < jobs and not stop.is_set():
+                    running.add(pool.submit(_run_one, queue.pop(0)))
+                finished, running = concurrent.futures.wait(running, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in finished:
+                    try:
+                        note(*future.result())
+                    except Interrupted:
+                        stop.set()
+                    except concurrent.futures.BrokenExecutor as error:
+                        raise RunStopped(
+                            f"a process of the comparison died ({error}); the same command goes on from here"
+                        ) from error
+                    except BaseException:
+                        stop.set()
+                        raise
+        if stop.is_set():
+            raise KeyboardInterrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_stop: Any = None
+_parent = 0
+
+
+def _begin_worker(stop: Any) -> None:
+    global _stop, _parent
+    _stop, _parent = stop, os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+
+
+def _watch() -> Callable[[Metrics], None]:
+    """To be called after every training step: stops the run, once, if the comparison is stopping or is no longer there."""
+    asked = False
+
+    def stop_if_asked(_metrics: Metrics) -> None:
+        nonlocal asked
+        if not asked and _stop is not None and (_stop.is_set() or os.getppid() != _parent):
+            asked = True  # a second signal would end the process before it has saved
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop_if_asked
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process works on `folder`. Raises SettingsError if one does."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SettingsError(f"{folder}: another process works on this comparison; wait for it, or give another --out") from None
+        yield
 
 
 def _claim(c: Comparison, folder: Path) -> None:
@@ -260,47 +338,60 @@ def _result_file(folder: Path, entry: Entry | str) -> Path:
     return folder / "runs" / (entry if isinstance(entry, str) else entry.name) / "result.json"
 
 
-def _run_one(job: tuple[Entry | str, Comparison, Path]) -> tuple[str, str | None]:
-    """Trains one run to its end, or goes on with it, and measures it. Returns its name and, if it stopped early, the reason."""
+def _run_one(job: Job) -> tuple[str, str | None, str | None]:
+    """Trains one run to its end, or goes on with it, and measures it.
+
+    Returns its name, the reason if its training diverged (which is a result), and the reason if it could not be finished.
+    """
     keep_memory()
     quieten()
     entry, c, folder = job
     out = _result_file(folder, entry).parent
-    first = entry if isinstance(entry, Entry) else entries(c)[0]
-    run = Run(first.settings, out)
-    stopped = None
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    result: dict[str, Any] = {"label": BASE, "reward_set": None, "seed": None, "stopped": None, "steps": {}}
     if isinstance(entry, Entry):
+        run = Run(entry.settings, out)
         run.resume()
+        diverged = out / "diverged.txt"
         try:
-            run.train()
+            if not diverged.exists():
+                run.train(_watch())
         except Interrupted:
             raise
+        except Diverged as error:
+            write_atomically(diverged, str(error))
         except RunStopped as error:
-            stopped = str(error)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
-    result: dict[str, Any] = {"label": BASE, "reward_set": None, "seed": None, "stopped": stopped, "steps": {}}
-    result["prompts"] = run.eval_prompts[:SHOWN]
-    if isinstance(entry, Entry):
+            return out.name, None, str(error)
+        begin = time.perf_counter()
         lines = [line for line in run.record.read() if line["step"] > 0]
+        before = calibration_price(entry.settings)
         result |= {
             "label": entry.label,
             "reward_set": entry.reward_set,
             "seed": entry.settings.seed,
+            "stopped": diverged.read_text() if diverged.exists() else None,
             "learning_rate": entry.settings.learning_rate,
-            "units": entry.units,
+            "units": before.units + sum(units_of_step(line, len(entry.settings.rewards)) for line in lines),
             "rollouts": len(lines),
             "updates": sum(line["updates"] for line in lines),
             "seconds": sum(line["seconds"] for line in lines),
         }
+    else:
+        run = Run(entries(c)[0].settings, out)
+    result["prompts"] = run.eval_prompts[:SHOWN]
     for num_steps in c.eval_steps:
-        result["steps"][str(num_steps)] = measure(
-            run, num_steps, c.eval_prompts, c.images_per_prompt, out / f"pictures-{num_steps}.png"
-        )
+        found = measure(run, num_steps, c.eval_prompts, c.images_per_prompt, out / f"pictures-{num_steps}.png")
+        result["steps"][str(num_steps)] = found
     result["seconds/measure"] = time.perf_counter() - begin
     write_atomically(out / "result.json", json.dumps(result))
-    return out.name, stopped
+    return out.name, result["stopped"], None
+
+
+def units_of_step(line: Mapping[str, Any], rewards: int) -> float:
+    """What a line of metrics.jsonl cost, in the units of tree.Cost."""
+    passes = line["forward_passes"] + 3 * line["train_forward_passes"] + line["frozen_forward_passes"]
+    return float(passes + line["decodes"] * (1 + rewards))
 
 
 def measure(run: Run, num_steps: int, prompts: int, per_prompt: int, pictures: Path) -> dict[str, float]:

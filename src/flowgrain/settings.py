@@ -64,7 +64,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "anchor_image": ("g2rpo",),
     "sde_steps": tuple(m for m in PAPER if m not in (*_WINDOWED, "diffusionnft")),
     "noise": tuple(m for m in PAPER if m != "diffusionnft"),
-    "shared_noise": tuple(m for m in PAPER if m not in _FAN_OUT),
+    "shared_noise": tuple(m for m in PAPER if m not in (*_FAN_OUT, "diffusionnft")),
     "timestep_fraction": ("dancegrpo", "diffusionnft"),
     "window_size": _WINDOWED,
     "window_stride": _WINDOWED,
@@ -81,6 +81,8 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "nft_beta": ("diffusionnft",),
     "nft_max_decay": ("diffusionnft",),
     "nft_decay_rate": ("diffusionnft",),
+    "eta": tuple(m for m in PAPER if m != "diffusionnft"),
+    "kl_form": tuple(m for m in PAPER if m != "diffusionnft"),
     "clip_range": tuple(m for m in PAPER if m != "diffusionnft"),
     "peers": tuple(m for m in PAPER if m != "diffusionnft"),
     "best_of": tuple(m for m in PAPER if m != "diffusionnft"),
@@ -291,7 +293,10 @@ class Settings(BaseModel):
         method = canonical(str(values.get("method", "g2rpo")))
         if method not in PAPER:
             raise ValueError(f"method={method!r} does not exist; {_nearest(method, PAPER)}")
-        return {**PAPER[method], **values, "method": method}
+        usual = PAPER[method]
+        if values.get("noise", "calibrated_sde") != "calibrated_sde" or values.get("psi") is not None:
+            usual = {**usual, "calibration_rounds": 0}  # nothing to calibrate
+        return {**usual, **values, "method": method}
 
     @model_validator(mode="after")
     def _possible(self) -> "Settings":
@@ -301,8 +306,8 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"{name}={getattr(self, name)} means nothing to method={self.method}; leave it out, or use method={methods[0]}"
                 )
-        # DenseGRPO's last step is stochastic too; everywhere else the step into sigma = 0 is an ODE step.
-        last = self.num_steps - (1 if self.method == "densegrpo" else 2)
+        # DenseGRPO's last step is stochastic too, unless CPS leaves it no noise; elsewhere the step into sigma = 0 is an ODE step.
+        last = self.num_steps - (1 if self.method == "densegrpo" and self.noise != "cps" else 2)
         for k in self.sde_steps or ():
             if not 0 <= k <= last:
                 raise ValueError(
@@ -334,6 +339,16 @@ class Settings(BaseModel):
             raise ValueError(
                 f"psi has {len(self.psi)} values and noise={self.noise}; it takes num_steps={self.num_steps} values and "
                 "noise=calibrated_sde"
+            )
+        if self.noise == "calibrated_sde" and self.psi is None and not self.calibration_rounds:
+            raise ValueError("noise=calibrated_sde: give psi, or calibration_rounds of at least 1 to find it")
+        if self.calibration_rounds and (self.noise != "calibrated_sde" or self.psi is not None):
+            raise ValueError(
+                f"calibration_rounds={self.calibration_rounds}: there is nothing to calibrate; use noise=calibrated_sde without psi"
+            )
+        if self.method == "diffusionnft" and self.updates_per_rollout == "per_step":
+            raise ValueError(
+                "updates_per_rollout=per_step means nothing to method=diffusionnft, which trains no step; give a number"
             )
         if self.noise == "cps" and self.eta > 1:
             raise ValueError(f"eta={self.eta}: noise=cps turns by eta * 90 degrees; give at most 1")

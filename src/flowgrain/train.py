@@ -19,7 +19,7 @@ from torch import Tensor
 from flowgrain import algorithms, checkpoint, credit
 from flowgrain.algorithms import Method, plan_tree
 from flowgrain.backbones import Backbone, Conditioning, Source, load_backbone, take
-from flowgrain.calibrate import Calibration, calibrate
+from flowgrain.calibrate import Calibration, calibrate, needs_calibration
 from flowgrain.evaluate import Evaluation, decode, evaluate, sample
 from flowgrain.forward import contrast
 from flowgrain.objective import EdgeLoss, Edges, ForwardProcess
@@ -36,6 +36,10 @@ from flowgrain.tree import Ints, Tree, split_updates
 
 class RunStopped(RuntimeError):
     """The run cannot go on; the message says why and how to resume."""
+
+
+class Diverged(RunStopped):
+    """Several updates in a row were not finite."""
 
 
 class Interrupted(RunStopped):
@@ -93,7 +97,7 @@ class Run:
         self.skipped_in_a_row = 0
         own = {"rewards": rewards, "prompts": prompts, "eval_prompts": eval_prompts, "method": method, "backbone": backbone}
         self.record = Record(self.out, s, [name for name, value in own.items() if value is not None])
-        self._calibrated = s.noise != "calibrated_sde" or s.psi is not None or not s.calibration_rounds or method is not None
+        self._calibrated = method is not None or not needs_calibration(s)
         self._stop_signal: int | None = None
 
     def _prompts(self, setting: str, given: Sequence[str] | None, path: str | None, split: str) -> list[str]:
@@ -121,11 +125,11 @@ class Run:
 
         Raises RunStopped, before anything is updated, if too many rewards failed.
         """
+        begin = time.perf_counter()
         if not self._calibrated:
             self.calibrate()
-        begin = time.perf_counter()
         sampled = self.sample_tree(step)
-        self._stop_if_rewards_fail(sampled)
+        self._stop_if_rewards_fail(sampled.scores)
         after_rollout = time.perf_counter()
         process = self.method.forward_process
         metrics = self.update(sampled) if process is None else self._contrast(sampled, process)
@@ -180,6 +184,7 @@ class Run:
             prompts = prompts_of_step(self.prompts, number, tree.num_prompts, s.seed)
             noise = keyed_noise(self.backbone.latent_shape, "calibrate", s.seed, number)
             scores = self._grow(tree, prompts, kernel, noise)[3]
+            self._stop_if_rewards_fail(scores)
             return torch.stack([s.rewards[name] * found.values for name, found in scores.items()]).sum(0)
 
         found = calibrate(s, grow)
@@ -188,7 +193,7 @@ class Run:
         return found
 
     def _take_psi(self, psi: Sequence[float]) -> None:
-        self.method = replace(self.method, kernel=CalibratedSDE(tuple(psi)))
+        self.method = algorithms.build(self.settings.model_copy(update={"psi": tuple(psi)}))
         self._calibrated = True
 
     def update(self, sampled: Sampled) -> Metrics:
@@ -278,9 +283,9 @@ class Run:
         step = Step.on(self.sigmas, start, end)
         return self.method.kernel(x[source], v[source], step), edges, step
 
-    def _stop_if_rewards_fail(self, sampled: Sampled) -> None:
+    def _stop_if_rewards_fail(self, found: Mapping[str, Scores]) -> None:
         allowed = self.settings.max_failed_rewards
-        for name, scores in sampled.scores.items():
+        for name, scores in found.items():
             if scores.failed > allowed * len(scores.values):
                 raise RunStopped(
                     f"reward {name!r} failed on {scores.failed} of {len(scores.values)} images ({scores.reason}), more than "
@@ -333,7 +338,7 @@ class Run:
             if progress is not None:
                 progress(metrics)
             if broken:
-                raise RunStopped(
+                raise Diverged(
                     f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
                     f"(max_skipped_updates={s.max_skipped_updates}); try a smaller learning_rate than {s.learning_rate:g}: "
                     f"{self._resume()} learning_rate={s.learning_rate / 3:g}"

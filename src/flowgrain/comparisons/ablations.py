@@ -19,10 +19,12 @@ def comparison() -> dict[str, Any]:
         **full.comparison(),
         "name": "ablations",
         "methods": {
+            "g2rpo": {"method": "g2rpo", **_G2RPO},
             "g2rpo {1}": {"method": "g2rpo", **_G2RPO, "granularities": 1},
             "g2rpo {1,2}": {"method": "g2rpo", **_G2RPO, "granularities": "1,2"},
             "g2rpo {1} G=20": {"method": "g2rpo", **_G2RPO, "granularities": 1, "group_size": 20},
             "g2rpo all steps": {"method": "g2rpo", **_G2RPO, "sde_steps": "0,1,2,3,4,5,6"},
+            "densegrpo": {"method": "densegrpo", **_DENSE},
             "densegrpo uniform": {"method": "densegrpo", **_UNIFORM},
             "densegrpo R of the next state": {"method": "densegrpo", **_DENSE, "dense_reward": "state"},
             "densegrpo n=2": {"method": "densegrpo", **_DENSE, "look_steps": 2},
@@ -30,4 +32,5 @@ def comparison() -> dict[str, Any]:
             "densegrpo first half": {"method": "densegrpo", **_DENSE, "sde_steps": "0,1,2,3"},
         },
         "rewards": {"towers": "towers"},
+        "baselines": {f"densegrpo {part}": "densegrpo" for part in ("uniform", "R of the next state", "n=2", "n=1", "first half")},
     }

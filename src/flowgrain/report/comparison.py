@@ -4,6 +4,7 @@ Letters: S seeds, R finished runs.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 
+from flowgrain.calibrate import calibration_price
 from flowgrain.checkpoint import write_atomically
-from flowgrain.compare import BASE, Comparison, by_seed, entries, results
+from flowgrain.compare import BASE, Comparison, by_seed, entries, results, units_of_step
 from flowgrain.evaluate import interval
+from flowgrain.record import read_settings
 from flowgrain.report.curves import Picture, picture
 from flowgrain.report.page import data_uri, template, tiles
 from flowgrain.settings import SettingsError
@@ -26,15 +29,16 @@ Number = tuple[float, float, float]  # mean and the ends of its 95% interval
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one reward set at one number of inference steps: each metric, and its difference to the first method."""
+    """One method on one reward set at one number of inference steps: each metric, and its difference to the baseline."""
 
     label: str
+    baseline: str
     seeds: int
     rollouts: float
     updates: float
     seconds: float
     metrics: dict[str, Number]
-    against_first: dict[str, Number]
+    against: dict[str, Number]
     stopped: int
 
 
@@ -52,24 +56,23 @@ def labels(c: Comparison) -> list[str]:
 
 
 def table(c: Comparison, found: Sequence[Mapping[str, Any]], reward_set: str, num_steps: int) -> list[Row]:
-    """Mean and 95% interval over seeds of every metric, and of the difference to the first method, paired by seed."""
+    """Mean and 95% interval over seeds of every metric, and of the difference to the baseline, paired by seed."""
     rows = []
     names = labels(c)
     for label in names:
         runs = [r for r in found if r["label"] == label and r["reward_set"] == reward_set]
         if not runs:
             continue
-        metrics, against = {}, {}
+        metrics, against, baseline = {}, {}, c.baselines.get(label, names[0])
         for metric in runs[0]["steps"][str(num_steps)]:
             own = by_seed(found, label, reward_set, num_steps, metric)
-            first = by_seed(found, names[0], reward_set, num_steps, metric)
+            first = by_seed(found, baseline, reward_set, num_steps, metric)
             both = [own[seed] - first[seed] for seed in own if seed in first]
             metrics[metric] = interval(np.array(list(own.values())))
             against[metric] = interval(np.array(both))
         mean = {key: float(np.mean([r[key] for r in runs])) for key in ("rollouts", "updates", "seconds")}
-        rows.append(
-            Row(label, len(runs), **mean, metrics=metrics, against_first=against, stopped=sum(bool(r["stopped"]) for r in runs))
-        )
+        stopped = sum(bool(r["stopped"]) for r in runs)
+        rows.append(Row(label, baseline, len(runs), **mean, metrics=metrics, against=against, stopped=stopped))
     return rows
 
 
@@ -116,23 +119,28 @@ def markdown(
             yield f"Trained on {reward_set}, {num_steps} inference steps\n\n"
             yield f"| method | seeds | {' | '.join(metrics)} | updates |\n|{'---|' * (len(metrics) + 3)}\n"
             if base is not None:
-                before = [f"{base['steps'][str(num_steps)][m]:.3f}" for m in metrics]
+                before = [f"{base['steps'][str(num_steps)].get(m, math.nan):.3f}" for m in metrics]
                 yield f"| base | | {' | '.join(before)} | |\n"
             for row in rows:
                 cells = []
                 for m in metrics:
+                    if m not in row.metrics:
+                        cells.append("-")
+                        continue
                     mean, low, high = row.metrics[m]
-                    cell = f"{mean:.3f}" + (f" ± {(high - low) / 2:.3f}" if row.seeds > 1 else "")
-                    _, low, high = row.against_first[m]
-                    cells.append(cell + (f" [{low:+.3f}, {high:+.3f}]" if row.seeds > 1 and row.label != rows[0].label else ""))
-                yield f"| {row.label} | {row.seeds} | {' | '.join(cells)} | {row.updates:.0f} |\n"
+                    several = row.seeds > 1
+                    cell = f"{mean:.3f}" + (f" ± {(high - low) / 2:.3f}" if several else "")
+                    _, low, high = row.against[m]
+                    cells.append(cell + (f" [{low:+.3f}, {high:+.3f}]" if several and row.baseline != row.label else ""))
+                told = f"{row.label} ({row.stopped} diverged)" if row.stopped else row.label
+                yield f"| {told} | {row.seeds} | {' | '.join(cells)} | {row.updates:.0f} |\n"
             yield "\n"
 
 
 def _best(rows: Sequence[Row], metric: str) -> str:
-    """The method with the best mean of `metric`."""
+    """The method with the best mean of `metric`; none where it was not measured."""
     sign = -1 if metric in SMALLER_IS_BETTER else 1
-    return max(rows, key=lambda row: sign * row.metrics[metric][0]).label
+    return max((row for row in rows if metric in row.metrics), key=lambda row: sign * row.metrics[metric][0], default=rows[0]).label
 
 
 def finished_runs(c: Comparison, folder: Path, reward_set: str) -> dict[str, list[Path]]:
@@ -145,14 +153,14 @@ def finished_runs(c: Comparison, folder: Path, reward_set: str) -> dict[str, lis
     return found
 
 
-def curve_of(out: Path, metric: str, rewards: int) -> list[tuple[float, float, float]]:
+def curve_of(out: Path, metric: str) -> list[tuple[float, float, float]]:
     """(units spent, updates done, value) at every evaluation of a run."""
-    units = updates = 0.0
+    s = read_settings(out)
+    units, updates = calibration_price(s).units, 0.0
     points = []
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         if "forward_passes" in line:
-            units += line["forward_passes"] + 3 * line["train_forward_passes"] + line["frozen_forward_passes"]
-            units += line["decodes"] * (1 + rewards)
+            units += units_of_step(line, len(s.rewards))
             updates += line["updates"]
         if f"eval/{metric}" in line:
             points.append((units, updates, line[f"eval/{metric}"]))
@@ -165,13 +173,15 @@ def curves(c: Comparison, folder: Path, reward_set: str) -> list[tuple[str, Pict
         return []
     runs = finished_runs(c, folder, reward_set)
     drawn = []
-    trained = str(c.rewards[reward_set]).split(",")
-    for metric in dict.fromkeys([trained[0].split(":")[0], "oracle"]):
+    if not runs:
+        return []
+    trained = read_settings(next(iter(runs.values()))[0]).rewards
+    for metric in dict.fromkeys([*trained, "oracle"]):
         for axis, title in ((0, "units (see above)"), (1, "optimizer updates")):
 
             def draw(axes: Axes, metric: str = metric, axis: int = axis, title: str = title) -> None:
                 for label, folders in runs.items():
-                    each = [curve_of(out, metric, len(trained)) for out in folders]
+                    each = [curve_of(out, metric) for out in folders]
                     length = min(map(len, each))
                     if not length:
                         continue

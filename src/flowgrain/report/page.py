@@ -114,8 +114,9 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
 
     def rewards(axes: Axes) -> None:
         for name in s.rewards:
-            values = np.array([line[f"reward/{name}"] for line in trained])
-            steps = [line["step"] for line in trained]
+            lines_with_it = [line for line in trained if f"reward/{name}" in line]
+            values = np.array([line[f"reward/{name}"] for line in lines_with_it])
+            steps = [line["step"] for line in lines_with_it]
             (faint,) = axes.plot(steps, values, alpha=0.3, lw=1)
             axes.plot(steps, _smooth(values), color=faint.get_color(), lw=2, label=name)
         axes.set(xlabel="step", ylabel="mean reward of the step's images")
@@ -143,10 +144,10 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
         axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
 
     def held_back(axes: Axes) -> None:
-        steps = [line["step"] for line in trained]
         for key, name in (("clip_fraction", "all updates"), ("clip_fraction/later_updates", "off-policy updates")):
-            if key in trained[-1]:
-                axes.plot(steps, [line[key] for line in trained], lw=1.5, label=name)
+            having = [line for line in trained if key in line]
+            if having:
+                axes.plot([line["step"] for line in having], [line[key] for line in having], lw=1.5, label=name)
         axes.set(xlabel="step", ylabel="share of edges held by the clip", ylim=(0, 1))
         axes.legend()
 
