@@ -242,6 +242,11 @@ def plan_tree(method: Method, s: Settings, step: int = 1) -> Tree:
     return planner.tree()
 
 
+def changes_with_step(s: Settings) -> bool:
+    """Whether the tree of a prompt differs from one training step to another: a moving window, or steps drawn at random."""
+    return (s.window_size > 0 and s.window_schedule != "frozen") or (s.method == "dancegrpo" and s.timestep_fraction < 1)
+
+
 def price(method: Method, s: Settings, step: int = 1) -> Cost:
     """What training step `step` costs for one prompt: its tree, and the passes of the updates on it."""
     tree = plan_tree(method, s, step)

@@ -123,7 +123,7 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
 
     Examples: `flowgrain plan g2rpo` · `flowgrain plan g2rpo granularities=1,2 --json` · `flowgrain plan flow_grpo num_steps=8`
     """
-    from flowgrain.algorithms import build, plan_tree, price
+    from flowgrain.algorithms import build, changes_with_step, plan_tree, price
     from flowgrain.calibrate import calibration_price
     from flowgrain.recipes import DEFAULT, recipe
     from flowgrain.tree import schedule
@@ -139,7 +139,7 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
     calibration = calibration_price(s).forward_passes
     if calibration:
         found["calibration_forward_passes"] = calibration
-    of_steps = [price(method, s, step).forward_passes for step in range(1, s.max_steps + 1)] if _varies(s) else []
+    of_steps = [price(method, s, step).forward_passes for step in range(1, s.max_steps + 1)] if changes_with_step(s) else []
     if of_steps:
         found["mean_forward_passes"] = sum(of_steps) / len(of_steps)
     if as_json:
@@ -168,11 +168,6 @@ _MEANING = {
     "mean_forward_passes": "sampling passes, mean over the run",
     "calibration_forward_passes": "once a run, not a prompt: calibration",
 }
-
-
-def _varies(s: Any) -> bool:
-    """Whether the tree of a method with a window changes from step to step."""
-    return s.window_size > 0 and s.window_schedule != "frozen"
 
 
 def _not_scored(_images: Any, prompts: list[str]) -> list[float]:

@@ -26,7 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowgrain import comparisons
-from flowgrain.algorithms import build, plan_tree, price
+from flowgrain.algorithms import build, changes_with_step, plan_tree, price
 from flowgrain.calibrate import calibration_price
 from flowgrain.checkpoint import write_atomically
 from flowgrain.comparisons import full
@@ -169,7 +169,8 @@ def _priced(c: Comparison, label: str, reward_set: str, s: Settings) -> Entry:
     steps = updates = 0
     prices: dict[Tree, tuple[Cost, int]] = {}
     while c.unit != "seconds" or steps < s.max_steps:
-        tree = plan_tree(method, s, steps + 1)
+        if not steps or changes_with_step(s):
+            tree = plan_tree(method, s, steps + 1)
         if tree not in prices:
             shares = (
                 int(s.updates_per_rollout)
