@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flowgrain
-from flowgrain.rewards import REWARDS, load_reward
+from flowgrain.rewards import OF_SHAPES, load_reward
 from flowgrain.shapes.grammar import MAX_WORDS, all_prompts, parse, prompts, tokenize
 from flowgrain.shapes.oracle import judge
 from flowgrain.shapes.render import render
@@ -53,7 +53,7 @@ def test_an_empty_image_scores_nothing():
     assert judge(np.zeros((1, 3, 32, 32), dtype=np.float32), ["red circle above blue square"])[0][0] == 0
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", OF_SHAPES)
 def test_rewards_prefer_the_right_image(name):
     chosen = list(prompts("held-out"))[:64]
     images = torch.from_numpy(render([parse(p) for p in chosen], np.random.default_rng(2)))

@@ -130,6 +130,14 @@ def _weights(value: Any) -> Any:
     return value
 
 
+def _named(value: Any) -> Any:
+    """a=x,b=y as {a: x, b: y}."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part]
+    return {name: rest for name, _, rest in pairs}
+
+
 class Settings(BaseModel):
     """Everything that determines a run. Fields that a method's paper sets (see PAPER) default to the paper's value.
 
@@ -201,6 +209,11 @@ class Settings(BaseModel):
     peers: Peers = Field("step", description="compare edges of one step of a prompt, or all edges of the prompt jointly")
     best_of: int = Field(0, ge=0, description="train only the best and worst best_of / 2 of every group; 0: all")
     advantage_clip: float = Field(5.0, gt=0)
+    reward_models: Annotated[dict[str, str], BeforeValidator(_named)] = Field(
+        {}, description="weights of a reward: clip=FOLDER,hps=FOLDER#CHECKPOINT; default: its hub name"
+    )
+    reward_device: Literal["cpu", "cuda"] = Field("cpu", description="where reward models run")
+    reward_pickles: bool = Field(False, description="read the tensors of pickled reward checkpoints")
     reward_batch: int = Field(256, ge=1, description="images of one reward call")
     max_failed_rewards: float = Field(0.2, ge=0, le=1, description="share of failed rewards in a step at which the run stops")
 

@@ -26,7 +26,7 @@ from flowgrain.objective import EdgeLoss, Edges, ForwardProcess
 from flowgrain.policy import Policy, compute_device
 from flowgrain.prompts import keyed_noise, latent_noise, prompts_of_step, read_prompts
 from flowgrain.record import Record
-from flowgrain.rewards import REWARDS, Reward, Scores, load_reward, score
+from flowgrain.rewards import OF_SHAPES, Reward, RewardSource, Scores, load_reward, score
 from flowgrain.rollout import Noise, Rollout, rollout
 from flowgrain.sampled import Metrics, Sampled
 from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step, sigma_grid
@@ -77,9 +77,9 @@ class Run:
         self.out = Path(out) if out is not None else Path("runs") / s.name
         try:
             self.backbone = backbone or load_backbone(_source(s))
-            self.rewards = dict(rewards) if rewards is not None else {name: load_reward(name) for name in s.rewards}
-            others = s.eval_rewards if s.eval_rewards is not None else (REWARDS if s.model == "shapes" else ())
-            self.eval_rewards = {**self.rewards, **{n: load_reward(n) for n in others if n not in self.rewards}}
+            self.rewards = dict(rewards) if rewards is not None else {name: self._load_reward(name) for name in s.rewards}
+            others = s.eval_rewards if s.eval_rewards is not None else (OF_SHAPES if s.model == "shapes" else ())
+            self.eval_rewards = {**self.rewards, **{n: self._load_reward(n) for n in others if n not in self.rewards}}
         except ValueError as error:
             raise SettingsError(str(error)) from error
         if s.shift == "auto":  # from here on a number, which run.yaml then records
@@ -99,6 +99,10 @@ class Run:
         self.record = Record(self.out, s, [name for name, value in own.items() if value is not None])
         self._calibrated = method is not None or not needs_calibration(s)
         self._stop_signal: int | None = None
+
+    def _load_reward(self, name: str) -> Reward:
+        s = self.settings
+        return load_reward(name, RewardSource(s.reward_models.get(name), s.reward_device, s.reward_pickles))
 
     def _prompts(self, setting: str, given: Sequence[str] | None, path: str | None, split: str) -> list[str]:
         if given is not None:

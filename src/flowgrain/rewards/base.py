@@ -30,14 +30,30 @@ REWARDS = {
     "oracle": "flowgrain.rewards.shapes:Oracle",
     "towers": "flowgrain.rewards.shapes:Towers",
     "preference": "flowgrain.rewards.shapes:Preference",
+    "clip": "flowgrain.rewards.clip:ClipScore",
+    "pickscore": "flowgrain.rewards.clip:PickScore",
+    "hps": "flowgrain.rewards.clip:HPS",
+    "aesthetic": "flowgrain.rewards.clip:Aesthetic",
 }
-"""Bundled rewards: a class without arguments each, whose docstring says range and source."""
+"""Known rewards: a class each, whose docstring says range, source and licence."""
+
+OF_SHAPES = ("oracle", "towers", "preference")
+"""Those of the bundled world, which take no weights but their own."""
 
 
-def load_reward(name: str) -> Reward:
-    """The bundled reward `name`, or one's own as package.module:name (a function, or a class to be called without arguments).
+@dataclass(frozen=True)
+class RewardSource:
+    """Where a reward's weights are (a folder or hub name, and behind # a checkpoint file) and where it runs."""
 
-    Raises ValueError for a name that leads nowhere.
+    model: str | None = None
+    device: str = "cpu"
+    allow_pickle: bool = False
+
+
+def load_reward(name: str, source: RewardSource | None = None) -> Reward:
+    """The known reward `name`, or one's own as package.module:name (a function, or a class to be called without arguments).
+
+    Raises ValueError for a name that leads nowhere, or weights that are not there.
     """
     path = REWARDS.get(name, name)
     module, _, attribute = path.partition(":")
@@ -51,6 +67,8 @@ def load_reward(name: str) -> Reward:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"rewards={name}: cannot be loaded ({error}); write it as package.module:function") from error
+    if name in REWARDS and name not in OF_SHAPES:
+        found = found(source or RewardSource())
     reward: Reward = found() if isinstance(found, type) else found
     if not callable(reward):
         raise ValueError(f"rewards={name}: is {type(reward).__name__} and cannot be called; name a function (images, prompts)")
