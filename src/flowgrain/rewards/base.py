@@ -34,6 +34,7 @@ REWARDS = {
     "pickscore": "flowgrain.rewards.clip:PickScore",
     "hps": "flowgrain.rewards.clip:HPS",
     "aesthetic": "flowgrain.rewards.clip:Aesthetic",
+    "judge": "flowgrain.rewards.judge:Judge",
 }
 """Known rewards: a class each, whose docstring says range, source and licence."""
 

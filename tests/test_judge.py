@@ -1,0 +1,88 @@
+"""The judge over HTTP, against a small server of its kind: answers, retries, stalls and nonsense."""
+
+import base64
+import http.server
+import io
+import json
+import math
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from flowgrain.rewards import RewardSource, load_reward, score
+from flowgrain.rewards.judge import Judge, parse_score
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers with the image's mean red; how it misbehaves stands in the prompt."""
+
+    tries: dict[str, int] = {}
+    seen: list[dict] = []
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append({**asked, "authorization": self.headers.get("Authorization"), "path": self.path})
+        image, text = asked["messages"][0]["content"]
+        prompt = text["text"]
+        tries = self.tries[prompt] = self.tries.get(prompt, 0) + 1
+        picture = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(",")[2])))
+        answer = f"It is fine. Score: {picture.getpixel((0, 0))[0] / 51:.2f}"
+        if "stall" in prompt:
+            threading.Event().wait(1.5)
+        status = 500 if ("broken" in prompt or ("flaky" in prompt and tries < 3)) else 200
+        body = json.dumps({"choices": [{"message": {"content": "I would rather not" if "silent" in prompt else answer}}]})
+        if "lies" in prompt:
+            body = "<html>"
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    Server.tries, Server.seen = {}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1#judge-7b"
+    server.shutdown()
+
+
+def test_scores_and_failures(address, monkeypatch):
+    monkeypatch.setenv("FLOWGRAIN_JUDGE_TOKEN", "secret")
+    judge = Judge(RewardSource(address), timeout=0.7, retries=2, backoff=0.01)
+    prompts = ["a cat", "flaky", "broken", "silent", "lies", "stall"]
+    images = torch.zeros(6, 3, 8, 8)
+    images[:, 0] = torch.linspace(0, 1, 6)[:, None, None]
+    found = score(judge, images, prompts)
+    assert found.values[:2].tolist() == pytest.approx([0.0, 1.0], abs=0.01)
+    assert found.values[2:].isnan().all()
+    assert found.failed == 4
+    assert Server.seen[0]["model"] == "judge-7b"
+    assert Server.seen[0]["path"] == "/v1/chat/completions"
+    assert Server.seen[0]["authorization"] == "Bearer secret"
+
+
+def test_a_server_that_is_gone_masks_everything():
+    judge = Judge(RewardSource("http://127.0.0.1:9/v1#gone"), retries=0, timeout=0.5)
+    assert score(judge, torch.rand(2, 3, 4, 4), ["a", "b"]).failed == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("Score: 4", 4), ("**Final score:** 3.5", 3.5), ("score 1 ... no, Score: 2", 2), ("4.25", 4.25),
+        ("between 2 and 3", math.nan), ("Score: 9", math.nan), ("", math.nan), ("Score: -1", math.nan),
+    ],
+)  # fmt: skip
+def test_answers_are_read(answer, value):
+    assert parse_score(answer) == pytest.approx(value, nan_ok=True)
+
+
+def test_an_address_is_needed():
+    with pytest.raises(ValueError, match="write judge=http"):
+        load_reward("judge")
