@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 
 from flowgrain import Run, RunStopped, SettingsError, checkpoint, recipe
 from flowgrain.backbones.shapes import WEIGHTS, ShapesBackbone
+from flowgrain.prompts import read_prompts
 from flowgrain.rewards import score
 from flowgrain.settings import settings
 
@@ -51,6 +52,34 @@ def test_prompt_files_that_cannot_be(tiny, tmp_path, text, message):
     with pytest.raises(SettingsError, match=message):
         Run(tiny.model_copy(update={"prompts": str(path)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"prompt": "two red circles", "tag": 1}\n{"prompt": "three green circles"}\n'),
+        ("a.csv", 'id,caption\n1,"two red circles"\n2,three green circles\n'),
+        ("a.txt", "\ufefftwo red circles\r\nthree green circles"),
+    ],
+)
+def test_prompt_files_of_three_kinds(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_prompts("prompts", str(tmp_path / name)) == ["two red circles", "three green circles"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{prompt}\n', "line 2 is no JSON"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1 has no field `prompt`"),
+        ("a.csv", "id,words\n1,x\n", "line 2 has no field `prompt`"),
+        ("a.csv", "prompt\nx\n  \n", "line 3 is blank"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        read_prompts("prompts", str(tmp_path / name))
 
 
 def test_names_that_lead_nowhere(tiny):

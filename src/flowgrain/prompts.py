@@ -1,8 +1,11 @@
 """Which prompts and which noise a step takes: functions of (seed, step, ...) alone, so that a resume is a step number."""
 
+import csv
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +18,54 @@ from flowgrain.tree import Ints
 
 
 def read_prompts(setting: str, path: str) -> list[str]:
-    """The prompts of a text file, a line each. Raises SettingsError for a file that is missing or empty, or a blank line."""
-    file: Path = existing_file(setting, path)
+    """The prompts of a file: .jsonl or .csv with a field `prompt` (or `text`, `caption`), any other name as text, a line each.
+
+    Raises SettingsError for a file that is missing, empty or not readable, and for a blank prompt, with its line.
+    """
+    file = existing_file(setting, path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SettingsError(f"{setting}={path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    if not lines:
+    if not text.strip():
         raise SettingsError(f"{setting}={path}: the file is empty; write a prompt on each line")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    try:
+        kind = {".jsonl": _from_jsonl, ".csv": _from_csv}.get(file.suffix.lower(), _from_lines)
+        numbered = list(kind(text))
+    except (ValueError, csv.Error) as error:
+        raise SettingsError(f"{setting}={path}: {error}") from None
+    for number, prompt in numbered:
+        if not prompt.strip():
             raise SettingsError(f"{setting}={path}: line {number} is blank; write a prompt there or delete the line")
-    return [line.strip() for line in lines]
+    return [prompt.strip() for _, prompt in numbered]
+
+
+def _from_lines(text: str) -> Iterator[tuple[int, str]]:
+    # Not splitlines: a prompt may hold one of the rarer characters that it takes for the end of a line.
+    yield from enumerate(text.removesuffix("\n").split("\n"), 1)
+
+
+def _from_jsonl(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in _from_lines(text):
+        try:
+            yield number, _field(json.loads(line), number)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"line {number} is no JSON ({error.msg}); write an object with a field `prompt` on each line"
+            ) from None
+
+
+def _from_csv(text: str) -> Iterator[tuple[int, str]]:
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    for row in rows:
+        yield rows.line_num, _field(row, rows.line_num)
+
+
+def _field(row: Any, number: int) -> str:
+    found = next((row[name] for name in ("prompt", "text", "caption") if isinstance(row, dict) and name in row), None)
+    if not isinstance(found, str):
+        raise ValueError(f"line {number} has no field `prompt` with a text in it (nor `text`, nor `caption`)")
+    return found
 
 
 def prompts_of_step(prompts: Sequence[str], step: int, count: int, seed: int) -> list[str]:

@@ -248,7 +248,9 @@ class Settings(BaseModel):
     train_rows_per_pass: int | None = Field(None, ge=1, description="rows of one gradient forward; default: rows_per_pass")
 
     # prompts and evaluation
-    prompts: str | None = Field(None, description="file with a prompt a line; default: the model's own training prompts")
+    prompts: str | None = Field(
+        None, description="file of prompts, .txt (a line each), .jsonl or .csv; default: the model's own training prompts"
+    )
     eval_prompts_file: str | None = Field(None, description="held-out prompts, a line each; default: see eval_split")
     eval_prompts: int = Field(256, ge=1, description="how many held-out prompts are sampled (noise differs on repeats)")
     eval_split: Literal["held-out", "validation"] = Field(
