@@ -1,4 +1,4 @@
-"""The command line: flowgrain train | plan | evaluate | sample | report | compare."""
+"""The command line: flowgrain train | plan | evaluate | sample | report | compare | serve."""
 
 import contextlib
 import json
@@ -366,6 +366,41 @@ def compare(
     for run_name, reason in state.stopped.items():
         err.print(f"{run_name} stopped early: {reason}", highlight=False, markup=False)
     out.print(f"open {write_comparison(folder)}", highlight=False)
+
+
+@app.command()
+def serve(
+    rewards: Annotated[list[str], typer.Argument(metavar="REWARD ...", help="names, as in rewards=")],
+    words: Annotated[str, typer.Option("--models", help="as in reward_models=")] = "",
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8600,
+    device: Annotated[str, typer.Option()] = "cpu",
+    max_images: Annotated[int, typer.Option(min=1, help="of one request")] = 256,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="of one request")] = 256,
+) -> None:
+    """Serve: rewards over HTTP, for trainers elsewhere. With FLOWGRAIN_TOKEN set, requests must bear it.
+
+    Example: `flowgrain serve towers preference --port 8600`, and there `flowgrain train rewards=remote
+    reward_models=remote=http://HOST:8600#towers`
+    """
+    quieten()
+    from flowgrain.rewards import RewardSource, load_reward
+    from flowgrain.settings import settings
+
+    try:
+        import uvicorn
+    except ImportError:
+        raise SettingsError("flowgrain serve needs FastAPI; install it with `pip install 'flowgrain[serve]'`") from None
+    from flowgrain.rewards.service import TOKEN, service
+
+    models = settings({"reward_models": words}).reward_models
+    try:
+        loaded = {name: load_reward(name, RewardSource(models.get(name), device)) for name in rewards}
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    token = os.environ.get(TOKEN)
+    out.print(f"serving {', '.join(loaded)} on http://{host}:{port}{'' if token else ', without a token'}", highlight=False)
+    uvicorn.run(service(loaded, token, max_images, max_megabytes * 2**20), host=host, port=port, log_level="warning")
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ REWARDS = {
     "hps": "flowgrain.rewards.clip:HPS",
     "aesthetic": "flowgrain.rewards.clip:Aesthetic",
     "judge": "flowgrain.rewards.judge:Judge",
+    "remote": "flowgrain.rewards.service:Remote",
 }
 """Known rewards: a class each, whose docstring says range, source and licence."""
 
