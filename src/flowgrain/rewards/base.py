@@ -34,6 +34,7 @@ REWARDS = {
     "pickscore": "flowgrain.rewards.clip:PickScore",
     "hps": "flowgrain.rewards.clip:HPS",
     "aesthetic": "flowgrain.rewards.clip:Aesthetic",
+    "geneval": "flowgrain.rewards.geneval:GenEval",
     "judge": "flowgrain.rewards.judge:Judge",
     "remote": "flowgrain.rewards.service:Remote",
 }
