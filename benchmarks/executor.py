@@ -4,7 +4,9 @@
 2. rows needed for the same samples: our executor's samples/s : a loop as published code is written, batch 1, one forward a
    branch at the noise step, every granularity on its own (aim: at least 5)
 
-python benchmarks/executor.py [--rounds 5] [--prompts 2]
+3. latents held at once : states of the tree
+
+python benchmarks/executor.py [--rounds 5] [--prompts 2] [--branches 12]
 """
 
 import argparse
@@ -55,6 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument(
+        "--branches", type=int, default=1, help="of each noise step in the loop: 12 is the paper's, 1 a fair sample of it"
+    )
     args = parser.parse_args()
     keep_memory()
     s = recipe("g2rpo", granularities="1,2,3", rewards="oracle", eval_rewards=())
@@ -81,7 +86,7 @@ def main() -> None:
             run.backbone.velocity(run.policy.transformer, bare_x, bare_sigma, bare_cond)
         bare = calls * size / (time.perf_counter() - begin)
         begin = time.perf_counter()
-        loop = published_loop(run, cond, 8, run.sigmas, branches=1) / (time.perf_counter() - begin)
+        loop = published_loop(run, cond, 8, run.sigmas, args.branches) / (time.perf_counter() - begin)
         if number:  # the first round warms up
             of_bare.append(ours / bare)
             of_loop.append(images / loop)
@@ -91,6 +96,9 @@ def main() -> None:
             {
                 "rows_of_bare_transformer": statistics.median(of_bare),
                 "samples_of_published_loop": statistics.median(of_loop),
+                "latents_held": len(result.latents),
+                "states": len(tree),
+                "megabytes_held": result.latents.nbytes / 1e6,
                 "rounds": args.rounds,
                 "threads": torch.get_num_threads(),
             }
