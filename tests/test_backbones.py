@@ -145,6 +145,27 @@ def test_embeddings_are_kept_and_the_encoders_stay_away(folders, tmp_path, monke
     assert load_backbone(source).cache.get(PROMPTS[0]) is None
 
 
+def test_encode_fills_the_cache(folders, tmp_path):
+    import subprocess
+    import sys
+
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = [
+        f"weights={folders / 'schnell'}",
+        "height=32",
+        "width=48",
+        "max_prompt_tokens=16",
+        f"prompts={tmp_path / 'prompts.txt'}",
+    ]
+    words += [f"eval_prompts_file={tmp_path / 'prompts.txt'}", f"embedding_cache={tmp_path / 'cache'}"]
+    command = [sys.executable, "-m", "flowgrain", "encode", "g2rpo", "model=flux", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == len(PROMPTS) + 1  # and the unconditional one
+    source = Source("flux", str(folders / "schnell"), embedding_cache=str(tmp_path / "cache"), **SIZE)
+    assert all(load_backbone(source).cache.get(prompt) is not None for prompt in PROMPTS)
+
+
 def test_what_cannot_be_loaded(folders, tmp_path):
     for values, message in (
         ({"weights": ""}, "weights: model=sd3 needs them"),

@@ -1,4 +1,4 @@
-"""The command line: flowgrain train | plan | evaluate | sample | report | compare | serve."""
+"""The command line: flowgrain train | plan | evaluate | sample | report | compare | encode | serve."""
 
 import contextlib
 import json
@@ -366,6 +366,32 @@ def compare(
     for run_name, reason in state.stopped.items():
         err.print(f"{run_name} stopped early: {reason}", highlight=False, markup=False)
     out.print(f"open {write_comparison(folder)}", highlight=False)
+
+
+@app.command()
+def encode(words: Words = None) -> None:
+    """Encode: writes the embeddings of a recipe's prompts, so that training needs no text encoder.
+
+    Example: `flowgrain encode g2rpo model=flux weights=FLUX.1-dev prompts=a.txt eval_prompts_file=b.txt embedding_cache=cache`
+    """
+    quieten()
+    from flowgrain.recipes import DEFAULT, recipe
+    from flowgrain.train import load_model, load_prompts
+
+    name, changes = _read_words(words)
+    s = recipe(name or DEFAULT, **changes)
+    if s.embedding_cache is None or s.model == "shapes":
+        raise SettingsError(
+            f"embedding_cache={s.embedding_cache}, model={s.model}: name the folder to write to, and a model with text encoders"
+        )
+    backbone = load_model(s)
+    prompts = list(dict.fromkeys(["", *(p for split in ("train", "eval") for p in load_prompts(s, backbone, split))]))
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task("encoding", total=len(prompts))
+        for first in range(0, len(prompts), 64):
+            backbone.encode(prompts[first : first + 64])
+            bar.update(task, completed=min(first + 64, len(prompts)))
+    out.print(f"{len(prompts)} prompts are in {s.embedding_cache}", highlight=False)
 
 
 @app.command()

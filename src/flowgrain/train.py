@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class Run:
             torch.set_num_threads(s.threads)
         self.out = Path(out) if out is not None else Path("runs") / s.name
         try:
-            self.backbone = backbone or load_backbone(_source(s))
+            self.backbone = backbone or load_model(s)
             self.rewards = dict(rewards) if rewards is not None else {name: self._load_reward(name) for name in s.rewards}
             others = s.eval_rewards if s.eval_rewards is not None else (OF_SHAPES if s.model == "shapes" else ())
             self.eval_rewards = {**self.rewards, **{n: self._load_reward(n) for n in others if n not in self.rewards}}
@@ -85,8 +85,8 @@ class Run:
         if s.shift == "auto":  # from here on a number, which run.yaml then records
             self.settings = s = s.model_copy(update={"shift": self.backbone.natural_shift()})
         self.method = method or algorithms.build(s)
-        self.prompts = self._prompts("prompts", prompts, s.prompts, "train")
-        self.eval_prompts = self._prompts("eval_prompts_file", eval_prompts, s.eval_prompts_file, s.eval_split)
+        self.prompts = load_prompts(s, self.backbone, "train", prompts)
+        self.eval_prompts = load_prompts(s, self.backbone, "eval", eval_prompts)
         self.device = compute_device(s.device)
         self.policy = Policy(self.backbone, s, self.device, keep_old=self.method.forward_process is not None)
         self.optimizer = torch.optim.AdamW(
@@ -103,24 +103,6 @@ class Run:
     def _load_reward(self, name: str) -> Reward:
         s = self.settings
         return load_reward(name, RewardSource(s.reward_models.get(name), s.reward_device, s.reward_pickles))
-
-    def _prompts(self, setting: str, given: Sequence[str] | None, path: str | None, split: str) -> list[str]:
-        if given is not None:
-            chosen, source = list(given), setting
-        elif path is not None:
-            chosen, source = read_prompts(setting, path), f"{setting}={path}"
-        else:
-            chosen, source = self.backbone.bundled_prompts(split), setting
-        if not chosen:
-            raise SettingsError(f"{source}: there are no prompts; give at least one")
-        for number, prompt in enumerate(chosen, 1):
-            if not prompt.strip():
-                raise SettingsError(f"{source}: prompt {number} is blank; write one there or leave it out")
-            try:
-                self.backbone.check(prompt)
-            except ValueError as error:
-                raise SettingsError(f"{source}: prompt {number}: {error}") from error
-        return chosen
 
     # ------------------------------------------------------------------ the step
 
@@ -499,6 +481,36 @@ class Run:
         return metrics | {f"eval/failures/{kind}": share for kind, share in evaluation.failures.items()}
 
 
-def _source(s: Settings) -> Source:
-    """Where the settings say the model comes from."""
-    return Source(**{field.name: getattr(s, field.name) for field in fields(Source)})
+def load_model(s: Settings) -> Backbone:
+    """The backbone that the settings name. Raises SettingsError."""
+    try:
+        return load_backbone(Source(**{field.name: getattr(s, field.name) for field in fields(Source)}))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def load_prompts(s: Settings, backbone: Backbone, use: Literal["train", "eval"], given: Sequence[str] | None = None) -> list[str]:
+    """The prompts to train on or to evaluate: those given, those of the settings' file, or the model's own.
+
+    Raises SettingsError if there are none, or for one that is blank or that the backbone cannot read.
+    """
+    setting, path, split = (
+        ("prompts", s.prompts, "train") if use == "train" else ("eval_prompts_file", s.eval_prompts_file, s.eval_split)
+    )
+    source = setting
+    if given is not None:
+        chosen = list(given)
+    elif path is not None:
+        chosen, source = read_prompts(setting, path), f"{setting}={path}"
+    else:
+        chosen = backbone.bundled_prompts(split)
+    if not chosen:
+        raise SettingsError(f"{source}: there are no prompts; give at least one")
+    for number, prompt in enumerate(chosen, 1):
+        if not prompt.strip():
+            raise SettingsError(f"{source}: prompt {number} is blank; write one there or leave it out")
+        try:
+            backbone.check(prompt)
+        except ValueError as error:
+            raise SettingsError(f"{source}: prompt {number}: {error}") from error
+    return chosen
