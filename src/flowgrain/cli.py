@@ -1,4 +1,4 @@
-"""The command line: flowgrain train | plan | evaluate | sample | report | compare | encode | serve."""
+"""The command line: flowgrain train | plan | evaluate | sample | report | compare | doctor | encode | serve."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -366,6 +367,26 @@ def compare(
     for run_name, reason in state.stopped.items():
         err.print(f"{run_name} stopped early: {reason}", highlight=False, markup=False)
     out.print(f"open {write_comparison(folder)}", highlight=False)
+
+
+@app.command()
+def doctor(words: Words = None) -> None:
+    """Doctor: before a long run, tries its parts and says what it will need, do and cost.
+
+    Example: `flowgrain doctor g2rpo model=flux weights=FLUX.1-dev prompts=a.txt eval_prompts_file=b.txt rewards=clip`
+    """
+    quieten()
+    from flowgrain.doctor import examine
+    from flowgrain.recipes import DEFAULT, recipe
+
+    name, changes = _read_words(words)
+    findings = examine(recipe(name or DEFAULT, **changes))
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for one in findings:
+        table.add_row("[green]well[/]" if one.well else "[bold red]not well[/]", one.what, escape(one.said))
+    out.print(table)
+    if not all(one.well for one in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

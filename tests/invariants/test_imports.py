@@ -8,7 +8,7 @@ import flowgrain
 ORDER = [
     "process", "shapes", "sde", "tree", "rollout", "credit", "objective", "settings", "window", "algorithms", "calibrate",
     "backbones", "rewards", "policy", "prompts", "checkpoint", "evaluate", "record", "recipes", "sampled", "forward", "train",
-    "comparisons", "compare", "report", "cli", "__main__",
+    "comparisons", "compare", "doctor", "report", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(flowgrain.__file__).parent
 LATE = {("train", "report"), ("cli", "report"), ("compare", "comparisons"), ("backbones", "shapes"), ("rewards", "shapes")}

@@ -1,0 +1,165 @@
+"""What a recipe will need and do, found out before it runs: `flowgrain doctor`."""
+
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from flowgrain.algorithms import price
+from flowgrain.backbones import take
+from flowgrain.calibrate import calibration_price
+from flowgrain.rewards import score
+from flowgrain.settings import Settings
+from flowgrain.train import Run
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: its name, whether it is well, and what was found or what would mend it."""
+
+    what: str
+    well: bool
+    said: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run holds, by part, without activations."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def memory(run: Run) -> Memory:
+    """What a run's weights, gradients, optimizer, copies and latents take."""
+    policy, s = run.policy, run.settings
+    weights = sum(p.numel() * p.element_size() for p in policy.transformer.parameters())
+    trained = sum(p.numel() for p in policy.trained.values())
+    tree = price(run.method, s)
+    of_latent = 4 * torch.Size(run.backbone.latent_shape).numel()
+    parts = {
+        "transformer": weights,
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "EMA": 4 * trained if policy.ema is not None else 0,
+        "reference": weights if policy.frozen is not None else 0,
+        "sampling copy": sum(p.numel() * p.element_size() for p in policy.sampler.parameters())
+        if policy.sampler is not policy.transformer
+        else 0,
+        "old policy": weights if policy.old is not None else 0,
+        "latents kept for the update": of_latent
+        * s.prompts_per_step
+        * (tree.decodes + tree.trained_edges + tree.train_forward_passes),
+    }
+    return Memory({name: size for name, size in parts.items() if size})
+
+
+def examine(s: Settings, out: Path | None = None) -> list[Finding]:
+    """Loads everything, tries one forward, one decode and every reward, and weighs what the run needs. Raises SettingsError."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    findings = [Finding("versions", True, versions)]
+    run = Run(s, out)
+    findings.append(Finding("device", True, f"{run.device}, computing in {run.policy.dtype}"))
+    prompts = run.prompts[:1]
+    rows = min(s.rows_per_pass, 64)
+
+    def trial(what: str, work: Callable[[], str]) -> None:
+        try:
+            findings.append(Finding(what, True, work()))
+        except Exception as error:  # whatever it is, it is what the person wants to read
+            findings.append(Finding(what, False, f"{type(error).__name__}: {error}"))
+
+    rate: list[float] = []
+    x = torch.randn(rows, *run.backbone.latent_shape, device=run.device)
+    sigma = torch.full((rows,), 0.5, device=run.device)
+
+    def forward() -> str:
+        cond = take(run.policy.encode(prompts), torch.zeros(rows, dtype=torch.long, device=run.device))
+        for _ in range(2):  # the first one warms up
+            begin = time.perf_counter()
+            v = run.policy.sample_velocity(x, sigma, cond, s.guidance_scale)
+            finite = bool(v.isfinite().all())  # also waits for the device
+            rate[:] = [rows / (time.perf_counter() - begin)]
+        if not finite:
+            raise ValueError("the velocity is not finite: try dtype=float32")
+        return f"{rows} rows, {rate[0]:,.0f} rows a second"
+
+    images: list[torch.Tensor] = []
+
+    def decode() -> str:
+        images.append(run.backbone.decode(x[:1]).cpu())
+        return f"an image of {images[0].shape[-1]}x{images[0].shape[-2]}"
+
+    trial("forward", forward)
+    trial("decode", decode)
+    for name, reward in run.eval_rewards.items():
+
+        def one(reward=reward) -> str:
+            found = score(reward, images[0], prompts)
+            if found.failed:
+                raise ValueError(found.reason or "no score")
+            return f"{float(found.values[0]):.3f} on an image of noise"
+
+        trial(f"reward {name}", one)
+    findings += [_memory_finding(run), _disk_finding(run), _cost_finding(run, rate[0] if rate else None)]
+    return findings
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _memory_finding(run: Run) -> Finding:
+    needed = memory(run)
+    there = torch.cuda.mem_get_info()[1] if run.device.type == "cuda" else psutil.virtual_memory().total
+    told = ", ".join(f"{name} {_gigabytes(size)}" for name, size in needed.parts.items())
+    said = f"{_gigabytes(needed.total)} of {_gigabytes(there)}, without activations ({told})"
+    if needed.total > 0.9 * there:
+        ways = ["gradient_checkpointing=true", "smaller prompts_per_step"]
+        ways = ["lora_rank=32", *ways] if not run.policy.lora else ways
+        return Finding("memory", False, f"{said}; it does not fit: try {', '.join(ways)}")
+    return Finding("memory", True, said)
+
+
+def _disk_finding(run: Run) -> Finding:
+    s = run.settings
+    of_checkpoint = sum(4 * p.numel() for p in run.policy.trained.values()) * (3 + (run.policy.ema is not None))
+    needed = of_checkpoint * (s.keep_checkpoints + 2)  # the best one, and the one being written
+    folder = run.out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    said = f"{_gigabytes(needed)} of checkpoints, {_gigabytes(free)} free in {folder}"
+    return Finding(
+        "disk", needed < free, said if needed < free else f"{said}; free some, or lower keep_checkpoints={s.keep_checkpoints}"
+    )
+
+
+def _cost_finding(run: Run, rate: float | None) -> Finding:
+    s = run.settings
+    one = price(run.method, s)
+    passes = (one.forward_passes + 3 * one.train_forward_passes + one.frozen_forward_passes) * s.prompts_per_step
+    guided = 2 if s.guidance_scale != 1 and not run.backbone.embedded_guidance else 1
+    said = (
+        f"{s.max_steps} steps of {s.prompts_per_step} prompts; a prompt takes {one.forward_passes:,} sampling passes, "
+        f"{one.train_forward_passes:,} with gradient, {one.decodes:,} decodes and {one.reward_calls:,} reward calls"
+    )
+    if guided == 2:
+        said += "; true CFG makes two rows of each pass"
+    calibration = calibration_price(s).forward_passes
+    if calibration:
+        said += f"; {calibration:,} passes of calibration before"
+    if rate:
+        seconds = passes / rate
+        said += f"; about {seconds:.0f} s a step and {seconds * s.max_steps / 3600:.1f} h in all, without decoding and scoring"
+    return Finding("the run", True, said)
