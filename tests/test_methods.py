@@ -186,6 +186,12 @@ def grow_flow_grpo(n, noisy=None):
             n.chain(start, noisy, noisy)
 
 
+def grow_flow_grpo_fast(n):
+    w = n.s.window_size
+    left = int(np.random.default_rng([SEED, STEP]).integers(0, n.s.num_steps // 2 - w + 1))
+    grow_flow_grpo(n, range(left, left + w))
+
+
 def grow_dancegrpo(n):
     steps = range(n.s.num_steps - 1)
     trained = np.random.default_rng([SEED, STEP]).choice(steps, int(len(steps) * n.s.timestep_fraction), replace=False)
@@ -304,9 +310,11 @@ CASES = {
     "g2rpo-cps": (grow_g2rpo, {"method": "g2rpo", "granularities": (1, 2), "noise": "cps", "eta": 0.6}),
     "flow_grpo": (grow_flow_grpo, {"updates_per_rollout": 2}),
     "flow_grpo-group-published-kl": (grow_flow_grpo, {"method": "flow_grpo", "std_scope": "group", "kl_form": "flow_grpo"}),
+    "flow_grpo_fast": (grow_flow_grpo_fast, {"num_steps": 8}),
     "dancegrpo": (grow_dancegrpo, {}),
     "mixgrpo": (grow_mixgrpo, {"window_size": 2}),
     "mixgrpo_flash": (grow_mixgrpo, {"window_size": 2, "num_steps": 8, "tail_ratio": 0.6}),
+    "mixgrpo_flash_star": (grow_mixgrpo, {"window_size": 2, "num_steps": 9, "tail_ratio": 0.5}),
     "mixgrpo_flash-first-step": (grow_mixgrpo, {"method": "mixgrpo_flash", "window_size": 1, "num_steps": 6, "tail_ratio": 0.8}),
     "densegrpo": (grow_densegrpo, {"psi": (0.9, 0.7, 0.5, 0.5, 0.4)}),
     "densegrpo-state-jump": (
