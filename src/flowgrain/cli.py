@@ -301,7 +301,7 @@ def compare(
 ) -> None:
     """Compare: methods x reward sets x seeds at equal budget, one table and one page. The same command goes on after a stop.
 
-    Examples: `flowgrain compare quick` · `flowgrain compare full --dry-run` ·
+    Examples: `flowgrain compare quick` · `flowgrain compare --dry-run` (of the full one) ·
     `flowgrain compare full --methods g2rpo,densegrpo --rewards towers --seeds 1,2 --budget 40000 --out comparisons/two`
     """
     quieten()
@@ -313,12 +313,12 @@ def compare(
     given = {"seeds": seeds, "budget": budget, "unit": unit, "override": common}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if methods is not None:
-        changes["methods"] = method_names(methods, name or "quick")
+        changes["methods"] = method_names(methods, name or "full")
     if rewards:
         if len(set(rewards)) < len(rewards):
             raise SettingsError(f"--rewards {' --rewards '.join(rewards)}: one stands there twice; two runs cannot have one name")
         changes["rewards"] = {one.replace(",", "+"): one for one in rewards}
-    c = load_comparison(name or "quick", changes)
+    c = load_comparison(name or "full", changes)
     planned = entries(c)
     jobs = jobs or cpu_jobs()
     if dry_run:
