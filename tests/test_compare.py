@@ -73,9 +73,9 @@ def test_the_command_line_comes_last_and_the_methods_keep_their_own():
 
 
 def test_a_broken_reward_is_no_result(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def broken(images, prompts):\n    raise OSError('gone')\n")
+    (tmp_path / "compare_rewards.py").write_text("def broken(images, prompts):\n    raise OSError('gone')\n")
     monkeypatch.chdir(tmp_path)
-    c = small(rewards={"mine": "mine:broken"}, seeds=(1,), methods={"mixgrpo": {"window_size": 1}})
+    c = small(rewards={"mine": "compare_rewards:broken"}, seeds=(1,), methods={"mixgrpo": {"window_size": 1}})
     with pytest.raises(RunStopped, match="gone"):
         run_comparison(c, tmp_path / "out")
     assert [r["label"] for r in results(tmp_path / "out")] == ["base"]
