@@ -29,7 +29,8 @@ def main() -> None:
         figure, both = plt.subplots(1, 2, figsize=(8, 2.7), layout="constrained")
         for axes, metric in zip(both, (str(rewards).split(",")[0], "oracle"), strict=True):
             for other in sorted(runs, key=lambda name: name == label):
-                each = np.array([curve_of(out, metric) for out in runs[other]])  # (seeds, points, 3)
+                found = [curve_of(out, metric) for out in runs[other]]
+                each = np.array([curve[: min(map(len, found))] for curve in found])  # (seeds, points, 3)
                 where, bounds = each[:, :, 0].mean(0), np.array([interval(values) for values in each[:, :, 2].T])
                 mine = other == label
                 axes.plot(
