@@ -28,7 +28,8 @@ def test_what_is_not_well_is_told(tiny, tmp_path, monkeypatch):
     (tmp_path / "doctor_rewards.py").write_text("def broken(images, prompts):\n    raise OSError('server gone')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"total": 1000})())
-    findings = {one.what: one for one in examine(settings({**tiny.model_dump(), "rewards": "doctor_rewards:broken"}), tmp_path / "run")}
+    s = settings({**tiny.model_dump(), "rewards": "doctor_rewards:broken"})
+    findings = {one.what: one for one in examine(s, tmp_path / "run")}
     assert not findings["reward doctor_rewards:broken"].well
     assert "server gone" in findings["reward doctor_rewards:broken"].said
     assert not findings["memory"].well
