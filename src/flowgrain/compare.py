@@ -15,6 +15,7 @@ import os
 import pkgutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,10 +156,9 @@ def entries(c: Comparison) -> list[Entry]:
         except SettingsError as error:
             raise SettingsError(f"{label}: {error}") from error
         found.append(_priced(c, label, reward_set, s))
-    names = [entry.name for entry in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise SettingsError(f"two runs are named {name}; give methods, reward sets and seeds that differ")
+    name, times = Counter(entry.name for entry in found).most_common(1)[0]
+    if times > 1:
+        raise SettingsError(f"two runs are named {name}; give methods, reward sets and seeds that differ")
     return found
 
 
@@ -187,7 +187,7 @@ def _priced(c: Comparison, label: str, reward_set: str, s: Settings) -> Entry:
                 raise SettingsError(f"budget={c.budget:g}: too small for one rollout of {label}; it needs {needed:,.0f} {c.unit}")
             break
         steps, units, updates = steps + 1, units + each, updates + of_step
-        passes += (found.forward_passes + 3 * found.train_forward_passes + found.frozen_forward_passes) * s.prompts_per_step
+        passes += found.passes * s.prompts_per_step
     values = {"max_steps": _MANY, "max_seconds": c.budget} if c.unit == "seconds" else {"max_steps": steps}
     every = max(1, steps // c.curve_points) if c.curve_points else 0
     s = settings({**s.model_dump(), **values, "name": "run", "eval_every": every, "checkpoint_every": max(1, steps // 4)})
@@ -391,8 +391,8 @@ def _run_one(job: Job) -> tuple[str, str | None, str | None]:
 
 def units_of_step(line: Mapping[str, Any], rewards: int) -> float:
     """What a line of metrics.jsonl cost, in the units of tree.Cost."""
-    passes = line["forward_passes"] + 3 * line["train_forward_passes"] + line["frozen_forward_passes"]
-    return float(passes + line["decodes"] * (1 + rewards))
+    made = {name: line[name] for name in ("forward_passes", "train_forward_passes", "decodes", "frozen_forward_passes")}
+    return float(Cost(**made, reward_calls=line["decodes"] * rewards, trained_edges=0).units)
 
 
 def measure(run: Run, num_steps: int, prompts: int, per_prompt: int, pictures: Path) -> dict[str, float]:

@@ -148,7 +148,7 @@ def _disk_finding(run: Run) -> Finding:
 def _cost_finding(run: Run, rate: float | None) -> Finding:
     s = run.settings
     one = price(run.method, s)
-    passes = (one.forward_passes + 3 * one.train_forward_passes + one.frozen_forward_passes) * s.prompts_per_step
+    passes = one.passes * s.prompts_per_step
     guided = 2 if s.guidance_scale != 1 and not run.backbone.embedded_guidance else 1
     said = (
         f"{s.max_steps} steps of {s.prompts_per_step} prompts; a prompt takes {one.forward_passes:,} sampling passes, "

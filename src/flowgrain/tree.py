@@ -333,10 +333,14 @@ class Cost:
     frozen_forward_passes: float = 0
 
     @property
+    def passes(self) -> float:
+        """All forward passes, those with gradient three times: forward and backward."""
+        return self.forward_passes + 3 * self.train_forward_passes + self.frozen_forward_passes
+
+    @property
     def units(self) -> float:
-        """One number to compare methods by: forward passes (with gradient three, forward and backward) + decodes + reward calls."""
-        passes = self.forward_passes + 3 * self.train_forward_passes + self.frozen_forward_passes
-        return passes + self.decodes + self.reward_calls
+        """One number to compare methods by: passes + decodes + reward calls."""
+        return self.passes + self.decodes + self.reward_calls
 
 
 def cost(tree: Tree, num_rewards: int = 1) -> Cost:
