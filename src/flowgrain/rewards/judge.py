@@ -5,19 +5,15 @@ For UnifiedReward, UniGenBench's evaluation model, or any other such model. Shap
 
 import base64
 import concurrent.futures
-import io
 import logging
-import os
 import re
 
 import requests
 import torch
-from PIL import Image
-from requests.adapters import HTTPAdapter
 from torch import Tensor
-from urllib3.util.retry import Retry
 
 from flowgrain.rewards.base import RewardSource
+from flowgrain.rewards.http import address, png, session
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +51,10 @@ class Judge:
         retries: int = 3,
         backoff: float = 0.5,
     ) -> None:
-        url, _, self.model = (source.model or "").partition("#")
-        if not url.startswith(("http://", "https://")) or not self.model:
-            raise ValueError(f"reward_models: judge={source.model} is no address; write judge=http://HOST:PORT/v1#MODEL")
-        self.url = url.rstrip("/") + "/chat/completions"
+        url, self.model = address(source, "judge", "http://HOST:PORT/v1#MODEL")
+        self.url = url + "/chat/completions"
         self.template, self.timeout, self.concurrency = template, timeout, concurrency
-        # Retry counts the statuses it retries and respects Retry-After.
-        retry = Retry(retries, backoff_factor=backoff, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(pool_maxsize=concurrency, max_retries=retry))
-        token = os.environ.get("FLOWGRAIN_JUDGE_TOKEN")
-        if token:
-            self.session.headers["Authorization"] = f"Bearer {token}"
+        self.session = session("FLOWGRAIN_JUDGE_TOKEN", retries, backoff, concurrency)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """A score for each image, [I], NaN where there is none."""
@@ -76,7 +63,7 @@ class Judge:
 
     def _ask(self, image: Tensor, prompt: str) -> float:
         content = [
-            {"type": "image_url", "image_url": {"url": _png(image)}},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png(image)).decode()}},
             {"type": "text", "text": self.template.format(prompt=prompt)},
         ]
         question = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
@@ -88,11 +75,3 @@ class Judge:
         except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
             log.warning("the judge at %s gave no score: %s", self.url, error)
             return float("nan")
-
-
-def _png(image: Tensor) -> str:
-    """An image [3, H, W] in 0..1 as a data URI."""
-    file = io.BytesIO()
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(file, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

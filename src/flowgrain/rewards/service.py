@@ -7,7 +7,6 @@ import base64
 import binascii
 import io
 import logging
-import os
 import secrets
 import threading
 from collections.abc import Mapping
@@ -18,11 +17,10 @@ import requests
 import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict
-from requests.adapters import HTTPAdapter
 from torch import Tensor
-from urllib3.util.retry import Retry
 
 from flowgrain.rewards.base import Reward, RewardSource, score
+from flowgrain.rewards.http import address, png, session
 
 log = logging.getLogger(__name__)
 TOKEN = "FLOWGRAIN_TOKEN"
@@ -132,16 +130,9 @@ class Remote:
         retries: int = 3,
         backoff: float = 0.5,
     ) -> None:
-        url, _, self.reward = (source.model or "").partition("#")
-        if not url.startswith(("http://", "https://")) or not self.reward:
-            raise ValueError(f"reward_models: remote={source.model} is no address; write remote=http://HOST:PORT#REWARD")
-        self.url, self.encoding, self.batch, self.timeout = url.rstrip("/"), encoding, batch, timeout
-        retry = Retry(retries, backoff_factor=backoff, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
-        self.session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=retry))
-        if os.environ.get(TOKEN):
-            self.session.headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
+        self.url, self.reward = address(source, "remote", "http://HOST:PORT#REWARD")
+        self.encoding, self.batch, self.timeout = encoding, batch, timeout
+        self.session = session(TOKEN, retries, backoff)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """A score for each image, [I], NaN where there is none."""
@@ -167,10 +158,4 @@ def _encoded(images: Tensor, encoding: str) -> dict[str, Any]:
     if encoding == "raw":
         values = images.float().cpu().contiguous().numpy().astype("<f4")
         return {"raw": RawImages(shape=tuple(images.shape), data=base64.b64encode(values.tobytes()).decode())}
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    made = []
-    for one in pixels:
-        file = io.BytesIO()
-        Image.fromarray(one).save(file, format="png")
-        made.append(base64.b64encode(file.getvalue()).decode())
-    return {"png": made}
+    return {"png": [base64.b64encode(png(image)).decode() for image in images]}
