@@ -305,7 +305,7 @@ def compare(
     `flowgrain compare full --methods g2rpo,densegrpo --rewards towers --seeds 1,2 --budget 40000 --out comparisons/two`
     """
     quieten()
-    from flowgrain.compare import cpu_jobs, entries, estimated_seconds, load_comparison, machine_speed, method_names, run_comparison
+    from flowgrain.compare import cpu_jobs, entries, load_comparison, method_names, run_comparison
     from flowgrain.report.comparison import write_comparison
     from flowgrain.train import RunStopped
 
@@ -322,35 +322,7 @@ def compare(
     planned = entries(c)
     jobs = jobs or cpu_jobs()
     if dry_run:
-        speed = machine_speed(planned[0].settings)
-        seconds = [estimated_seconds(entry, speed) for entry in planned]
-        if as_json:
-            runs = [
-                {
-                    "name": e.name,
-                    "rollouts": e.settings.max_steps,
-                    "units": e.units,
-                    "evaluation_passes": e.evaluation_passes,
-                    "seconds": t,
-                }
-                for e, t in zip(planned, seconds, strict=True)
-            ]
-            typer.echo(json.dumps({"name": c.name, "runs": runs, "seconds": sum(seconds) / jobs, "jobs": jobs}))
-            return
-        table = Table(
-            "run", "rollouts", "units", "evaluation passes", "about", title=f"{c.name}: {len(planned)} runs", title_justify="left"
-        )
-        for e, t in zip(planned, seconds, strict=True):
-            table.add_row(
-                e.name,
-                "-" if e.settings.max_seconds else f"{e.settings.max_steps:,}",
-                f"{e.units:,.0f}",
-                f"{e.evaluation_passes:,}",
-                f"{t / 60:.1f} min",
-            )
-        out.print(table)
-        total = f"in all {sum(e.units for e in planned):,.0f} units"
-        out.print(f"{total}; about {sum(seconds) / jobs / 60:.0f} minutes with {jobs} processes on this machine", highlight=False)
+        _tell_plan(c.name, planned, jobs, as_json)
         return
     folder = folder or Path("comparisons") / c.name
     begin = time.perf_counter()
@@ -367,6 +339,36 @@ def compare(
     for run_name, reason in state.stopped.items():
         err.print(f"{run_name} stopped early: {reason}", highlight=False, markup=False)
     out.print(f"open {write_comparison(folder)}", highlight=False)
+
+
+def _tell_plan(name: str, planned: list[Any], jobs: int, as_json: bool) -> None:
+    """What each run of a comparison will cost, and about how long on this machine."""
+    from flowgrain.compare import estimated_seconds, machine_speed
+
+    speed = machine_speed(planned[0].settings)
+    rows = [
+        {
+            "name": entry.name,
+            "rollouts": None if entry.settings.max_seconds else entry.settings.max_steps,
+            "units": entry.units,
+            "evaluation_passes": entry.evaluation_passes,
+            "seconds": estimated_seconds(entry, speed),
+        }
+        for entry in planned
+    ]
+    seconds = sum(row["seconds"] for row in rows) / jobs
+    if as_json:
+        typer.echo(json.dumps({"name": name, "runs": rows, "seconds": seconds, "jobs": jobs}))
+        return
+    table = Table("run", "rollouts", "units", "evaluation passes", "about", title=f"{name}: {len(rows)} runs", title_justify="left")
+    for row in rows:
+        rollouts = "-" if row["rollouts"] is None else f"{row['rollouts']:,}"
+        table.add_row(
+            row["name"], rollouts, f"{row['units']:,.0f}", f"{row['evaluation_passes']:,}", f"{row['seconds'] / 60:.1f} min"
+        )
+    out.print(table)
+    total = f"in all {sum(row['units'] for row in rows):,.0f} units"
+    out.print(f"{total}; about {seconds / 60:.0f} minutes with {jobs} processes on this machine", highlight=False)
 
 
 @app.command()
