@@ -34,9 +34,13 @@ weights: .venv/ready
 	$(BIN)/python scripts/train_rewards.py preference --steps 1500
 	$(BIN)/python scripts/train_features.py
 
+# RapidOCR, for the tests of the reward `ocr`, asks for opencv-python, which needs libGL: the headless build does without. Where
+# there is none for this Python, those tests skip.
 # Torch first, pinned: whichever build your pip is set up for (on Linux without a GPU, point pip at PyTorch's CPU builds).
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	-$(BIN)/pip install --quiet --constraint constraints.txt onnxruntime opencv-python-headless pyclipper shapely six tqdm
+	-$(BIN)/pip install --quiet --constraint constraints.txt --no-deps rapidocr-onnxruntime
 	touch $@

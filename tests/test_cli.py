@@ -1,27 +1,45 @@
 """The commands as a user types them."""
 
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
 
 import pytest
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+from flowgrain.cli import main
 
 
-def flowgrain(*words, cwd=None):
-    command = [sys.executable, "-m", "flowgrain", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, check=False)
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def flowgrain(*words) -> Done:
+    """The command in this process: starting one costs seconds."""
+    told, complained = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(complained):
+        patch.setattr(sys, "argv", ["flowgrain", *map(str, words)])
+        patch.setenv("COLUMNS", "120")
+        try:
+            main()
+            status = 0
+        except SystemExit as left:
+            status = int(left.code or 0)
+    return Done(status, told.getvalue(), complained.getvalue())
 
 
 def test_plan():
-    found = json.loads(flowgrain("plan", "g2rpo", "granularities=1,2,3", "--json").stdout)
+    """Once as a process, as a user starts it."""
+    command = [sys.executable, "-m", "flowgrain", "plan", "g2rpo", "granularities=1,2,3", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["forward_passes"] == 1708
     assert found["published_forward_passes"] == 2188
-    drawn = flowgrain("plan", "flow_grpo", "num_steps=4")
-    assert "0~1~2~3-4#" in drawn.stdout
+    assert "0~1~2~3-4#" in flowgrain("plan", "flow_grpo", "num_steps=4").stdout
 
 
 def test_errors_are_one_message():
@@ -31,6 +49,7 @@ def test_errors_are_one_message():
         (["train", "demo", "extra"], "write it as key=value"),
         (["train", "--resume", "nowhere"], "no run here"),
         (["evaluate", "shapes", "--steps", "0"], "--steps=0"),
+        (["evaluate", "num_steps=3"], "names no model"),
         (["sample", "shapes", "--prompt", "a cat"], "three green circles"),
     ):
         done = flowgrain(*words)
@@ -49,7 +68,8 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_train_evaluate_sample_and_repeat(run, tmp_path):
+def test_train_evaluate_sample_and_repeat(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert {path.name for path in run.iterdir()} >= {
         "run.yaml", "metrics.jsonl", "checkpoints", "images", "export", "report.html"
     }  # fmt: skip
@@ -58,8 +78,10 @@ def test_train_evaluate_sample_and_repeat(run, tmp_path):
         metrics[1]
     )
     found = json.loads(flowgrain("evaluate", run, "--steps", "4", "--json").stdout)
-    oracle = next(r for r in found["results"] if r["metric"] == "oracle")
-    assert oracle["mean"] == pytest.approx(metrics[-1]["eval/oracle"])
+    assert found["rows"][0]["cells"]["oracle"]["value"]["mean"] == pytest.approx(metrics[-1]["eval/oracle"])
+    shown = flowgrain("evaluate", "base", run, "--steps", "2", "--out", "here")
+    assert "the difference to the first model" in shown.stdout
+    assert {path.name for path in (tmp_path / "here").iterdir()} >= {"scores.parquet", "table.md", "table.json", "index.html"}
     picture = tmp_path / "two.png"
     done = flowgrain("sample", run, "--prompt", "three green circles", "--steps", "4", "--seed", "1", "--out", picture)
     assert done.returncode == 0, done.stderr

@@ -11,8 +11,17 @@ from flowgrain.train import Run
 def test_a_run_that_is_well(tiny, tmp_path):
     findings = {one.what: one for one in examine(tiny, tmp_path / "run")}
     assert all(one.well for one in findings.values()), findings
-    assert {"versions", "device", "forward", "decode", "reward oracle", "memory", "disk", "the run"} <= set(findings)
+    assert {"versions", "device", "prompts", "forward", "decode", "reward oracle", "memory", "disk", "the run"} <= set(findings)
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_trained_on_and_held_out(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text("two red circles\ntwo red circles\none blue square\n")
+    s = settings({**tiny.model_dump(), "prompts": str(tmp_path / "a.txt"), "eval_prompts_file": str(tmp_path / "a.txt")})
+    found = {one.what: one for one in examine(s, tmp_path / "run")}["prompts"]
+    assert not found.well
+    assert "1 of the former are repeats" in found.said
+    assert "2 of the latter are trained on too" in found.said
 
 
 def test_memory_by_part(tiny, tmp_path):

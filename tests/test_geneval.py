@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrain.rewards import RewardSource
+from flowgrain.prompts import read_prompts
+from flowgrain.rewards import RewardSource, explained
 from flowgrain.rewards.geneval import Box, GenEval, TransformersDetector, judge_boxes, nearest_colour, read_demands, relations
 
 
@@ -107,9 +108,29 @@ def test_scores_by_prompt(file):
     assert asked == [[], ["cup"], ["cup"]]
 
 
+def test_demands_come_with_the_prompts_and_parts_are_tasks(tmp_path):
+    """A red cup with a cat: half of what the second prompt asks for is there, and by task none of it."""
+    cat, cup, cups = ({"class": name, "count": count} for name, count in (("cat", 1), ("cup", 1), ("cup", 2)))
+    lines = [
+        {"prompt": "a cup", "tag": "single_object", "include": [cup]},
+        {"prompt": "a cat and two cups", "tag": "counting", "include": [cat, cups]},
+        {"prompt": "a cat", "tag": "single_object", "include": [cat], "exclude": [cat]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prompts = [*read_prompts("prompts", str(tmp_path / "a.jsonl")), "a bare text"]
+    reward = GenEval(RewardSource(), detector=lambda image, coloured: [box("cat", 0, 0), box("cup", 20, 0)])
+    scores, parts, _ = explained(reward, torch.zeros(4, 3, 8, 8), prompts, batch=2)
+    assert scores.values[:3].tolist() == [1, 0.5, 0.5]
+    assert scores.failed == 1
+    assert parts["single_object"].nan_to_num(-1).tolist() == [1, -1, 0, -1]
+    assert parts["counting"].nan_to_num(-1).tolist() == [-1, 0, -1, -1]
+
+
 def test_files_that_are_none(file, tmp_path):
-    with pytest.raises(ValueError, match="names no prompt file"):
-        GenEval(RewardSource("detector"))
+    with pytest.raises(ValueError, match="names no detector"):
+        GenEval(RewardSource(f"#{file}"))
+    with pytest.raises(ValueError, match="there is no file nowhere"):
+        GenEval(RewardSource("detector#nowhere"))
     file.write_text(file.read_text() + '\n{"prompt": "x", "include": [{"class": "cat"}]}')
     with pytest.raises(ValueError, match="line 3 is no line of a GenEval file"):
         read_demands(file)

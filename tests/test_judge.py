@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flowgrain.rewards import RewardSource, load_reward, score
-from flowgrain.rewards.judge import Judge, parse_score
+from flowgrain.evaluate import mean
+from flowgrain.rewards import Prompt, RewardSource, explained, load_reward, score
+from flowgrain.rewards.judge import Judge, parse_points, parse_score, points_of
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -81,6 +82,61 @@ def test_a_server_that_is_gone_masks_everything():
 )  # fmt: skip
 def test_answers_are_read(answer, value):
     assert parse_score(answer) == pytest.approx(value, nan_ok=True)
+
+
+def test_the_question_is_ones_own(address, tmp_path):
+    (tmp_path / "ask.txt").write_text('{"json": true} Is this {prompt}?')
+    assert Judge(RewardSource(address, template=str(tmp_path / "ask.txt")))(torch.ones(1, 3, 4, 4), ["a cat"]).item() == 5
+    assert Server.seen[-1]["messages"][0]["content"][1]["text"] == '{"json": true} Is this a cat?'
+    (tmp_path / "ask.txt").write_text("Is it good?")
+    with pytest.raises(ValueError, match=r"has no \{prompt\}"):
+        Judge(RewardSource(address, template=str(tmp_path / "ask.txt")))
+    with pytest.raises(ValueError, match=r"judge_template=nowhere\.txt: cannot be read"):
+        Judge(RewardSource(address, template="nowhere.txt"))
+
+
+def test_unifiedreward_counts_from_one(address):
+    reward = load_reward("unifiedreward", RewardSource(address))
+    images = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.8)])
+    found = reward(images, ["a", "b"])
+    assert found[0].isnan()  # .5 is no score of 1 to 5
+    assert found[1] == pytest.approx(4.0, abs=0.02)
+
+
+POINTS = [("Style", "in oil"), ("Attribute - Colour", "red"), ("Attribute - Size", "large")]
+
+
+def test_unigenbench_by_dimension(address, monkeypatch):
+    """Every point's verdict counts once in its primary dimension, however the points lie on prompts."""
+    fields = {"sub_dims_en": json.dumps({"Testpoints": [n for n, _ in POINTS], "Testpoint Description": [d for _, d in POINTS]})}
+    own = {"test_points": [{"dimension": "Attribute - Size", "description": "tiny"}]}
+    prompts = [Prompt("one", fields), Prompt("two", own), "bare", Prompt("lies", fields), Prompt("half", fields)]
+    answers = {"one": "Thus: [1, 0, 1]", "two": "[0]", "half": "[1, 0]"}
+    reward = load_reward("unigenbench", RewardSource(address))
+    asked = []
+
+    def answer(image, text):
+        asked.append(text)
+        return next((said for name, said in answers.items() if f"Text: {name}" in text), None)
+
+    monkeypatch.setattr(reward, "_answer", answer)
+    scores, parts, weights = explained(reward, torch.zeros(5, 3, 4, 4), prompts)
+    assert scores.values[:2].tolist() == pytest.approx([2 / 3, 0])
+    assert scores.values[2:].isnan().all()
+    assert mean(parts["Attribute"].numpy(), weights["Attribute"].numpy()) == pytest.approx(1 / 3)  # 0, 1, and 0
+    assert mean(parts["Style"].numpy(), weights["Style"].numpy()) == 1
+    assert len(asked) == 4
+    assert "2. Attribute - Colour: red" in next(text for text in asked if "Text: one" in text)
+    with pytest.raises(ValueError, match="test points of 'x' cannot be read"):
+        points_of(Prompt("x", {"sub_dims_en": "{}"}))
+
+
+@pytest.mark.parametrize(
+    ("answer", "count", "found"),
+    [("[1, 0]", 2, [1, 0]), ("[1] then [0,1]", 2, [0, 1]), ("[1,2]", 2, None), ("1, 0", 2, None), ("<score>[1]</score>", 1, [1])],
+)
+def test_verdicts_are_read(answer, count, found):
+    assert parse_points(answer, count) == found
 
 
 def test_an_address_is_needed():

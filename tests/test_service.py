@@ -9,7 +9,7 @@ import requests
 import torch
 import uvicorn
 
-from flowgrain.rewards import RewardSource, load_reward, score
+from flowgrain.rewards import Prompt, RewardSource, fields_of, load_reward, score
 from flowgrain.rewards.service import TOKEN, Remote, service
 
 
@@ -21,6 +21,10 @@ def partly(images, prompts):
     return [float("nan") if "bad" in p else 1.0 for p in prompts]
 
 
+def wanted(images, prompts):
+    return [len(fields_of(prompt).get("include", [])) for prompt in prompts]
+
+
 def slow(images, prompts):
     time.sleep(1.5)
     return [0.0] * len(prompts)
@@ -29,7 +33,9 @@ def slow(images, prompts):
 @pytest.fixture(scope="module")
 def address():
     config = uvicorn.Config(
-        service({"red": red, "partly": partly, "slow": slow}, "secret", max_images=4, max_bytes=100_000), port=0, log_level="error"
+        service({"red": red, "partly": partly, "slow": slow, "wanted": wanted}, "secret", max_images=4, max_bytes=100_000),
+        port=0,
+        log_level="error",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -52,6 +58,14 @@ def test_scores_are_those_in_line(address, encoding, tolerance):
     images, prompts = torch.rand(7, 3, 8, 6), [str(10**i) for i in range(7)]
     remote = Remote(RewardSource(f"{address}#red"), batch=3, encoding=encoding)
     torch.testing.assert_close(remote(images, prompts), red(images, prompts), atol=tolerance + 1e-7, rtol=0)
+
+
+def test_fields_of_prompts_come_through(address):
+    prompts = [Prompt("a", {"include": [{"class": "cat"}, {"class": "dog"}], "tag": "two"}), "b"]
+    assert Remote(RewardSource(f"{address}#wanted"))(torch.rand(2, 3, 4, 4), prompts).tolist() == [2, 0]
+    both = {"reward": "wanted", "prompts": ["a"], "fields": [{}, {}], "png": [""]}
+    answer = requests.post(f"{address}/score", json=both, headers={"Authorization": "Bearer secret"}, timeout=10)
+    assert (answer.status_code, answer.json()["detail"]) == (422, "2 fields for 1 prompts")
 
 
 def test_masked_scores_come_through(address):

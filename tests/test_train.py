@@ -1,7 +1,9 @@
 """The loop: bad input, broken rewards, LoRA, reference, guidance, exports, one's own reward."""
 
+import functools
 import math
 import sys
+import threading
 import types
 
 import numpy as np
@@ -12,7 +14,7 @@ from diffusers import SD3Transformer2DModel
 from flowgrain import Run, RunStopped, SettingsError, checkpoint, recipe
 from flowgrain.backbones.shapes import WEIGHTS, ShapesBackbone
 from flowgrain.prompts import read_prompts
-from flowgrain.rewards import score
+from flowgrain.rewards import Scoring, score
 from flowgrain.settings import settings
 
 
@@ -59,18 +61,54 @@ def test_prompt_files_that_cannot_be(tiny, tmp_path, text, message):
     [
         ("a.jsonl", '{"prompt": "two red circles", "tag": 1}\n{"prompt": "three green circles"}\n'),
         ("a.csv", 'id,caption\n1,"two red circles"\n2,three green circles\n'),
+        ("a.json", '["two red circles", {"text": "three green circles", "n": 2}]'),
         ("a.txt", "\ufefftwo red circles\r\nthree green circles"),
     ],
 )
-def test_prompt_files_of_three_kinds(tmp_path, name, text):
+def test_prompt_files_of_all_kinds(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     assert read_prompts("prompts", str(tmp_path / name)) == ["two red circles", "three green circles"]
+
+
+def test_columns_stay_with_their_prompts(tmp_path):
+    """Of a Parquet file with repeats, unicode and lists, through a step's choice and into the reward."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from flowgrain.prompts import prompts_of_step
+    from flowgrain.rewards import fields_of, score
+
+    rows = [{"caption": "naïve café 猫\u2028two", "tag": "a", "include": [{"class": "cat"}]}, {"caption": "x", "tag": "b"}]
+    parquet.write_table(pyarrow.Table.from_pylist([*rows, rows[1]]), tmp_path / "a.parquet")
+    found = read_prompts("prompts", str(tmp_path / "a.parquet"))
+    assert found == ["naïve café 猫\u2028two", "x", "x"]
+    assert fields_of(found[0]) == {"tag": "a", "include": [{"class": "cat"}]}
+
+    def by_tag(images, prompts):
+        return [ord(fields_of(prompt)["tag"]) for prompt in prompts]
+
+    chosen = prompts_of_step(found, 1, 3, 0)
+    assert sorted(score(by_tag, torch.zeros(3, 3, 2, 2), chosen).values.tolist()) == [97, 98, 98]
+    assert fields_of("a bare text") == {}
+
+
+def test_many_prompts_are_read_and_checked_at_once(tmp_path):
+    """100,000 of them in one pass each: what is counted is calls, not seconds."""
+    from flowgrain.prompts import prompts_of_step
+
+    (tmp_path / "a.txt").write_text("\n".join(f"prompt number {i}" for i in range(100_000)))
+    found = read_prompts("prompts", str(tmp_path / "a.txt"))
+    assert len(set(found)) == 100_000
+    first = prompts_of_step(found, 1, 24, 0)
+    assert len(set(first) | set(prompts_of_step(found, 2, 24, 0))) == 48
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.jsonl", '{"prompt": "x"}\n{prompt}\n', "line 2 is no JSON"),
+        ("a.json", '{"prompt": "x"}', "holds no list"),
+        ("a.parquet", "prompt\n", "is no Parquet file"),
         ("a.jsonl", '{"prompt": 3}\n', "line 1 has no field `prompt`"),
         ("a.csv", "id,words\n1,x\n", "line 2 has no field `prompt`"),
         ("a.csv", "prompt\nx\n  \n", "line 3 is blank"),
@@ -155,6 +193,56 @@ def test_a_logger_that_is_missing_is_named_before_the_run_begins(tiny, tmp_path,
     with pytest.raises(SettingsError, match="pip install wandb"):
         Run(settings({**tiny.model_dump(), "loggers": "wandb"}), tmp_path).train()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_rewards_in_the_background(tiny, tmp_path):
+    """The first part's reward waits for the second part to be decoded, which in line would never be; the numbers are the same."""
+    second = threading.Event()
+    waited = []
+
+    def patient(images, prompts):
+        if not waited:
+            waited.append(second.wait(20))
+        return images.mean((1, 2, 3)).tolist()
+
+    def plain(images, prompts):
+        return images.mean((1, 2, 3)).tolist()
+
+    s = tiny.model_copy(update={"prompts_per_step": 3})
+    whole = Run(s, tmp_path / "a", rewards={"mine": plain, "other": red_less}).sample_tree(1)
+    run = Run(s.model_copy(update={"prompts_per_rollout": 2}), tmp_path / "b", rewards={"mine": patient, "other": red_less})
+    decode, decoded = run.backbone.decode, []
+
+    def telling(latents):
+        decoded.append(len(latents))
+        if sum(decoded) > len(whole.images) * 2 // 3:
+            second.set()
+        return decode(latents)
+
+    run.backbone.decode = telling
+    parts = run.sample_tree(1)
+    assert waited == [True]
+    torch.testing.assert_close(parts.images, whole.images, atol=1e-5, rtol=0)  # passes are made up of other rows
+    torch.testing.assert_close(parts.advantage, whole.advantage, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        parts.result.at(parts.result.tree.edges), whole.result.at(whole.result.tree.edges), atol=1e-5, rtol=0
+    )
+    inline = Run(s.model_copy(update={"prompts_per_rollout": 2}), tmp_path / "c", rewards={"mine": plain, "other": red_less})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowgrain.train.Scoring", functools.partial(forced_inline, Scoring))
+        same = inline.sample_tree(1)
+    for name in ("mine", "other"):
+        assert torch.equal(same.scores[name].values, parts.scores[name].values)
+    assert torch.equal(same.advantage, parts.advantage)
+
+
+def red_less(images, prompts):
+    return (1 - images[:, 0]).mean((1, 2))
+
+
+def forced_inline(kind, rewards, batch, background):
+    assert background
+    return kind(rewards, batch, background=False)
 
 
 def test_a_few_failures_are_masked_and_counted(tiny, tmp_path):

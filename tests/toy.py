@@ -37,9 +37,10 @@ class Toy:
     def to(self, device):
         self.transformer.to(device)
 
-    def check(self, prompt):
-        if prompt not in PROMPTS:
-            raise ValueError(f"{prompt!r} is none of {PROMPTS}")
+    def check(self, prompts):
+        for number, prompt in enumerate(prompts, 1):
+            if prompt not in PROMPTS:
+                raise ValueError(f"prompt {number}: {prompt!r} is none of {PROMPTS}")
 
     def bundled_prompts(self, split):
         return PROMPTS

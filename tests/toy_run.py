@@ -1,7 +1,8 @@
-"""A run of the toy backbone in a process of its own, to be killed: python tests/toy_run.py FOLDER"""
+"""A run of the toy backbone, for a process of its own that is killed."""
 
-import sys
+from pathlib import Path
 
+import diffusers.training_utils  # noqa: F401  imported before the fork, and not after each
 import torch
 from toy import PROMPTS, Toy, red
 
@@ -24,8 +25,10 @@ SETTINGS = settings(
     }
 )
 
-if __name__ == "__main__":
+
+def toy_run(folder: Path) -> None:
     torch.set_num_threads(1)
-    run = Run(SETTINGS, sys.argv[1], backbone=Toy(), prompts=PROMPTS, eval_prompts=PROMPTS, rewards={"red": red})
+    run = Run(SETTINGS, folder, backbone=Toy(), prompts=PROMPTS, eval_prompts=PROMPTS, rewards={"red": red})
+    run.report = lambda: folder / "report.html"  # drawing takes longer than the run
     run.resume()
     run.train()

@@ -5,27 +5,43 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
     letters = list(string.ascii_lowercase)
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=length)
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -53,7 +69,7 @@ def vae(channels: int) -> AutoencoderKL:
     ).eval()  # fmt: skip
 
 
-def sd3(folder, with_t5: bool = True) -> None:
+def sd3(folder, with_t5: bool = True, clip_tokens: int = 77) -> None:
     """SD3.5's make: three text encoders, the third of them optional."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
@@ -62,7 +78,8 @@ def sd3(folder, with_t5: bool = True) -> None:
     )  # fmt: skip
     pipe = StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(4),
-        text_encoder=clip(True), tokenizer=clip_tokenizer(), text_encoder_2=clip(True), tokenizer_2=clip_tokenizer(),
+        text_encoder=clip(True), tokenizer=clip_tokenizer(clip_tokens),
+        text_encoder_2=clip(True), tokenizer_2=clip_tokenizer(clip_tokens),
         text_encoder_3=t5() if with_t5 else None, tokenizer_3=t5_tokenizer() if with_t5 else None,
     )  # fmt: skip
     pipe.save_pretrained(folder)
@@ -81,3 +98,109 @@ def flux(folder, guidance: bool = True) -> None:
         text_encoder_2=t5(), tokenizer_2=t5_tokenizer(),
     )  # fmt: skip
     pipe.save_pretrained(folder)
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+SYSTEM_PROMPT = "the image by detailing color shape size texture quantity text spatial relationships of objects and background"
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token a letter, but for the words of the templates: Qwen-Image's pipeline counts off its system prompt's 34 tokens."""
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[], chat_template=CHAT)
+    words = ["system", "user", "assistant", "Describe", *(f" {word}" for word in SYSTEM_PROMPT.split())]
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>", *words])
+    return tokenizer
+
+
+def qwen3(layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+
+
+def flux2(folder) -> None:
+    """FLUX.2-klein's make; its pipeline reads the layers 9, 18 and 27 of the text encoder."""
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=48,
+        timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    decoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
+        latent_channels=4, norm_num_groups=4, sample_size=32,
+    ).eval()  # fmt: skip
+    decoder.bn.running_mean.uniform_(-1, 1)
+    decoder.bn.running_var.uniform_(0.5, 2)
+    pipe = Flux2KleinPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae=decoder,
+        text_encoder=Qwen3ForCausalLM(qwen3(27)).eval(), tokenizer=qwen_tokenizer(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+
+
+def qwen_image(folder) -> None:
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    decoder = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.7, 0.1, 0.9, 1.5], latents_std=[2.8, 1.4, 2.3, 0.9],
+    ).eval()  # fmt: skip
+    text = {
+        "vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    QwenImagePipeline(
+        transformer=transformer, scheduler=scheduler, vae=decoder, text_encoder=encoder, tokenizer=qwen_tokenizer()
+    ).save_pretrained(folder)
+
+
+def zimage(folder) -> None:
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    ZImagePipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(4),
+        text_encoder=Qwen3Model(qwen3(3)).eval(), tokenizer=qwen_tokenizer(),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def bert_tokenizer() -> BertTokenizer:
+    letters = list(string.ascii_lowercase)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    return BertTokenizer(vocab={w: i for i, w in enumerate(words)})
+
+
+def siglip_tokenizer(folder):
+    """SigLIP's own tokenizer over a vocabulary of a few words, also saved in `folder`; needs sentencepiece."""
+    import io
+
+    import sentencepiece
+    from transformers import SiglipTokenizer
+
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red cat", "two dogs", "bird on a tree"] * 10), model_writer=file, vocab_size=40,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, model_type="unigram", minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(file.getvalue())
+    tokenizer = SiglipTokenizer(str(folder / "spiece.model"))
+    tokenizer.save_pretrained(folder)
+    return tokenizer

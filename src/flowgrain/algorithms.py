@@ -8,7 +8,7 @@ import torch
 
 from flowgrain import credit, objective
 from flowgrain.objective import ForwardProcess
-from flowgrain.sde import CPS, CalibratedSDE, DanceSDE, FlowSDE, Kernel, Step, flow_strength, sigma_grid
+from flowgrain.sde import CPS, CalibratedSDE, DanceSDE, FlowSDE, Kernel, Step, flow_strength
 from flowgrain.settings import Settings
 from flowgrain.tree import Cost, Planner, Tree, cost, split_updates
 from flowgrain.window import window
@@ -37,7 +37,7 @@ class Method:
 def psi_profile(s: Settings) -> tuple[float, ...]:
     """Noise strengths psi [T] to start calibration from: those of Flow-SDE(eta)."""
     index = torch.arange(s.num_steps)
-    return tuple(flow_strength(s.eta, Step.on(sigma_grid(s.num_steps, s.known_shift), index, index + 1)).tolist())
+    return tuple(flow_strength(s.eta, Step.on(s.grid(), index, index + 1)).tolist())
 
 
 def noise(s: Settings) -> Kernel:
@@ -53,7 +53,7 @@ def noise_weights(kernel: Kernel, s: Settings, steps: Collection[int]) -> tuple[
     """The kernel's std at every grid step [T], scaled to mean 1 over `steps` (TempFlow-GRPO's weight of the loss)."""
     index = torch.arange(s.num_steps)
     nothing = torch.zeros(s.num_steps, 1)
-    std = kernel(nothing, nothing, Step.on(sigma_grid(s.num_steps, s.known_shift), index, index + 1)).std
+    std = kernel(nothing, nothing, Step.on(s.grid(), index, index + 1)).std
     return tuple((std / std[sorted(steps)].mean()).tolist())
 
 

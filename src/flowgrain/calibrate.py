@@ -41,7 +41,7 @@ class Calibration:
 
 
 Grow = Callable[[Tree, Kernel, int], Tensor]
-"""grow(tree of N prompts, kernel, round) -> rewards [I] of its leaves, from noise and prompts of that round's own."""
+"""grow(tree of one prompt, kernel, round) -> rewards [I] of the leaves of calibration_samples prompts, each with its own noise."""
 
 
 def calibrate(s: Settings, grow: Grow) -> Calibration:
@@ -51,12 +51,13 @@ def calibrate(s: Settings, grow: Grow) -> Calibration:
     |#gained - #lost| / N < calibration_balance: the printed |#gained - #lost| < 2 is not scale-free and drives psi to 0
     (DenseGRPO section 4.2; docs/densegrpo.md).
     """
-    tree = _tree(s)
+    one = _tree(s)
+    tree = one.repeat(s.calibration_samples)
     step_of_edge = tree.level[tree.parent[tree.edges]]
     psi = np.array(psi_profile(s))
     rounds = []
     for number in range(1, s.calibration_rounds + 1):
-        found = gains(tree, grow(tree, CalibratedSDE(tuple(psi.tolist())), number))
+        found = gains(tree, grow(one, CalibratedSDE(tuple(psi.tolist())), number))
         gained, lost = (_share_by_step(test, step_of_edge, s.num_steps) for test in (found > 0, found < 0))
         rounds.append(Round(psi.tolist(), gained.tolist(), lost.tolist()))
         towards = np.where(np.abs(gained - lost) < s.calibration_balance, 1.0, -1.0)
@@ -75,14 +76,14 @@ def calibration_price(s: Settings) -> Cost:
     """What the calibration of a run costs; nothing where there is none."""
     if not needs_calibration(s):
         return Cost(0, 0, 0, 0, 0)
-    once, n = cost(_tree(s), len(s.rewards)), s.calibration_rounds
+    once, n = cost(_tree(s), len(s.rewards)), s.calibration_rounds * s.calibration_samples
     return Cost(n * once.forward_passes, 0, n * once.decodes, n * once.reward_calls, 0)
 
 
 def _tree(s: Settings) -> Tree:
-    """The trees of one round: a trajectory with looks for each prompt."""
+    """The tree of one prompt: a trajectory with a look from every state."""
     one = s.model_copy(update={"group_size": 1, "dense_reward": "gain"})
-    return plan_tree(densegrpo(one), one).repeat(s.calibration_samples)
+    return plan_tree(densegrpo(one), one)
 
 
 def _share_by_step(test: Tensor, step_of_edge: np.ndarray, num_steps: int) -> np.ndarray:

@@ -169,9 +169,9 @@ def load(path: Path) -> dict[str, Any]:
 def load_last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest checkpoint that reads back whole, its state, and a message for each damaged one passed over.
 
-    None if the folder holds no checkpoint. Raises CheckpointError if it holds some and none is good.
+    None if the folder holds no checkpoint. Raises CheckpointError if it holds some and none is good. Only reads: the run may
+    be writing its next checkpoint at this moment.
     """
-    mend(folder)
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:

@@ -88,7 +88,7 @@ def train(
     rewards = ", ".join(
         f"{key.removeprefix('eval/')} {lines[0][key]:.3f} -> {lines[-1][key]:.3f}"
         for key in lines[-1]
-        if key.startswith("eval/") and "failures" not in key and key in lines[0]
+        if key.startswith("eval/") and key.count("/") == 1 and key in lines[0]
     )
     out.print(
         f"done in {time.perf_counter() - begin:.0f} s. {'Held-out ' + rewards if rewards else ''}", highlight=False, soft_wrap=True
@@ -171,97 +171,106 @@ _MEANING = {
 }
 
 
-def _not_scored(_images: Any, prompts: list[str]) -> list[float]:
-    return [float("nan")] * len(prompts)
-
-
-def _load(target: str, changes: dict[str, str]) -> Any:
-    """The run in a folder at its last good checkpoint, or a backbone as it is."""
-    from flowgrain.backbones.base import BACKBONES
-    from flowgrain.recipes import DEFAULT, recipe
-    from flowgrain.record import read_saved, read_settings
-    from flowgrain.train import Run
-
-    if target in BACKBONES:
-        return Run(recipe(DEFAULT, model=target, **changes), Path("runs") / target)
-    folder = Path(target)
-    s = read_settings(folder, **changes)
-    given = read_saved(folder).get("given", [])
-    if "backbone" in given:
-        raise SettingsError(
-            f"{folder}: this run was given its backbone in Python; load it there with Run(..., backbone=...).restore()"
-        )
-    # What a run was given in Python cannot be loaded here; its own rewards then show as not scored.
-    run = Run(s, folder, rewards=dict.fromkeys(s.rewards, _not_scored) if "rewards" in given else None)
-    for message in run.restore():
-        err.print(f"[yellow]{message}; taking step {run.steps_done}")
-    return run
-
-
 @app.command("evaluate")
 def evaluate_command(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL")],
-    words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]")] = None,
+    words: Annotated[list[str], typer.Argument(metavar="MODEL ... [key=value ...]")],
     steps: Annotated[str, typer.Option(help="ODE steps, a list")] = "16",
+    seeds: Annotated[str, typer.Option(help="of the initial noise, a list; each is an image a prompt")] = "0",
+    folder: Annotated[Path | None, typer.Option("--out", help="by default one of its own under evaluations/")] = None,
+    images: Annotated[bool, typer.Option("--images", help="keep every image, for the side-by-side page")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Evaluate: every metric on held-out prompts, at one or several step counts.
+    """Evaluate: models x held-out prompts x seeds x step counts by every metric, compared with the first model.
 
-    Examples: `flowgrain evaluate runs/demo --steps 10,16,20` · `flowgrain evaluate shapes eval_prompts=302 --json`
+    A model is a run's folder, an export or a LoRA, `base`, or a backbone's name. The same command goes on after a stop;
+    torchrun shares it among processes.
+
+    Examples: `flowgrain evaluate base runs/demo --steps 10,16,20 --images` · `flowgrain evaluate shapes eval_prompts=302 --json` ·
+    `torchrun --nproc-per-node 8 -m flowgrain evaluate flux runs/a/export weights=FLUX.1-dev eval_prompts_file=a.txt rewards=hps`
     """
     quieten()
-    from flowgrain.evaluate import interval
+    from flowgrain.report.side_by_side import write_side_by_side
+    from flowgrain.survey import as_json as json_of
+    from flowgrain.survey import default_folder, markdown, run_survey, survey, tabulate
 
-    counts = _positive_ints("--steps", steps)
-    other, changes = _read_words(words)
-    if other is not None:
-        raise SettingsError(f"{other!r}: one run or model at a time; settings are written key=value")
-    run = _load(target, changes)
-    results = []
-    for count in counts:
-        found = run.evaluate(count)
-        for metric, values in found.scores.items():
-            mean, low, high = interval(values)
-            results.append({"steps": count, "metric": metric, "mean": mean, "low": low, "high": high, "images": len(values)})
-        results += [{"steps": count, "metric": f"failures/{kind}", "mean": share} for kind, share in found.failures.items()]
-    if as_json:
-        typer.echo(json.dumps({"target": target, "step": run.steps_done, "results": results}))
+    models = [word for word in words if "=" not in word]
+    if not models:
+        raise SettingsError(f"{' '.join(words)}: names no model; write a run's folder, `base` or a backbone before the settings")
+    changes = _read_words([word for word in words if "=" in word])[1]
+    asked = survey(models, changes, _ints("--steps", steps, 1), _ints("--seeds", seeds, 0), images)
+    folder = folder or default_folder(asked)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task("evaluating")
+        state = run_survey(asked, folder, lambda now: bar.update(task, total=now.total, completed=now.done))
+    if state.done < state.total:
+        err.print(f"{state.done} of {state.total} pieces are done; other processes have the rest", highlight=False)
         return
-    table = Table("steps", "metric", "mean", "95% interval", title=f"{target}, step {run.steps_done}", title_justify="left")
-    for row in results:
-        bounds = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
-        table.add_row(str(row["steps"]), row["metric"], f"{row['mean']:.3f}", bounds)
+    found = tabulate(folder, [one.label for one in asked.targets], asked.steps, asked.seeds)
+    (folder / "table.md").write_text("".join(markdown(found)), encoding="utf-8")
+    (folder / "table.json").write_text(json_of(found), encoding="utf-8")
+    page = write_side_by_side(folder, found, asked.seeds)
+    if as_json:
+        typer.echo(json_of(found))
+        return
+    _show_table(found)
+    out.print(f"raw scores in {folder / 'scores.parquet'}; open {page}", highlight=False, soft_wrap=True)
+
+
+def _show_table(found: Any) -> None:
+    """A survey's table and its parts on the terminal."""
+    from flowgrain.survey import cell_text, part_tables
+
+    table = Table("model", "steps", *found.metrics, title="mean over prompts, 95% bootstrap interval", title_justify="left")
+    for row in found.rows:
+        table.add_row(row.model, str(row.steps), *("\n".join(map(escape, cell_text(row.cells[m]))) for m in found.metrics))
+    for one in found.published:
+        if any(m in one.scores for m in found.metrics):
+            values = (f"{one.scores[m]:.3f}" if m in one.scores else "-" for m in found.metrics)
+            table.add_row(f"{one.label} (published)", str(one.steps or "-"), *values, style="dim")
     out.print(table)
+    if len(found.rows) > 1:
+        out.print("with a sign: the difference to the first model at the same steps, paired by prompt", highlight=False)
+    for metric, names, lines in part_tables(found):
+        table = Table("model", "steps", *names, title=f"{metric}, part by part", title_justify="left")
+        for label, count, values in lines:
+            table.add_row(label, count, *values)
+        out.print(table)
 
 
-def _positive_ints(option: str, text: str) -> list[int]:
+def _ints(option: str, text: str, least: int) -> list[int]:
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
-        values = [0]
-    if min(values) < 1:
-        raise SettingsError(f"{option}={text}: give whole numbers from 1, such as 10,16,20")
+        values = [least - 1]
+    if min(values) < least:
+        raise SettingsError(f"{option}={text}: give whole numbers from {least}, such as 10,16,20")
     return values
 
 
 @app.command()
 def sample(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL")],
+    words: Annotated[list[str], typer.Argument(metavar="MODEL [key=value ...]")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
     steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 16,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     file: Annotated[Path, typer.Option("--out", help="a picture file")] = Path("sample.png"),
 ) -> None:
-    """Sample: pictures of prompts, side by side in one file, enlarged where they are small.
+    """Sample: pictures of prompts by a model (as `evaluate` takes them), side by side in one file, enlarged where they are small.
 
     Example: `flowgrain sample runs/demo --prompt "three green circles" --prompt "red square and blue circle" --out two.png`
     """
     quieten()
+    from flowgrain.evaluate import draw
     from flowgrain.record import contact_sheet, enlarged, to_pixels
+    from flowgrain.survey import base_settings, open_model, targets
 
-    run = _load(target, {})
+    target, changes = _read_words(words)
+    if target is None:
+        raise SettingsError(f"{' '.join(words)}: names no model; write a run's folder or a backbone before the settings")
+    (found,) = targets([target])
+    policy, s = open_model(found, base_settings([found], changes), changes)
     try:
-        pixels = to_pixels(run.sample(prompt, steps, seed))
+        pixels = to_pixels(draw(policy, s, prompt, steps, seed))
     except ValueError as error:
         raise SettingsError(f"--prompt: {error}") from error
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -398,6 +407,7 @@ def encode(words: Words = None) -> None:
     Example: `flowgrain encode g2rpo model=flux weights=FLUX.1-dev prompts=a.txt eval_prompts_file=b.txt embedding_cache=cache`
     """
     quieten()
+    from flowgrain.policy import compute_device
     from flowgrain.recipes import DEFAULT, recipe
     from flowgrain.train import load_model, load_prompts
 
@@ -408,6 +418,7 @@ def encode(words: Words = None) -> None:
             f"embedding_cache={s.embedding_cache}, model={s.model}: name the folder to write to, and a model with text encoders"
         )
     backbone = load_model(s)
+    backbone.to(compute_device(s.device))
     prompts = list(dict.fromkeys(["", *(p for split in ("train", "eval") for p in load_prompts(s, backbone, split))]))
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("encoding", total=len(prompts))

@@ -401,7 +401,7 @@ def measure(run: Run, num_steps: int, prompts: int, per_prompt: int, pictures: P
     chosen = run.eval_prompts[:prompts] * per_prompt
     found = run.evaluate(num_steps, prompts=chosen)
     contact_sheet(to_pixels(found.images[:SHOWN]), SHOWN).save(pictures)
-    values = found.means() | {f"failures/{kind}": share for kind, share in found.failures.items()}
+    values = found.means() | found.part_means()
     if run.settings.model == "shapes":
         of_image = features(found.images)
         truth = true_features(found.prompts)

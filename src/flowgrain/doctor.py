@@ -70,6 +70,7 @@ def examine(s: Settings, out: Path | None = None) -> list[Finding]:
     findings = [Finding("versions", True, versions)]
     run = Run(s, out)
     findings.append(Finding("device", True, f"{run.device}, computing in {run.policy.dtype}"))
+    findings.append(_prompts_finding(run))
     prompts = run.prompts[:1]
     rows = min(s.rows_per_pass, 64)
 
@@ -117,6 +118,16 @@ def examine(s: Settings, out: Path | None = None) -> list[Finding]:
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+def _prompts_finding(run: Run) -> Finding:
+    trained, held_out = set(run.prompts), set(run.eval_prompts)
+    repeats, both = len(run.prompts) - len(trained), len(trained & held_out)
+    epochs = run.settings.max_steps * run.settings.prompts_per_step / len(run.prompts)
+    told = [f"{len(run.prompts):,} to train on, {epochs:.2g} epochs", f"{len(run.eval_prompts):,} held out"]
+    told += [f"{repeats:,} of the former are repeats"] if repeats else []
+    told += [f"{both:,} of the latter are trained on too: leave them out of prompts, or the evaluation is none"] if both else []
+    return Finding("prompts", not both, "; ".join(told))
 
 
 def _memory_finding(run: Run) -> Finding:

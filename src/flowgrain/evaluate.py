@@ -1,6 +1,5 @@
 """Images of held-out prompts and every metric on them, from the same noise every time."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,27 +12,38 @@ from torch import Tensor
 from flowgrain.backbones import take
 from flowgrain.policy import Policy
 from flowgrain.prompts import latent_noise
-from flowgrain.rewards import Explains, Reward, score
+from flowgrain.rewards import Reward, explained
 from flowgrain.rollout import rollout
-from flowgrain.sde import ODE, sigma_grid
+from flowgrain.sde import ODE
+from flowgrain.settings import Settings
 from flowgrain.tree import Planner
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores[metric] [I] with NaN where a reward failed; failures[kind] share of images, if the model's world knows kinds."""
+    """scores[metric] [I] with NaN where a reward failed; parts and weights ["metric/part"] [I], where a reward has parts."""
 
     prompts: list[str]
     num_steps: int
     scores: dict[str, NDArray[np.float32]]
-    failures: dict[str, float]
+    parts: dict[str, NDArray[np.float32]]
+    weights: dict[str, NDArray[np.float32]]
     images: Tensor
 
     def means(self) -> dict[str, float]:
         """Mean of each metric over the images that were scored."""
-        return {
-            name: float(np.nanmean(values)) if np.isfinite(values).any() else float("nan") for name, values in self.scores.items()
-        }
+        return {name: mean(values) for name, values in self.scores.items()}
+
+    def part_means(self) -> dict[str, float]:
+        """Weighted mean of each part."""
+        return {name: mean(values, self.weights.get(name)) for name, values in self.parts.items()}
+
+
+def mean(values: NDArray[np.floating], weights: NDArray[np.floating] | None = None) -> float:
+    """Mean of finite `values`, weighted or not; NaN if there is none."""
+    there = np.isfinite(values)
+    weights = np.ones(len(values)) if weights is None else weights
+    return float((values[there] * weights[there]).sum() / weights[there].sum()) if weights[there].sum() > 0 else float("nan")
 
 
 def interval(values: NDArray[np.floating]) -> tuple[float, float, float]:
@@ -46,11 +56,9 @@ def interval(values: NDArray[np.floating]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def sample(
-    policy: Policy, prompts: Sequence[str], noise: Tensor, num_steps: int, shift: float, guidance: float, rows_per_pass: int
-) -> Tensor:
-    """Images [I, 3, H, W] of `prompts` from the initial latents `noise` [I, *L], by `num_steps` ODE steps."""
-    planner = Planner(num_steps)
+def sample(policy: Policy, prompts: Sequence[str], noise: Tensor, sigmas: Tensor, guidance: float, rows_per_pass: int) -> Tensor:
+    """Images [I, 3, H, W] of `prompts` from the initial latents `noise` [I, *L], by ODE steps on the grid `sigmas` [T + 1]."""
+    planner = Planner(len(sigmas) - 1)
     planner.image(planner.ode(planner.root()))
     cond = policy.encode(list(prompts))
 
@@ -58,9 +66,18 @@ def sample(
         return policy.sample_velocity(x, sigma, take(cond, prompt), guidance)
 
     tree = planner.tree().repeat(len(prompts))
-    sigmas = sigma_grid(num_steps, shift).to(policy.device)
-    result = rollout(tree, velocity, ODE(), sigmas, lambda prompt, _: noise[torch.from_numpy(prompt)], rows_per_pass)
+    result = rollout(
+        tree, velocity, ODE(), sigmas.to(policy.device), lambda prompt, _: noise[torch.from_numpy(prompt)], rows_per_pass
+    )
     return decode(policy, result.at(tree.leaves), rows_per_pass)
+
+
+def draw(policy: Policy, s: Settings, prompts: Sequence[str], num_steps: int, seed: int) -> Tensor:
+    """Images [I, 3, H, W] in 0..1, one for each of `prompts`, with the averaged weights. Raises ValueError for unreadable ones."""
+    policy.backbone.check(prompts)
+    noise = torch.stack([latent_noise(policy.backbone.latent_shape, "sample", seed, i) for i in range(len(prompts))])
+    with policy.averaged():
+        return sample(policy, prompts, noise, s.grid(num_steps), s.eval_guidance, s.rows_per_pass)
 
 
 def decode(policy: Policy, latents: Tensor, rows_per_pass: int) -> Tensor:
@@ -78,27 +95,30 @@ def evaluate(
     prompts: Sequence[str],
     rewards: Mapping[str, Reward],
     *,
-    num_steps: int,
-    shift: float,
+    sigmas: Tensor,
     guidance: float,
     rows_per_pass: int,
     reward_batch: int = 256,
     seed: int = 0,
+    place: int = 0,
 ) -> Evaluation:
-    """Samples an image for each of `prompts` with the averaged weights and scores it by every reward."""
+    """Samples an image for each of `prompts` with the averaged weights and scores it by every reward.
+
+    The noise of an image is that of its place among all held-out prompts; the first one here has place `place`.
+    """
     images = []
     with policy.averaged():
         for first in range(0, len(prompts), 4 * rows_per_pass):
             part = prompts[first : first + 4 * rows_per_pass]
-            noise = evaluation_noise(policy.backbone.latent_shape, seed, first, len(part))
-            images.append(sample(policy, part, noise, num_steps, shift, guidance, rows_per_pass))
+            noise = evaluation_noise(policy.backbone.latent_shape, seed, place + first, len(part))
+            images.append(sample(policy, part, noise, sigmas, guidance, rows_per_pass))
     everything = torch.cat(images)
     scores: dict[str, NDArray[np.float32]] = {}
-    failures: dict[str, float] = {}
+    parts: dict[str, NDArray[np.float32]] = {}
+    weights: dict[str, NDArray[np.float32]] = {}
     for name, reward in rewards.items():
-        scores[name] = score(reward, everything, prompts, reward_batch).values.numpy()
-        if isinstance(reward, Explains):
-            with contextlib.suppress(Exception):  # foreign code, and only an explanation
-                shown = reward.failures(everything, list(prompts))
-                failures.update({kind: float(np.mean(images_with_it)) for kind, images_with_it in shown.items()})
-    return Evaluation(list(prompts), num_steps, scores, failures, everything)
+        found, of_part, weight_of_part = explained(reward, everything, prompts, reward_batch)
+        scores[name] = found.values.numpy()
+        parts |= {f"{name}/{part}": values.numpy() for part, values in of_part.items()}
+        weights |= {f"{name}/{part}": values.numpy() for part, values in weight_of_part.items()}
+    return Evaluation(list(prompts), len(sigmas) - 1, scores, parts, weights, everything)

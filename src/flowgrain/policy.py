@@ -5,14 +5,12 @@ import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.training_utils import EMAModel
-from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from flowgrain.backbones import Backbone, Conditioning
+from flowgrain.backbones import Backbone, Conditioning, Dtypes, GuidesItself
 from flowgrain.settings import Settings, SettingsError
 
 _LORA_METADATA = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")  # what loaders need beside the weights
@@ -34,23 +32,38 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
 
 
+def load_dtypes(s: Settings) -> Dtypes:
+    """The dtypes in which a model's parts are loaded. Raises SettingsError for a device that this machine lacks.
+
+    Under LoRA the frozen transformer is read in the computing dtype and never exists in fp32; a full fine-tune reads fp32 master
+    weights. auto is fp32 for the VAE, whose rounding the images would show, and the computing dtype for the text encoders.
+    """
+    device = compute_device(s.device)
+    transformer = compute_dtype(s.dtype, device) if s.lora_rank else torch.float32
+    vae = torch.bfloat16 if s.vae_dtype == "bfloat16" else torch.float32
+    return Dtypes(transformer, vae, compute_dtype(s.encoder_dtype, device))
+
+
 class Policy:
     """The trained model. Master weights stay fp32; in bf16 sampling runs on a copy and training under autocast.
 
     A backbone belongs to one policy, which trains it in place. keep_old adds a slow copy of the policy, `old`, that a
-    method with a forward process samples from (DiffusionNFT).
+    method with a forward process samples from (DiffusionNFT). Without train it only samples: one copy, in the computing dtype.
     """
 
-    def __init__(self, backbone: Backbone, s: Settings, device: torch.device, keep_old: bool = False) -> None:
+    def __init__(self, backbone: Backbone, s: Settings, device: torch.device, keep_old: bool = False, train: bool = True) -> None:
         self.backbone = backbone
         self.device = device
         self.dtype = compute_dtype(s.dtype, device)
-        self.lora = s.lora_rank > 0
+        self.lora = train and s.lora_rank > 0
         backbone.to(device)
         # Trained weights are fp32; under LoRA the frozen rest may be as coarse as the computation. No dropout, or the ratio
         # would not be 1.
-        self.transformer = backbone.transformer.to(self.dtype if self.lora else torch.float32).eval()
+        self.transformer = backbone.transformer.to(torch.float32 if train and not self.lora else self.dtype).eval()
+        # peft and EMAModel take seconds to import, which a plan or a refused setting should not cost.
         if self.lora:
+            from peft import LoraConfig
+
             self.transformer.requires_grad_(False)
             adapter = LoraConfig(
                 r=s.lora_rank,
@@ -65,15 +78,19 @@ class Policy:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         else:
-            self.transformer.requires_grad_(True)
+            self.transformer.requires_grad_(train)
         self.trained = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
-        self.ema = EMAModel(list(self.trained.values()), decay=s.ema_decay) if s.ema_decay else None
+        self.ema = None
+        if train and s.ema_decay:
+            from diffusers.training_utils import EMAModel
+
+            self.ema = EMAModel(list(self.trained.values()), decay=s.ema_decay)
         self.ema_every = s.ema_every
         self.updates = 0
-        needs_copy = s.kl_weight > 0 and not self.lora
+        needs_copy = train and s.kl_weight > 0 and not self.lora
         self.frozen = copy.deepcopy(self.transformer).requires_grad_(False) if needs_copy else None
         self.sampler = self.transformer
-        if self.dtype != torch.float32 and not self.lora:
+        if train and self.dtype != torch.float32 and not self.lora:
             self.sampler = copy.deepcopy(self.transformer).requires_grad_(False).to(self.dtype)
         self.old = copy.deepcopy(self.transformer).requires_grad_(False) if keep_old else None
         self.unconditional: Conditioning = {}
@@ -85,15 +102,20 @@ class Policy:
         return {name: value.to(self.device) for name, value in self.backbone.encode(prompts).items()}
 
     def velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
-        """v [B, *L] of `model`. Guidance is embedded where the backbone takes it so; else it is true CFG, unless it is 1."""
+        """v [B, *L] of `model`. Guidance is embedded where the backbone takes it so; else it is true CFG, unless it is 1.
+
+        True CFG is v_free + guidance (v - v_free), unless the backbone has a formula of its own.
+        """
         if self.backbone.embedded_guidance:
             scale = torch.full((len(x),), guidance, device=x.device)
             return self.backbone.velocity(model, x, sigma, {**cond, "guidance": scale})
         if guidance == 1:
             return self.backbone.velocity(model, x, sigma, cond)
         both = {name: torch.cat([value, self.unconditional[name].expand_as(value)]) for name, value in cond.items()}
-        v, v_free = self.backbone.velocity(model, torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return v_free.float() + guidance * (v.float() - v_free.float())
+        v, v_free = self.backbone.velocity(model, torch.cat([x, x]), torch.cat([sigma, sigma]), both).float().chunk(2)
+        if isinstance(self.backbone, GuidesItself):
+            return self.backbone.guide(v, v_free, guidance)
+        return v_free + guidance * (v - v_free)
 
     @torch.no_grad()
     def sample_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
@@ -194,6 +216,8 @@ class Policy:
         shutil.rmtree(aside, ignore_errors=True)
         with self.averaged():
             if self.lora:
+                from peft import get_peft_model_state_dict
+
                 config = self.transformer.peft_config["default"].to_dict()
                 self.backbone.lora_format.save_lora_weights(
                     aside / "lora",
@@ -204,3 +228,18 @@ class Policy:
                 self.transformer.save_pretrained(aside / "transformer")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+
+
+def load_export(backbone: Backbone, path: Path, kind: Literal["lora", "transformer"]) -> None:
+    """Puts weights that were exported, here or elsewhere, into `backbone`: a LoRA's folder or file, or a transformer's folder.
+
+    Raises SettingsError if they are not of this model.
+    """
+    try:
+        if kind == "lora":
+            backbone.load_lora(path)
+        else:
+            found = type(backbone.transformer).from_pretrained(path, torch_dtype=backbone.transformer.dtype)
+            backbone.transformer.load_state_dict(found.state_dict())
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise SettingsError(f"{path}: cannot be loaded into this model ({error})") from error

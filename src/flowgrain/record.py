@@ -161,7 +161,7 @@ class Record:
             "num_steps": found.num_steps,
             "prompts": found.prompts,
             "scores": {name: [float(v) for v in values] for name, values in found.scores.items()},
-            "failures": found.failures,
+            "parts": found.part_means(),
         }
         pixels = to_pixels(found.images[:SHOWN])
         enlarged(contact_sheet(pixels, 8), pixels.shape[2]).save(self.folder / "images" / f"evaluation-{step:06d}.png")

@@ -3,7 +3,7 @@
 Shapes: N rows, B rows of a pass, K children, S slots, *L latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,18 @@ class Rollout:
     def at(self, rows: Ints) -> Tensor:
         """Latents [len(rows), *L] of leaves, trained edges or their parents."""
         return self.latents[torch.from_numpy(self.slot[rows]).to(self.latents.device)]
+
+
+def join(tree: Tree, parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of consecutive prompts as one of `tree`, which has the rows of all of them in this order."""
+    starts = np.cumsum([0, *(len(part.latents) for part in parts)])
+    return Rollout(
+        tree,
+        torch.cat([part.latents for part in parts]),
+        np.concatenate([part.slot + start for part, start in zip(parts, starts, strict=False)]),
+        sum(part.forward_passes for part in parts),
+        sum(part.batches for part in parts),
+    )
 
 
 @torch.no_grad()

@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 
-def sigma_grid(num_steps: int, shift: float = 3.0) -> Tensor:
-    """The T + 1 noise levels 1 .. 0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s)."""
+def sigma_grid(num_steps: int, shift: float = 3.0, terminal: float | None = None) -> Tensor:
+    """The T + 1 noise levels 1 .. 0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s).
+
+    With `terminal` the levels above 0 are then stretched so that the last of them is that (Qwen-Image's scheduler).
+    """
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return (shift * s / (1 + (shift - 1) * s)).float()
+    s = shift * s / (1 + (shift - 1) * s)
+    if terminal is not None:
+        s[:-1] = 1 - (1 - s[:-1]) * (1 - terminal) / (1 - s[-2])
+    return s.float()
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:

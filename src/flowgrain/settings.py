@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor
 
 from flowgrain.credit import Mix, Peers, Scope
 from flowgrain.objective import KLForm
+from flowgrain.sde import sigma_grid
 from flowgrain.tree import CoarseGrid
 
 NoiseKind = Literal["flow_sde", "dance_sde", "cps", "calibrated_sde"]
@@ -96,7 +98,21 @@ def canonical(method: str) -> str:
     return next((name for name in PAPER if name.replace("_", "") == plain), method)
 
 
-FIXED = ("model", "method", "seed", "num_steps", "shift", "lora_rank", "lora_alpha", "noise", "psi", "dtype", "prompts")
+FIXED = (
+    "model",
+    "method",
+    "seed",
+    "num_steps",
+    "shift",
+    "lora_rank",
+    "lora_alpha",
+    "noise",
+    "psi",
+    "dtype",
+    "vae_dtype",
+    "encoder_dtype",
+    "prompts",
+)
 """Settings that a resumed run must keep: with another value it would be another run."""
 
 
@@ -148,7 +164,10 @@ class Settings(BaseModel):
 
     name: str = Field("run", min_length=1, pattern=r"^[\w.+-]+$", description="the run's folder is runs/<name>")
     method: str = Field("g2rpo", description=", ".join(PAPER))
-    model: str = Field("shapes", description="the backbone: shapes (bundled), sd3 (SD3 and SD3.5), flux (FLUX.1)")
+    model: str = Field(
+        "shapes",
+        description="the backbone: shapes (bundled), sd3 (SD3 and SD3.5), flux (FLUX.1), flux2 (FLUX.2-klein), qwen_image, zimage",
+    )
     weights: str | None = Field(None, description="folder or hub name of a diffusers pipeline")
     revision: str | None = Field(None, description="of a hub name")
     height: int = Field(512, ge=8, description="pixels")
@@ -168,6 +187,9 @@ class Settings(BaseModel):
     num_steps: int = Field(16, ge=2, le=1000, description="T, sampling steps while training")
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         3.0, description="timestep shift of the noise grid; auto: as the model's own pipeline computes it"
+    )
+    shift_terminal: float | None = Field(
+        None, gt=0, lt=1, description="noise level at which the last step begins; the grid is stretched to it (Qwen-Image)"
     )
     group_size: int = Field(12, ge=2, description="G, samples that are compared with each other")
     sde_steps: IntList | None = Field(None, description="M, grid indices with noise and training; default: see the method")
@@ -212,7 +234,8 @@ class Settings(BaseModel):
     reward_models: Annotated[dict[str, str], BeforeValidator(_named)] = Field(
         {}, description="weights of a reward: clip=FOLDER,hps=FOLDER#CHECKPOINT; default: its hub name"
     )
-    reward_device: Literal["cpu", "cuda"] = Field("cpu", description="where reward models run")
+    reward_device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where reward models run: cpu, cuda or cuda:1")
+    judge_template: str | None = Field(None, description="file with the question to a judge; {prompt} stands for the prompt")
     reward_pickles: bool = Field(False, description="read the tensors of pickled reward checkpoints")
     reward_batch: int = Field(256, ge=1, description="images of one reward call")
     max_failed_rewards: float = Field(0.2, ge=0, le=1, description="share of failed rewards in a step at which the run stops")
@@ -242,8 +265,15 @@ class Settings(BaseModel):
     guidance_scale: float = Field(1.0, ge=0, description="true CFG while training; 1 is without")
     eval_guidance_scale: float | None = Field(None, ge=0, description="default: as in training")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the sampling and of the gradient's forward")
+    vae_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the image decoder; auto: float32")
+    encoder_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the text encoders; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    prompts_per_rollout: int | None = Field(
+        None, ge=1, description="prompts sampled together, while the rewards of those before are computed; default: all at once"
+    )
     rows_per_pass: int = Field(128, ge=1, description="rows of one model call while sampling")
     train_rows_per_pass: int | None = Field(None, ge=1, description="rows of one gradient forward; default: rows_per_pass")
 
@@ -277,10 +307,19 @@ class Settings(BaseModel):
             raise ValueError("must be at least 1, or per_step")
         return value
 
+    def grid(self, num_steps: int | None = None) -> Tensor:
+        """The noise levels of `num_steps` steps, of training's by default. Before the model is loaded, 3 stands for shift=auto:
+        what a plan costs does not depend on it."""
+        return sigma_grid(num_steps or self.num_steps, 3.0 if self.shift == "auto" else self.shift, self.shift_terminal)
+
+    def with_natural_shift(self, shift: float, terminal: float | None) -> "Settings":
+        """These settings with the model's own grid in place of shift=auto; a terminal that was set stays."""
+        return self.model_copy(update={"shift": shift, "shift_terminal": self.shift_terminal or terminal})
+
     @property
-    def known_shift(self) -> float:
-        """The shift as a number. Before the model is loaded, 3 stands for auto: what a plan costs does not depend on it."""
-        return 3.0 if self.shift == "auto" else self.shift
+    def eval_guidance(self) -> float:
+        """Guidance scale outside training."""
+        return self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale
 
     @field_validator("look_steps")
     @classmethod

@@ -20,16 +20,16 @@ from flowgrain import algorithms, checkpoint, credit
 from flowgrain.algorithms import Method, plan_tree
 from flowgrain.backbones import Backbone, Conditioning, Source, load_backbone, take
 from flowgrain.calibrate import Calibration, calibrate, needs_calibration
-from flowgrain.evaluate import Evaluation, decode, evaluate, sample
+from flowgrain.evaluate import Evaluation, decode, draw, evaluate
 from flowgrain.forward import contrast
 from flowgrain.objective import EdgeLoss, Edges, ForwardProcess
-from flowgrain.policy import Policy, compute_device
-from flowgrain.prompts import keyed_noise, latent_noise, prompts_of_step, read_prompts
+from flowgrain.policy import Policy, compute_device, load_dtypes
+from flowgrain.prompts import keyed_noise, prompts_of_step, read_prompts
 from flowgrain.record import Record
-from flowgrain.rewards import OF_SHAPES, Reward, RewardSource, Scores, load_reward, score
-from flowgrain.rollout import Noise, Rollout, rollout
+from flowgrain.rewards import OF_SHAPES, Reward, RewardSource, Scores, Scoring, load_reward
+from flowgrain.rollout import Noise, Rollout, join, rollout
 from flowgrain.sampled import Metrics, Sampled
-from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step, sigma_grid
+from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step
 from flowgrain.settings import FIXED, Settings, SettingsError
 from flowgrain.tree import Ints, Tree, split_updates
 
@@ -77,13 +77,11 @@ class Run:
         self.out = Path(out) if out is not None else Path("runs") / s.name
         try:
             self.backbone = backbone or load_model(s)
-            self.rewards = dict(rewards) if rewards is not None else {name: self._load_reward(name) for name in s.rewards}
-            others = s.eval_rewards if s.eval_rewards is not None else (OF_SHAPES if s.model == "shapes" else ())
-            self.eval_rewards = {**self.rewards, **{n: self._load_reward(n) for n in others if n not in self.rewards}}
+            self.rewards, self.eval_rewards = load_rewards(s, rewards)
         except ValueError as error:
             raise SettingsError(str(error)) from error
         if s.shift == "auto":  # from here on a number, which run.yaml then records
-            self.settings = s = s.model_copy(update={"shift": self.backbone.natural_shift()})
+            self.settings = s = s.with_natural_shift(*self.backbone.natural_shift(s.num_steps))
         self.method = method or algorithms.build(s)
         self.prompts = load_prompts(s, self.backbone, "train", prompts)
         self.eval_prompts = load_prompts(s, self.backbone, "eval", eval_prompts)
@@ -92,17 +90,13 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.policy.trained.values(), lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay
         )
-        self.sigmas = sigma_grid(s.num_steps, s.known_shift).to(self.device)
+        self.sigmas = s.grid().to(self.device)
         self.steps_done = 0
         self.skipped_in_a_row = 0
         own = {"rewards": rewards, "prompts": prompts, "eval_prompts": eval_prompts, "method": method, "backbone": backbone}
         self.record = Record(self.out, s, [name for name, value in own.items() if value is not None])
         self._calibrated = method is not None or not needs_calibration(s)
         self._stop_signal: int | None = None
-
-    def _load_reward(self, name: str) -> Reward:
-        s = self.settings
-        return load_reward(name, RewardSource(s.reward_models.get(name), s.reward_device, s.reward_pickles))
 
     # ------------------------------------------------------------------ the step
 
@@ -136,9 +130,9 @@ class Run:
         """Grows the tree of step `step` for its prompts, scores its images and gives every trained edge its advantage."""
         s = self.settings
         prompts = prompts_of_step(self.prompts, step, s.prompts_per_step, s.seed)
-        tree = plan_tree(self.method, s, step).repeat(len(prompts))
         noise = keyed_noise(self.backbone.latent_shape, "train", s.seed, step)
-        cond, result, images, scores = self._grow(tree, prompts, self.method.kernel, noise)
+        cond, result, images, scores = self._grow(plan_tree(self.method, s, step), prompts, self.method.kernel, noise)
+        tree = result.tree
         how = credit.Normalisation(s.std_scope, s.std_unbiased, s.std_epsilon, s.peers)
         values = {name: found.values for name, found in scores.items()}
         advantage = credit.mix(self.method.credit, tree, values, s.rewards, how, s.reward_mix, s.advantage_clip)
@@ -147,29 +141,42 @@ class Run:
         return Sampled(step, prompts, cond, result, images, scores, credited, advantage, weight)
 
     def _grow(
-        self, tree: Tree, prompts: list[str], kernel: Kernel, noise: Noise
+        self, one: Tree, prompts: list[str], kernel: Kernel, noise: Noise
     ) -> tuple[Conditioning, Rollout, Tensor, dict[str, Scores]]:
-        """Fills `tree`, decodes its leaves and scores them by every trained reward."""
+        """Fills the tree `one` for each of `prompts`, decodes the leaves and scores them by every trained reward.
+
+        The prompts go `prompts_per_rollout` at a time; while one part is sampled, the rewards of those before it are computed.
+        """
         s = self.settings
         cond = self.policy.encode(prompts)
         model = self.policy.sample_velocity if self.policy.old is None else self.policy.old_velocity
+        size = s.prompts_per_rollout or len(prompts)
+        results, images = [], []
+        with Scoring(self.rewards, s.reward_batch, background=size < len(prompts)) as scoring:
+            for first in range(0, len(prompts), size):
+                part = one.repeat(len(prompts[first : first + size]))
 
-        def velocity(x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-            return model(x, sigma, take(cond, prompt), s.guidance_scale)
+                def velocity(x: Tensor, sigma: Tensor, prompt: Tensor, first: int = first) -> Tensor:
+                    return model(x, sigma, take(cond, first + prompt), s.guidance_scale)
 
-        result = rollout(tree, velocity, kernel, self.sigmas, noise, s.rows_per_pass)
-        images = decode(self.policy, result.at(tree.leaves), s.rows_per_pass)
-        texts = [prompts[p] for p in tree.prompt[tree.leaves]]
-        return cond, result, images, {name: score(reward, images, texts, s.reward_batch) for name, reward in self.rewards.items()}
+                def own_noise(prompt: Ints, draw: Ints, first: int = first) -> Tensor:
+                    return noise(first + prompt, draw)
+
+                results.append(rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass))
+                images.append(decode(self.policy, results[-1].at(part.leaves), s.rows_per_pass))
+                scoring.ask(images[-1], [prompts[first + p] for p in part.prompt[part.leaves]])
+            scores = scoring.answers()
+        result = results[0] if len(results) == 1 else join(one.repeat(len(prompts)), results)
+        return cond, result, torch.cat(images), scores
 
     def calibrate(self) -> Calibration:
         """Finds psi on the policy as it is, once, takes it as the run's noise and writes it to `calibration.json`."""
         s = self.settings
 
-        def grow(tree: Tree, kernel: Kernel, number: int) -> Tensor:
-            prompts = prompts_of_step(self.prompts, number, tree.num_prompts, s.seed)
+        def grow(one: Tree, kernel: Kernel, number: int) -> Tensor:
+            prompts = prompts_of_step(self.prompts, number, s.calibration_samples, s.seed)
             noise = keyed_noise(self.backbone.latent_shape, "calibrate", s.seed, number)
-            scores = self._grow(tree, prompts, kernel, noise)[3]
+            scores = self._grow(one, prompts, kernel, noise)[3]
             self._stop_if_rewards_fail(scores)
             return torch.stack([s.rewards[name] * found.values for name, found in scores.items()]).sum(0)
 
@@ -417,6 +424,7 @@ class Run:
 
     def resume(self) -> list[str]:
         """Like `restore`, and makes ready to go on from there: what the folder holds of later steps is dropped or set aside."""
+        checkpoint.mend(self.out / "checkpoints")
         damaged = self.restore()
         for path in checkpoint.checkpoints(self.out / "checkpoints"):
             if int(path.name.removeprefix("step-")) > self.steps_done:
@@ -450,43 +458,41 @@ class Run:
             self.policy,
             prompts,
             self.eval_rewards,
-            num_steps=num_steps or s.eval_num_steps,
-            shift=s.known_shift,
-            guidance=self.eval_guidance,
+            sigmas=s.grid(num_steps or s.eval_num_steps),
+            guidance=s.eval_guidance,
             rows_per_pass=s.rows_per_pass,
             reward_batch=s.reward_batch,
         )
 
-    @property
-    def eval_guidance(self) -> float:
-        """Guidance scale outside training."""
-        s = self.settings
-        return s.guidance_scale if s.eval_guidance_scale is None else s.eval_guidance_scale
-
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:
         """Images [I, 3, H, W] in 0..1, one for each of `prompts`, by ODE with the averaged weights."""
-        s = self.settings
-        for prompt in prompts:
-            self.backbone.check(prompt)
-        noise = torch.stack([latent_noise(self.backbone.latent_shape, "sample", seed, i) for i in range(len(prompts))])
-        with self.policy.averaged():
-            return sample(
-                self.policy, prompts, noise, num_steps or s.eval_num_steps, s.known_shift, self.eval_guidance, s.rows_per_pass
-            )
+        return draw(self.policy, self.settings, prompts, num_steps or self.settings.eval_num_steps, seed)
 
     def _evaluate_and_keep(self, step: int) -> Metrics:
         evaluation = self.evaluate()
         self.record.keep_evaluation(step, evaluation)
         metrics: Metrics = {f"eval/{name}": value for name, value in evaluation.means().items()}
-        return metrics | {f"eval/failures/{kind}": share for kind, share in evaluation.failures.items()}
+        return metrics | {f"eval/{name}": value for name, value in evaluation.part_means().items()}
 
 
 def load_model(s: Settings) -> Backbone:
     """The backbone that the settings name. Raises SettingsError."""
     try:
-        return load_backbone(Source(**{field.name: getattr(s, field.name) for field in fields(Source)}))
+        named = {field.name: getattr(s, field.name) for field in fields(Source) if field.name != "dtypes"}
+        return load_backbone(Source(**named, dtypes=load_dtypes(s)))
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def load_rewards(s: Settings, given: Mapping[str, Reward] | None = None) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The trained rewards, those given or those that the settings name, and with them all that evaluate. Raises ValueError."""
+
+    def load(name: str) -> Reward:
+        return load_reward(name, RewardSource(s.reward_models.get(name), s.reward_device, s.reward_pickles, s.judge_template))
+
+    trained = dict(given) if given is not None else {name: load(name) for name in s.rewards}
+    others = s.eval_rewards if s.eval_rewards is not None else (OF_SHAPES if s.model == "shapes" else ())
+    return trained, {**trained, **{name: load(name) for name in others if name not in trained}}
 
 
 def load_prompts(s: Settings, backbone: Backbone, use: Literal["train", "eval"], given: Sequence[str] | None = None) -> list[str]:
@@ -509,8 +515,8 @@ def load_prompts(s: Settings, backbone: Backbone, use: Literal["train", "eval"],
     for number, prompt in enumerate(chosen, 1):
         if not prompt.strip():
             raise SettingsError(f"{source}: prompt {number} is blank; write one there or leave it out")
-        try:
-            backbone.check(prompt)
-        except ValueError as error:
-            raise SettingsError(f"{source}: prompt {number}: {error}") from error
+    try:
+        backbone.check(chosen)
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from error
     return chosen

@@ -6,9 +6,9 @@ from pathlib import Path
 import flowgrain
 
 ORDER = [
-    "process", "shapes", "sde", "tree", "rollout", "credit", "objective", "settings", "window", "algorithms", "calibrate",
-    "backbones", "rewards", "policy", "prompts", "checkpoint", "evaluate", "record", "recipes", "sampled", "forward", "train",
-    "comparisons", "compare", "doctor", "report", "cli", "__main__",
+    "process", "published", "shapes", "sde", "tree", "rollout", "credit", "objective", "settings", "window", "algorithms",
+    "calibrate", "backbones", "rewards", "policy", "prompts", "checkpoint", "evaluate", "record", "recipes", "sampled", "forward",
+    "train", "survey", "comparisons", "compare", "doctor", "report", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(flowgrain.__file__).parent
 LATE = {("train", "report"), ("cli", "report"), ("compare", "comparisons"), ("backbones", "shapes"), ("rewards", "shapes")}

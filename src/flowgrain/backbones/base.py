@@ -2,8 +2,10 @@
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,24 @@ BACKBONES = {
     "shapes": "flowgrain.backbones.shapes:ShapesBackbone",
     "sd3": "flowgrain.backbones.sd3:SD3Backbone",
     "flux": "flowgrain.backbones.flux:FluxBackbone",
+    "flux2": "flowgrain.backbones.flux2:Flux2Backbone",
+    "qwen_image": "flowgrain.backbones.qwen:QwenImageBackbone",
+    "zimage": "flowgrain.backbones.zimage:ZImageBackbone",
 }
 
 
 @dataclass(frozen=True)
+class Dtypes:
+    """The dtypes in which a model's parts are loaded."""
+
+    transformer: torch.dtype = torch.float32
+    vae: torch.dtype = torch.float32
+    encoders: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
 class Source:
-    """Where a model comes from and how it is set up; the fields are those of the settings."""
+    """Where a model comes from and how it is set up; the fields are those of the settings, but for dtypes."""
 
     model: str
     weights: str | None = None
@@ -34,6 +48,7 @@ class Source:
     vae_tiling: bool = False
     gradient_checkpointing: bool = False
     attention_backend: str | None = None
+    dtypes: Dtypes = Dtypes()
 
 
 class Backbone(Protocol):
@@ -50,16 +65,21 @@ class Backbone(Protocol):
     embedded_guidance: bool
     """Whether the model takes the guidance scale as an input, "guidance" [B] in its conditioning (FLUX), instead of true CFG."""
 
-    def natural_shift(self) -> float:
-        """The timestep shift that the model's own pipeline uses at this size."""
+    def load_lora(self, path: Path) -> None:
+        """Takes the adapter that a LoRA folder or file of diffusers' format holds, at full strength."""
+        ...
+
+    def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
+        """The timestep shift that the model's own pipeline uses at this size for a grid of `num_steps`, and the noise level to
+        which it stretches the grid's last step, if it does."""
         ...
 
     def to(self, device: torch.device) -> None:
         """Moves every part to `device`."""
         ...
 
-    def check(self, prompt: str) -> None:
-        """Raises ValueError, saying what it can read, for a prompt that is too long or otherwise not to be read."""
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError with the number (from 1) of the first prompt that is too long or otherwise not to be read."""
         ...
 
     def bundled_prompts(self, split: str) -> list[str]:
@@ -76,6 +96,15 @@ class Backbone(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in 0..1, fp32, of clean latents [B, *L]."""
+        ...
+
+
+@runtime_checkable
+class GuidesItself(Protocol):
+    """A backbone whose pipeline has a formula of its own for true CFG."""
+
+    def guide(self, v: Tensor, v_free: Tensor, guidance: float) -> Tensor:
+        """The guided velocity [B, *L] of the prompts' v and the unconditional v_free, all in fp32."""
         ...
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from flowgrain.backbones.base import Conditioning
 from flowgrain.backbones.pipeline import PipelineBackbone
@@ -17,7 +16,6 @@ class FluxBackbone(PipelineBackbone):
     pipeline = lora_format = FluxPipeline
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-    _packing = 2
 
     @property
     def embedded_guidance(self) -> bool:
@@ -33,16 +31,14 @@ class FluxBackbone(PipelineBackbone):
         return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
 
     def _load_tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.source.weights, subfolder="tokenizer_2", revision=self.source.revision)
+        return self._tokenizer_in("tokenizer_2")
 
-    def _encode(self, pipe: Any, prompts: list[str]) -> Conditioning:
-        embeds, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=self.source.max_prompt_tokens)
+    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
+        embeds, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=self.source.max_prompt_tokens)
         return {"embeds": embeds, "pooled": pooled}
 
     def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        side = self.pipe.vae_scale_factor * 2
-        grid = self.source.height // side, self.source.width // side
-        image_ids = self.pipe._prepare_latent_image_ids(1, *grid, x.device, x.dtype)
+        image_ids = self.pipe._prepare_latent_image_ids(1, *self.token_grid, x.device, x.dtype)
         return transformer(
             hidden_states=x,
             timestep=sigma,

@@ -4,7 +4,6 @@ from typing import Any
 
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from flowgrain.backbones.base import Conditioning
 from flowgrain.backbones.pipeline import PipelineBackbone
@@ -34,14 +33,14 @@ class SD3Backbone(PipelineBackbone):
             ("tokenizer_3", "tokenizer") if self.source.t5 else ("tokenizer",)
         ):  # T5 is optional; without it CLIP's 77 tokens are all there is
             try:
-                return AutoTokenizer.from_pretrained(self.source.weights, subfolder=part, revision=self.source.revision)
+                return self._tokenizer_in(part)
             except (OSError, ValueError):
                 continue
         return None
 
-    def _encode(self, pipe: Any, prompts: list[str]) -> Conditioning:
+    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
         embeds, _, pooled, _ = pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.source.max_prompt_tokens
+            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.source.max_prompt_tokens
         )
         return {"embeds": embeds, "pooled": pooled}
 

@@ -1,5 +1,6 @@
 """The bundled backbone: a small SD3 transformer over the latents of a small autoencoder, for 32x32 scenes of shapes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,11 +82,19 @@ class ShapesBackbone:
         for part in (self.transformer, self.words, self.vae):
             part.to(device)
 
-    def natural_shift(self) -> float:
-        return 3.0
+    def load_lora(self, path: Path) -> None:
+        state, metadata = self.lora_format.lora_state_dict(path, return_lora_metadata=True)
+        self.lora_format.load_lora_into_transformer(state, self.transformer, metadata=metadata)
 
-    def check(self, prompt: str) -> None:
-        tokenize(prompt)
+    def natural_shift(self, num_steps: int) -> tuple[float, float | None]:  # noqa: ARG002
+        return 3.0, None
+
+    def check(self, prompts: Sequence[str]) -> None:
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                tokenize(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
 
     def bundled_prompts(self, split: str) -> list[str]:
         return list(grammar.prompts(split))

@@ -1,4 +1,7 @@
-"""Recipes: a run a file. A recipe is a module whose function `recipe()` returns the settings that it sets."""
+"""Recipes: a run a file. A recipe is a module whose function `recipe()` returns the settings that it sets.
+
+Where a module has a function `lora()` too, that is the recipe NAME_lora.
+"""
 
 import difflib
 import importlib
@@ -14,9 +17,13 @@ from flowgrain.settings import Settings, SettingsError, canonical, settings
 DEFAULT = "demo"
 
 
+LORA = "_lora"
+
+
 def bundled() -> list[str]:
-    """Names of the recipes in the package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Names of the recipes in the package: flux_METHOD and sd35_METHOD, each with a variant _lora, and demo."""
+    files = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return [name for file in files for name in ((file,) if file == DEFAULT else (file, file + LORA))]
 
 
 def recipe(name: str = DEFAULT, /, **changes: Any) -> Settings:
@@ -26,7 +33,8 @@ def recipe(name: str = DEFAULT, /, **changes: Any) -> Settings:
     (.py with a function `recipe`, or .yaml); or a run's folder. Raises SettingsError naming what is wrong and what is near.
     """
     if name in bundled():
-        return settings({"name": name, **importlib.import_module(f"{__name__}.{name}").recipe(), **changes})
+        module = importlib.import_module(f"{__name__}.{name.removesuffix(LORA)}")
+        return settings({"name": name, **(module.lora() if name.endswith(LORA) else module.recipe()), **changes})
     if canonical(name) in METHODS:
         return settings({"name": canonical(name), "method": name, **changes})
     path = Path(name).expanduser()

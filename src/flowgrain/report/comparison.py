@@ -19,7 +19,7 @@ from flowgrain.checkpoint import write_atomically
 from flowgrain.compare import BASE, Comparison, by_seed, entries, results, units_of_step
 from flowgrain.evaluate import interval
 from flowgrain.record import read_settings
-from flowgrain.report.curves import Picture, picture
+from flowgrain.report.curves import picture
 from flowgrain.report.page import data_uri, template, tiles
 from flowgrain.settings import SettingsError
 
@@ -167,7 +167,7 @@ def curve_of(out: Path, metric: str) -> list[tuple[float, float, float]]:
     return points
 
 
-def curves(c: Comparison, folder: Path, reward_set: str) -> list[tuple[str, Picture]]:
+def curves(c: Comparison, folder: Path, reward_set: str) -> list[tuple[str, str]]:
     """Held-out metrics while training, mean over seeds with the 95% interval, against cost and against updates."""
     if not c.curve_points:
         return []

@@ -1,8 +1,7 @@
-"""Curves as inline SVG, drawn twice: for a light page and for a dark one."""
+"""Curves as inline SVG."""
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import matplotlib
 
@@ -13,26 +12,22 @@ from matplotlib.axes import Axes
 PALETTE = ("#2f6fde", "#d9822b", "#2a9d63", "#b44ac0", "#c23b3b", "#1f9eb0", "#8a6d3b", "#7d84a0", "#8fae2c", "#e06c9f")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """The same drawing in two colour schemes, as SVG text."""
-
-    light: str
-    dark: str
+INK = "#123456"  # stands for the page's own text colour
 
 
-def _svg(draw: Callable[[Axes], None], ink: str, ground: str) -> str:
+def picture(draw: Callable[[Axes], None]) -> str:
+    """What `draw` draws on fresh axes, as SVG on no ground in the page's own text colour: it suits a light and a dark page."""
     style = {
         "svg.hashsalt": "flowgrain",
         "svg.fonttype": "none",
         "font.family": "sans-serif",
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "axes.facecolor": ground,
-        "figure.facecolor": ground,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
         "axes.grid": True,
         "grid.alpha": 0.25,
         "axes.spines.top": False,
@@ -48,9 +43,4 @@ def _svg(draw: Callable[[Axes], None], ink: str, ground: str) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)
     text = file.getvalue()
-    return text[text.index("<svg") :]
-
-
-def picture(draw: Callable[[Axes], None]) -> Picture:
-    """Runs `draw` on fresh axes for each colour scheme."""
-    return Picture(light=_svg(draw, "#333333", "#ffffff"), dark=_svg(draw, "#d6d6d6", "#1b1d21"))
+    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -4,7 +4,6 @@ from collections import defaultdict
 
 from rich.tree import Tree as Drawing
 
-from flowgrain.sde import sigma_grid
 from flowgrain.settings import Settings
 from flowgrain.tree import ROOT, Tree
 
@@ -21,7 +20,7 @@ def draw_tree(tree: Tree, s: Settings) -> Drawing:
     for row in range(len(tree) - 1, -1, -1):
         below = tuple(sorted(shapes[child] for child in children[row]))
         shapes[row] = (int(tree.level[row]), bool(tree.stochastic[row]), bool(tree.trained[row]), row in images, below)
-    sigmas = sigma_grid(s.num_steps, s.known_shift)
+    sigmas = s.grid()
     drawing = Drawing(f"[bold]{s.method}[/]  T={s.num_steps}   ~ noise   - ODE   # image   (grid index of every state)")
     roots = [shapes[row] for row in children[ROOT]]
     for shape, number in _count(roots):

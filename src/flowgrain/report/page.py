@@ -18,7 +18,7 @@ from PIL import Image
 from flowgrain.checkpoint import write_atomically
 from flowgrain.evaluate import interval
 from flowgrain.record import Record, read_settings
-from flowgrain.report.curves import PALETTE, Picture, picture
+from flowgrain.report.curves import PALETTE, picture
 from flowgrain.settings import Settings
 
 PAIRS_SHOWN = 16
@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
         summary=summary(s, lines, evaluations),
         curves=curves(s, lines, evaluations) + calibration_curves(folder),
         pairs=pairs(folder, evaluations),
-        failures=failures(evaluations),
+        parts=parts(evaluations),
         trees=trees,
         tree_story=STORIES.get(s.method, STORIES["flow_grpo"]),
         settings=s.model_dump(mode="json"),
@@ -107,10 +107,10 @@ def summary(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> lis
     return facts
 
 
-def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list[tuple[str, Picture]]:
+def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Training reward, held-out scores with intervals, and the health of the update."""
     trained = [line for line in lines if line["step"] > 0]
-    drawn: list[tuple[str, Picture]] = []
+    drawn: list[tuple[str, str]] = []
 
     def rewards(axes: Axes) -> None:
         for name in s.rewards:
@@ -170,7 +170,7 @@ def curves(s: Settings, lines: Lines, evaluations: list[dict[str, Any]]) -> list
     return drawn
 
 
-def calibration_curves(folder: Path) -> list[tuple[str, Picture]]:
+def calibration_curves(folder: Path) -> list[tuple[str, str]]:
     """Where the run calibrated its noise: psi before and after, and how the shares of gains and losses moved."""
     if not (folder / "calibration.json").exists():
         return []
@@ -229,12 +229,12 @@ def pairs(folder: Path, evaluations: list[dict[str, Any]]) -> list[Pair]:
     ]
 
 
-def failures(evaluations: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """Kinds of failure: share of held-out images before and after."""
+def parts(evaluations: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Parts of the metrics (for the oracle: kinds of failure): mean over held-out images before and after."""
     if len(evaluations) < 2:
         return []
-    first, last = evaluations[0]["failures"], evaluations[-1]["failures"]
-    return [(kind, first[kind], last[kind]) for kind in first if kind in last]
+    first, last = evaluations[0]["parts"], evaluations[-1]["parts"]
+    return [(name, first[name], last[name]) for name in first if name in last]
 
 
 def _common(evaluations: list[dict[str, Any]], names: Iterable[str]) -> list[str]:

@@ -3,26 +3,59 @@
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+
+class Prompt(str):
+    """A prompt's text and, in `fields`, what else its file says of it, for rewards that need that."""
+
+    fields: Mapping[str, Any]
+
+    def __new__(cls, text: str, fields: Mapping[str, Any] | None = None) -> "Prompt":
+        prompt = super().__new__(cls, text)
+        prompt.fields = fields or {}
+        return prompt
+
+
+def fields_of(prompt: str) -> Mapping[str, Any]:
+    """What the prompt file says of `prompt` beside its text; nothing for a bare text."""
+    return prompt.fields if isinstance(prompt, Prompt) else {}
+
+
 Reward = Callable[[Tensor, list[str]], "Tensor | ArrayLike"]
 """reward(images [I, 3, H, W] in 0..1, prompts of length I) -> I scores, NaN where an image could not be scored."""
 
 
+@dataclass(frozen=True)
+class Explained:
+    """scores [I], and by part (a task, a dimension, a kind of failure) values [I], NaN where an image has no such part.
+
+    weights: by part [I], how much an image counts in the part's mean; 1 where it is not given.
+    """
+
+    scores: "Tensor | ArrayLike"
+    parts: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Explains(Protocol):
-    """A reward that can also say what is wrong with an image."""
+    """A reward that can also take its scores apart."""
 
-    def failures(self, images: Tensor, prompts: list[str]) -> dict[str, np.ndarray]:
-        """For each kind of failure, which of the I images show it, [I] booleans."""
+    mean_of_parts: bool
+    """Whether the benchmark's overall result is the mean over its parts, and not over images."""
+
+    def explain(self, images: Tensor, prompts: list[str]) -> Explained:
+        """What a call gives, and its parts."""
         ...
 
 
@@ -34,8 +67,12 @@ REWARDS = {
     "pickscore": "flowgrain.rewards.clip:PickScore",
     "hps": "flowgrain.rewards.clip:HPS",
     "aesthetic": "flowgrain.rewards.clip:Aesthetic",
+    "imagereward": "flowgrain.rewards.imagereward:ImageReward",
+    "ocr": "flowgrain.rewards.ocr:OCR",
     "geneval": "flowgrain.rewards.geneval:GenEval",
     "judge": "flowgrain.rewards.judge:Judge",
+    "unifiedreward": "flowgrain.rewards.judge:UnifiedReward",
+    "unigenbench": "flowgrain.rewards.judge:UniGenBench",
     "remote": "flowgrain.rewards.service:Remote",
 }
 """Known rewards: a class each, whose docstring says range, source and licence."""
@@ -51,6 +88,8 @@ class RewardSource:
     model: str | None = None
     device: str = "cpu"
     allow_pickle: bool = False
+    template: str | None = None
+    """Of a judge: the file with the question."""
 
 
 def load_reward(name: str, source: RewardSource | None = None) -> Reward:
@@ -86,18 +125,77 @@ class Scores:
     failed: int
     reason: str | None
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Scores]") -> "Scores":
+        """The scores of consecutive images as one."""
+        reason = next((part.reason for part in parts if part.reason), None)
+        return cls(torch.cat([part.values for part in parts]), sum(part.failed for part in parts), reason)
+
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], batch: int = 256) -> Scores:
     """Calls `reward` on `batch` images at a time. A failure is a NaN for the images of its call and a count, never a 0."""
-    parts = [
-        _score_once(reward, images[first : first + batch], list(prompts[first : first + batch]))
-        for first in range(0, len(images), batch)
-    ]
-    return Scores(
-        values=torch.cat([part.values for part in parts]),
-        failed=sum(part.failed for part in parts),
-        reason=next((part.reason for part in parts if part.reason), None),
+    return Scores.joined(
+        [
+            _score_once(reward, images[first : first + batch], list(prompts[first : first + batch]))
+            for first in range(0, len(images), batch)
+        ]
     )
+
+
+class Scoring:
+    """Asks rewards about images that come part by part; in the background a thread a reward, which never sees two calls at once."""
+
+    def __init__(self, rewards: Mapping[str, Reward], batch: int, background: bool) -> None:
+        self.rewards, self.batch = rewards, batch
+        self.threads = {name: ThreadPoolExecutor(1) for name in rewards} if background else {}
+        self.asked: dict[str, list[Scores | Future[Scores]]] = {name: [] for name in rewards}
+
+    def __enter__(self) -> "Scoring":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self.threads.values():
+            thread.shutdown(cancel_futures=True)
+
+    def ask(self, images: Tensor, prompts: list[str]) -> None:
+        """Has `images` [I, 3, H, W] scored, now or while the caller goes on."""
+        for name, reward in self.rewards.items():
+            call = (score, reward, images, prompts, self.batch)
+            self.asked[name].append(self.threads[name].submit(*call) if self.threads else score(*call[1:]))
+
+    def answers(self) -> dict[str, Scores]:
+        """The scores of all images asked about, by reward, in the order of the questions. Waits for those under way."""
+        return {
+            name: Scores.joined([one.result() if isinstance(one, Future) else one for one in parts])
+            for name, parts in self.asked.items()
+        }
+
+
+def explained(
+    reward: Reward, images: Tensor, prompts: Sequence[str], batch: int = 256
+) -> tuple[Scores, dict[str, Tensor], dict[str, Tensor]]:
+    """Like `score`, with the parts [I] and their weights [I] of a reward that has them; an image that failed has none."""
+    if not isinstance(reward, Explains):
+        return score(reward, images, prompts, batch), {}, {}
+    whole, calls = reward, []
+
+    def remember(images: Tensor, prompts: list[str]) -> Any:
+        calls.append((len(images), None))
+        found = whole.explain(images, prompts)
+        calls[-1] = (len(images), found)
+        return found.scores
+
+    scores = score(remember, images, prompts, batch)
+    names = list(dict.fromkeys(name for _, found in calls if found is not None for name in found.parts))
+
+    def joined(kind: str, name: str, otherwise: float) -> Tensor:
+        pieces = [(count, getattr(found, kind).get(name) if found is not None else None) for count, found in calls]
+        return torch.cat([torch.as_tensor(p).cpu().float() if p is not None else torch.full((n,), otherwise) for n, p in pieces])
+
+    lost = scores.values.isnan()
+    parts = {name: joined("parts", name, torch.nan).masked_fill(lost, torch.nan) for name in names}
+    weighted = {name for _, found in calls if found is not None for name in found.weights}
+    return scores, parts, {name: joined("weights", name, 0.0) for name in names if name in weighted}
 
 
 def _score_once(reward: Reward, images: Tensor, prompts: list[str]) -> Scores:

@@ -3,19 +3,24 @@
 Shapes: I images, H x W pixels, D embedding. Written on transformers' classes; open_clip's checkpoints are read by a key map.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPConfig, CLIPModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedModel
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from flowgrain.rewards.base import RewardSource
+from flowgrain.rewards.checkpoints import fill, linear_head, read_checkpoint
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+"""SigLIP's mean and its standard deviation."""
 
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -65,58 +70,126 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def read_checkpoint(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or, if that is allowed in so many words, of a pickled one, of which only tensors are read.
+Mode = Literal["crop", "torchvision", "squash", "pad"]
 
-    Raises ValueError naming the file and the way out.
+# Where the image lies when what is left over is odd: half a pixel down (transformers), to the even one (torchvision), or for bars
+# up (the bar before is then the narrower one).
+_HALF: dict[str, Callable[[float], int]] = {"crop": math.floor, "torchvision": round, "squash": math.floor, "pad": math.ceil}
+
+
+def fit(images: Tensor, size: int, mode: Mode, edge: int | None = None, resample: str = "bicubic") -> Tensor:
+    """Images [I, 3, H, W] in 0..1 as [I, 3, size, size], resized with antialiasing, as Pillow does.
+
+    "crop": the shorter side becomes `edge` (size, if it is not given), then the centre is cut out; "torchvision": the same, by its
+    rounding; "squash": both sides become `edge`, whatever the shape was; "pad": the longer side does, and the rest is black (HPS).
     """
-    if not path.is_file():
-        raise ValueError(f"reward_models: there is no file {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if not allow_pickle:
-        raise ValueError(
-            f"{path} is a pickle, which can run code; convert it to safetensors, or set reward_pickles=true to read its tensors"
-        )
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(found.get("state_dict", found))
-
-
-def fit(images: Tensor, size: int, mode: str) -> Tensor:
-    """Images [I, 3, H, W] in 0..1 as [I, 3, size, size]: bicubic, then a centre crop ("crop") or black bars ("pad", HPS)."""
     h, w = images.shape[-2:]
-    scale = size / (min(h, w) if mode == "crop" else max(h, w))
-    shape = max(round(h * scale), 1), max(round(w * scale), 1)
-    if shape != (h, w):
-        images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    if mode == "crop":
-        return images[..., top : top + size, left : left + size]
-    return F.pad(images, (-left, size - shape[1] + left, -top, size - shape[0] + top))
+    edge = edge or size
+    if mode == "squash":
+        shape = edge, edge
+    elif mode == "pad":
+        shape = max(round(h * (edge / max(h, w))), 1), max(round(w * (edge / max(h, w))), 1)
+    else:
+        shape = int(edge * h / min(h, w)), int(edge * w / min(h, w))
+    for part in ((h, shape[1]), shape):  # Pillow's two passes; bytes cannot overshoot, not even between
+        if part != images.shape[-2:]:
+            images = F.interpolate(images, part, mode=resample, antialias=True, align_corners=False)
+            images = images if mode == "pad" else images.clamp(0, 1)  # HPS's authors resize floats, which can
+    top, left = (_HALF[mode]((side - size) / 2) for side in shape)
+    return F.pad(images, (-left, size - shape[1] + left, -top, size - shape[0] + top))  # of negative width: cut off
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a model is given: squares of `size`, fitted by `mode` (see `fit`), less `mean`, over `std`."""
+
+    size: int
+    mode: Mode = "crop"
+    edge: int | None = None
+    resample: str = "bicubic"
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pixels [I, 3, size, size] of images [I, 3, H, W] in 0..1."""
+        mean, std = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (fit(images, self.size, self.mode, self.edge, self.resample) - mean) / std
+
+
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def read_preprocess(config: Mapping[str, Any], size: int, siglip: bool) -> Preprocess:
+    """What a model's preprocessor config says and, where it is silent, what the processors of CLIP or SigLIP do.
+
+    config: the entries of transformers' preprocessor_config.json, {} if a model has none; size: the side of the model's input.
+    Raises ValueError naming the entry that cannot be followed.
+    """
+    said: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "crop_size": size}
+    if siglip:
+        said |= {"do_center_crop": False, "size": {"height": size, "width": size}, "image_mean": HALF, "image_std": HALF}
+    else:
+        said |= {"do_center_crop": True, "size": {"shortest_edge": size}, "image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}
+    said |= {entry: value for entry, value in config.items() if value is not None}
+    crop, wanted, cut = said["do_center_crop"], said["size"], said["crop_size"]
+    if isinstance(wanted, int):  # configs of before transformers 4.25
+        wanted = {"shortest_edge": wanted} if crop else {"height": wanted, "width": wanted}
+    squash = set(wanted) == {"height", "width"} and wanted["height"] == wanted["width"]
+    edge = wanted["height"] if squash else wanted.get("shortest_edge")
+    wrong = {
+        "do_resize": not said["do_resize"],
+        "do_rescale": not said["do_rescale"],
+        "resample": said["resample"] not in _FILTERS,
+        "size": (not squash and set(wanted) != {"shortest_edge"}) or (not crop and (not squash or edge != size)),
+        "crop_size": crop and cut not in (size, {"height": size, "width": size}),
+    }
+    for entry in wrong:
+        if wrong[entry]:
+            raise ValueError(f"preprocessor_config.json: {entry}={said[entry]} cannot be followed: {_CAN[entry].format(size=size)}")
+    mean, std = (said["image_mean"], said["image_std"]) if said["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
+    return Preprocess(size, "squash" if squash else "crop", edge, _FILTERS[said["resample"]], tuple(mean), tuple(std))
+
+
+_CAN = {
+    "do_resize": "the model reads images of {size} x {size} alone",
+    "do_rescale": "images are in 0..1 here",
+    "resample": "2, bilinear, and 3, bicubic, can be",
+    "size": "the model reads {size} x {size}; height and width that are the same lead there, or shortest_edge and do_center_crop",
+    "crop_size": "the model reads {size} x {size}",
+}
 
 
 class _Clip:
     """A CLIP or SigLIP of transformers, or an open_clip checkpoint beside the config of one."""
 
     default: str
-    mode = "crop"
+    mode: Mode | None = None
+    """How images are fitted; None: as the model's own preprocessor config says."""
 
     def __init__(self, source: RewardSource) -> None:
         self.source = source
         name, _, checkpoint = (source.model or self.default).partition("#")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = self._build(name, Path(checkpoint) if checkpoint else None)
+            self.model: Any = self._build(name, Path(checkpoint) if checkpoint else None)
         except OSError as error:
             raise ValueError(f"reward_models: {name} could not be loaded ({error}); give a folder or a hub name") from error
+        except ImportError as error:  # SigLIP's tokenizer
+            raise ValueError(f"reward_models: {name} needs a package more ({error}); pip install 'flowgrain[siglip]'") from error
         self.model = self.model.eval().requires_grad_(False).to(source.device)
-        self.size = self.model.config.vision_config.image_size
         self.length = self.model.config.text_config.max_position_embeddings
         self.siglip = self.model.config.model_type.startswith("siglip")
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if self.siglip else (OPENAI_MEAN, OPENAI_STD)
-        self.mean, self.std = (torch.tensor(v, device=source.device).reshape(1, 3, 1, 1) for v in (mean, std))
+        self.preprocess = self._preprocess(name, self.model.config.vision_config.image_size)
 
-    def _build(self, name: str, checkpoint: Path | None) -> nn.Module:
+    def _preprocess(self, name: str, size: int) -> Preprocess:
+        if self.mode is not None:
+            return Preprocess(size, self.mode)
+        try:
+            return read_preprocess(get_image_processor_config(name), size, self.siglip)
+        except ValueError as error:
+            raise ValueError(f"reward_models: {name}: {error}") from error
+
+    def _build(self, name: str, checkpoint: Path | None) -> PreTrainedModel:
         if checkpoint is None:
             return AutoModel.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
@@ -126,17 +199,12 @@ class _Clip:
         if any("resblocks" in key for key in state):
             state = from_open_clip(state)
         model = CLIPModel(config)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        missing = [key for key in missing if not key.endswith("position_ids")]
-        if missing or unexpected:
-            raise ValueError(
-                f"{checkpoint} is no checkpoint of {name}: {len(missing)} tensors are missing, {len(unexpected)} too many"
-            )
+        fill(model, state, checkpoint, name)
         return model
 
     def image_embeds(self, images: Tensor) -> Tensor:
         """Normalised embeddings [I, D] of images [I, 3, H, W] in 0..1."""
-        pixels = (fit(images.float().to(self.source.device), self.size, self.mode) - self.mean) / self.std
+        pixels = self.preprocess(images.float().to(self.source.device))
         return F.normalize(_tensor(self.model.get_image_features(pixel_values=pixels)), dim=-1)
 
     def text_embeds(self, prompts: list[str]) -> Tensor:
@@ -158,54 +226,65 @@ def _tensor(found: Any) -> Tensor:
 
 
 class ClipScore(_Clip):
-    """CLIP score (Hessel et al. 2021): cosine in -1..1, about .2 to .45 for images of a model. Any CLIP or SigLIP, at its own size.
+    """CLIP score (Hessel et al. 2021, arXiv:2104.08718): cosine in -1..1 of any CLIP or SigLIP, about .2 to .45 for good images.
 
-    The G2RPO paper takes DFN5B-CLIP-ViT-H-14-378 (Apple's research licence); the default is OpenAI's ViT-L/14 (MIT).
+    Weights: the default is OpenAI's ViT-L/14 (Radford et al. 2021, arXiv:2103.00020; MIT). The G2RPO paper takes
+    DFN5B-CLIP-ViT-H-14-378 (Fang et al. 2023, arXiv:2309.17425; Apple's own licence, see its card); SigLIP (Zhai et al. 2023,
+    arXiv:2303.15343; Apache-2.0) needs the extra `siglip`. Input: the model's size (224, 378, ...), fitted as its own
+    preprocessor_config.json says; without one, bicubic and a centre crop for CLIP, both sides resized for SigLIP.
     """
 
     default = "openai/clip-vit-large-patch14"
 
 
 class PickScore(_Clip):
-    """PickScore v1 (Kirstain et al. 2023, MIT): cosine of a CLIP-H tuned on Pick-a-Pic, about .2; 22 where printed times 100."""
+    """PickScore v1 (Kirstain et al. 2023, arXiv:2305.01569): cosine in -1..1 of a CLIP-H tuned on Pick-a-Pic, about .2.
+
+    It is printed times 100 elsewhere, about 22. Weights: MIT, as its code. Input: 224 x 224, bicubic and a centre crop.
+    """
 
     default = "yuvalkirstain/PickScore_v1"
 
 
 class HPS(_Clip):
-    """HPS-v2 and v2.1 (Wu et al. 2023, Apache-2.0): cosine of a CLIP-H tuned on HPDv2, about .25 to .4; black bars, not a crop.
+    """HPS-v2 and v2.1 (Wu et al. 2023, arXiv:2306.09341): cosine in -1..1 of a CLIP-H tuned on HPDv2, about .25 to .4.
+
+    Weights: Apache-2.0. Input: 224 x 224, the longer side resized (bicubic), the rest black bars, not a crop.
 
     Give the checkpoint file behind the config's name: laion/CLIP-ViT-H-14-laion2B-s32B-b79K#HPS_v2.1_compressed.pt.
     """
 
     default = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    mode = "pad"
+    mode: Mode | None = "pad"
 
-    def _build(self, name: str, checkpoint: Path | None) -> nn.Module:
+    def _build(self, name: str, checkpoint: Path | None) -> PreTrainedModel:
         if checkpoint is None:
             raise ValueError(f"reward_models: hps needs its checkpoint: hps={name}#HPS_v2.1_compressed.pt")
         return super()._build(name, checkpoint)
 
 
 class Aesthetic(_Clip):
-    """LAION's aesthetic predictor v2 (Schuhmann 2022, MIT): a head of five linear layers on CLIP-L/14 embeddings, about 1 to 10.
+    """LAION's aesthetic predictor v2 (Schuhmann et al. 2022, arXiv:2210.08402): five linear layers on CLIP-L/14, about 1 to 10.
+
+    Weights: the head Apache-2.0, the CLIP MIT. Input: 224 x 224, bicubic and a centre crop.
 
     Give the head's file behind the name of the CLIP: openai/clip-vit-large-patch14#sac+logos+ava1-l14-linearMSE.safetensors. The
     prompt does not count.
     """
 
     default = "openai/clip-vit-large-patch14"
+    mode: Mode | None = "torchvision"  # CLIP's own package, which LAION's code calls
 
-    def _build(self, name: str, checkpoint: Path | None) -> nn.Module:
+    def _build(self, name: str, checkpoint: Path | None) -> PreTrainedModel:
         if checkpoint is None:
             raise ValueError("reward_models: aesthetic needs its head's file: aesthetic=CLIP#HEAD.safetensors")
         state = read_checkpoint(checkpoint, self.source.allow_pickle)
-        layers: list[nn.Module] = []
-        for number in range(8):  # linear layers and, between some of them, dropout, which is off
-            weight = state.get(f"layers.{number}.weight")
-            layers.append(nn.Identity() if weight is None else nn.Linear(weight.shape[1], weight.shape[0]))
-        self.head = nn.Sequential(*layers)
-        self.head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
+        state = {key.removeprefix("layers."): value for key, value in state.items()}
+        try:
+            self.head = linear_head(state)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"reward_models: {checkpoint} is no head of linear layers (layers.0.weight and so on)") from error
+        fill(self.head, state, checkpoint, "the aesthetic head")
         self.head = self.head.eval().requires_grad_(False).to(self.source.device)
         return AutoModel.from_pretrained(name)
 

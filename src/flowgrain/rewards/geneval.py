@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrain.rewards.base import RewardSource
+from flowgrain.rewards.base import Explained, RewardSource, fields_of
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 APART = 0.1  # share of the two boxes' sizes by which centres must differ to count as apart
@@ -110,30 +110,44 @@ def read_demands(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class GenEval:
-    """Share of a prompt's demands that is met, 0..1 (partial credit), or with `strict` 1 and 0 as the benchmark counts.
+    """Share of a prompt's demands that is met, 0..1; by part, whether all are met, for each task as the benchmark reports it.
 
-    source.model is `DETECTOR#PROMPTS.jsonl`: a detection model of transformers, folder or hub name, and the prompt file. A prompt
-    that the file does not have is not scored.
+    Demands come with the prompts, if these are read from GenEval's own file, or from the file that source.model names:
+    `DETECTOR` or `DETECTOR#PROMPTS.jsonl`, a detection model of transformers (folder or hub name) and the file. A prompt without
+    demands is not scored. Ghosh et al. 2023 (MIT); licence of the weights and input size are the detector's.
     """
 
-    def __init__(self, source: RewardSource, *, detector: Detector | None = None, strict: bool = False) -> None:
+    mean_of_parts = True
+
+    def __init__(self, source: RewardSource, *, detector: Detector | None = None) -> None:
         name, _, prompts = (source.model or "").partition("#")
-        if not prompts or not Path(prompts).is_file():
-            raise ValueError(f"reward_models: geneval={source.model} names no prompt file; write geneval=DETECTOR#PROMPTS.jsonl")
-        self.demands = read_demands(Path(prompts))
+        if prompts and not Path(prompts).is_file():
+            raise ValueError(f"reward_models: geneval={source.model}: there is no file {prompts}; write DETECTOR#PROMPTS.jsonl")
+        if not name and detector is None:
+            raise ValueError(f"reward_models: geneval={source.model} names no detector; write geneval=DETECTOR")
+        self.demands = read_demands(Path(prompts)) if prompts else {}
         self.detector = detector or TransformersDetector(name, source.device)
-        self.strict = strict
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores [I], NaN for unknown prompts."""
-        return torch.tensor([self._score(image, self.demands.get(prompt)) for image, prompt in zip(images, prompts, strict=True)])
+        return torch.as_tensor(self.explain(images, prompts).scores)
 
-    def _score(self, image: Tensor, demand: dict[str, Any] | None) -> float:
+    def explain(self, images: Tensor, prompts: list[str]) -> Explained:
+        """The scores, and by task whether the image is right altogether."""
+        demands = [fields_of(prompt) if "include" in fields_of(prompt) else self.demands.get(prompt) for prompt in prompts]
+        found = [self._judge(image, demand) for image, demand in zip(images, demands, strict=True)]
+        tasks = [demand.get("tag", "") if demand is not None else "" for demand in demands]
+        parts = {task: torch.full((len(images),), torch.nan) for task in dict.fromkeys(tasks) if task}
+        for i, (task, verdict) in enumerate(zip(tasks, found, strict=True)):
+            if task and verdict is not None:
+                parts[task][i] = float(verdict.correct)
+        return Explained(torch.tensor([torch.nan if verdict is None else verdict.credit for verdict in found]), parts)
+
+    def _judge(self, image: Tensor, demand: Mapping[str, Any] | None) -> Verdict | None:
         if demand is None:
-            return float("nan")
+            return None
         coloured = [one["class"] for one in demand["include"] if "color" in one]
-        found = judge_boxes(demand, self.detector(image, coloured))
-        return float(found.correct) if self.strict else found.credit
+        return judge_boxes(demand, self.detector(image, coloured))
 
 
 class TransformersDetector:

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from flowgrain.rewards.base import Reward, RewardSource, score
+from flowgrain.rewards.base import Prompt, Reward, RewardSource, fields_of, score
 from flowgrain.rewards.http import address, png, session
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,16 @@ class Question(BaseModel):
 
     reward: str
     prompts: list[str]
+    fields: list[dict[str, Any]] | None = None
+    """What the prompt file says of each prompt beside its text."""
     png: list[str] | None = None
     raw: RawImages | None = None
+
+    def asked(self) -> list[Prompt]:
+        """The prompts with their fields. Raises ValueError for another number of fields than of prompts."""
+        if self.fields is not None and len(self.fields) != len(self.prompts):
+            raise ValueError(f"{len(self.fields)} fields for {len(self.prompts)} prompts")
+        return [Prompt(text, of_it) for text, of_it in zip(self.prompts, self.fields or [{}] * len(self.prompts), strict=True)]
 
     def images(self) -> Tensor:
         """[I, 3, H, W] in 0..1. Raises ValueError for what cannot be read."""
@@ -100,13 +108,14 @@ def service(rewards: Mapping[str, Reward], token: str | None = None, max_images:
         if len(question.prompts) > max_images:
             raise fastapi.HTTPException(413, f"{len(question.prompts)} images are more than {max_images}")
         try:
+            prompts = question.asked()
             images = await run_in_threadpool(question.images)
         except ValueError as error:
             raise fastapi.HTTPException(422, str(error)) from error
 
         def work() -> Answer:
             with one_at_a_time:
-                found = score(rewards[question.reward], images, question.prompts)
+                found = score(rewards[question.reward], images, prompts)
             return Answer(scores=[None if np.isnan(v) else v for v in found.values.tolist()], reason=found.reason)
 
         return await run_in_threadpool(work)
@@ -140,9 +149,13 @@ class Remote:
         return torch.cat([self._ask(images[i : i + self.batch], prompts[i : i + self.batch]) for i in parts])
 
     def _ask(self, images: Tensor, prompts: list[str]) -> Tensor:
-        question = Question(reward=self.reward, prompts=prompts, **_encoded(images, self.encoding))
+        fields = [dict(fields_of(prompt)) for prompt in prompts]
         try:
-            answer = self.session.post(f"{self.url}/score", json=question.model_dump(exclude_none=True), timeout=self.timeout)
+            question = Question(
+                reward=self.reward, prompts=prompts, fields=fields if any(fields) else None, **_encoded(images, self.encoding)
+            )
+            asked = question.model_dump(mode="json", exclude_none=True)
+            answer = self.session.post(f"{self.url}/score", json=asked, timeout=self.timeout)
             answer.raise_for_status()
             scores = Answer.model_validate(answer.json()).scores
             if len(scores) != len(prompts):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
+from flowgrain.rewards.base import Explained
 from flowgrain.shapes.grammar import MAX_WORDS, VOCABULARY, tokenize
 from flowgrain.shapes.oracle import judge
 
@@ -19,12 +20,15 @@ _END = len(VOCABULARY)  # token that closes a prompt for the text tower
 class Oracle:
     """Exact score in 0..1 by segmentation; see `flowgrain.shapes.oracle`."""
 
+    mean_of_parts = False
+
     def __call__(self, images: Tensor, prompts: list[str]) -> NDArray[np.float32]:
         return judge(images.float().cpu().numpy(), prompts)[0]
 
-    def failures(self, images: Tensor, prompts: list[str]) -> dict[str, NDArray[np.bool_]]:
-        """Which images show each kind of failure."""
-        return judge(images.float().cpu().numpy(), prompts)[1]
+    def explain(self, images: Tensor, prompts: list[str]) -> Explained:
+        """The scores, and which images show each kind of failure."""
+        scores, failures = judge(images.float().cpu().numpy(), prompts)
+        return Explained(scores, {kind: torch.from_numpy(shown) for kind, shown in failures.items()})
 
 
 def build_towers() -> CLIPModel:
