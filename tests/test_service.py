@@ -105,7 +105,7 @@ def test_limits_and_bad_requests(address):
     assert status({"reward": "red", "prompts": ["a"]}) == 422
     assert status({"reward": "red", "prompts": ["a"], "png": ["no picture"]}) == 422
     assert status({"reward": "red", "prompts": ["a"], "raw": {**raw, "shape": [1, 3, 9, 9]}}) == 422
-    assert requests.get(f"{address}/health", headers=bearer, timeout=10).json()["rewards"] == ["partly", "red", "slow"]
+    assert requests.get(f"{address}/health", headers=bearer, timeout=10).json()["rewards"] == ["partly", "red", "slow", "wanted"]
 
 
 def test_an_address_is_needed():

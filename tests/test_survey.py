@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,13 +173,11 @@ def test_the_page(done):
     assert "Images were not kept" not in text
 
 
-def failing(images, prompts):
-    return [math.nan if "circle" in prompt else 1.0 for prompt in prompts]
-
-
 def test_failures_are_told_and_a_lone_model_needs_no_pair(tmp_path, monkeypatch):
     (tmp_path / "mine_survey.py").write_text(
-        "def half(images, prompts):\n    return [float('nan') if 'circle' in p else 1.0 for p in prompts]\n"
+        "good = ()\n"
+        "def half(images, prompts):\n"
+        "    return [float('nan') if 'circle' in p and p not in good else 1.0 for p in prompts]\n"
     )
     monkeypatch.chdir(tmp_path)
     asked = survey(["shapes"], {"eval_prompts": 8, "rewards": "mine_survey:half", "eval_rewards": ""}, [2], [0])
@@ -188,7 +188,17 @@ def test_failures_are_told_and_a_lone_model_needs_no_pair(tmp_path, monkeypatch)
     assert cell.failed + cell.scored == 8
     assert cell.failed > 0
     assert f"{cell.failed} not scored" in "".join(markdown(table))
+    mine = sys.modules["mine_survey"]
+    mine.good = read_scores(tmp_path / "out")["prompt"].tolist()
+    run_survey(asked, tmp_path / "out")
+    assert tabulate(tmp_path / "out").rows[0].cells["mine_survey:half"].failed == cell.failed
+    run_survey(replace(asked, retry=True), tmp_path / "out")
+    assert tabulate(tmp_path / "out").rows[0].cells["mine_survey:half"].failed == 0
     assert "Images were not kept" in write_side_by_side(tmp_path / "out", table, [0]).read_text()
+
+
+def asked_in_python():
+    return settings({"num_steps": 4, "group_size": 3, "prompts_per_step": 2, "eval_rewards": ()})
 
 
 def test_what_cannot_be(done, trained, tmp_path):
@@ -203,6 +213,9 @@ def test_what_cannot_be(done, trained, tmp_path):
     ):
         with pytest.raises(SettingsError, match=message):
             run_survey(survey(words, changes, [2], [0]), folder)
+    Run(asked_in_python(), tmp_path / "python", rewards={"mine": lambda images, _: [0.0] * len(images)}).record.start()
+    with pytest.raises(SettingsError, match=r"given its rewards in Python; name some here: rewards="):
+        survey([str(tmp_path / "python")], {}, [2], [0])
     with pytest.raises(SettingsError, match="names a value twice"):
         survey(["base"], {}, [2, 2], [0])
     with pytest.raises(SettingsError, match="nothing is evaluated here"):

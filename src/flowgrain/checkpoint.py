@@ -35,7 +35,7 @@ def _flush(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` so that a reader finds either the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
     temporary.replace(path)

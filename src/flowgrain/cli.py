@@ -178,6 +178,7 @@ def evaluate_command(
     seeds: Annotated[str, typer.Option(help="of the initial noise, a list; each is an image a prompt")] = "0",
     folder: Annotated[Path | None, typer.Option("--out", help="by default one of its own under evaluations/")] = None,
     images: Annotated[bool, typer.Option("--images", help="keep every image, for the side-by-side page")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="make again what has images that could not be scored")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Evaluate: models x held-out prompts x seeds x step counts by every metric, compared with the first model.
@@ -197,7 +198,7 @@ def evaluate_command(
     if not models:
         raise SettingsError(f"{' '.join(words)}: names no model; write a run's folder, `base` or a backbone before the settings")
     changes = _read_words([word for word in words if "=" in word])[1]
-    asked = survey(models, changes, _ints("--steps", steps, 1), _ints("--seeds", seeds, 0), images)
+    asked = survey(models, changes, _ints("--steps", steps, 1), _ints("--seeds", seeds, 0), images, retry)
     folder = folder or default_folder(asked)
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("evaluating")

@@ -1,5 +1,6 @@
 """Images of held-out prompts and every metric on them, from the same noise every time."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from flowgrain.rollout import rollout
 from flowgrain.sde import ODE
 from flowgrain.settings import Settings
 from flowgrain.tree import Planner
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def evaluate(
     weights: dict[str, NDArray[np.float32]] = {}
     for name, reward in rewards.items():
         found, of_part, weight_of_part = explained(reward, everything, prompts, reward_batch)
+        if found.failed:
+            log.warning("%s could not score %d of %d images: %s", name, found.failed, len(prompts), found.reason)
         scores[name] = found.values.numpy()
         parts |= {f"{name}/{part}": values.numpy() for part, values in of_part.items()}
         weights |= {f"{name}/{part}": values.numpy() for part, values in weight_of_part.items()}

@@ -101,6 +101,8 @@ class Survey:
     steps: tuple[int, ...]
     seeds: tuple[int, ...]
     keep_images: bool = False
+    retry: bool = False
+    """Make pieces again in which something could not be scored."""
 
     def __post_init__(self) -> None:
         for name, values in (("steps", self.steps), ("seeds", self.seeds)):
@@ -109,11 +111,21 @@ class Survey:
 
 
 def survey(
-    words: Sequence[str], changes: Mapping[str, Any], steps: Sequence[int], seeds: Sequence[int], keep_images: bool = False
+    words: Sequence[str],
+    changes: Mapping[str, Any],
+    steps: Sequence[int],
+    seeds: Sequence[int],
+    keep_images: bool = False,
+    retry: bool = False,
 ) -> Survey:
     """The survey of the models that `words` name, with settings `changes` for all of them. Raises SettingsError."""
     found = targets(words)
-    return Survey(found, base_settings(found, changes), changes, tuple(steps), tuple(seeds), keep_images)
+    for first in [one for one in found if one.kind == "run"][:1]:  # its prompts and metrics are everybody's
+        given = read_saved(Path(first.path)).get("given", [])
+        for what, setting in (("rewards", "rewards"), ("eval_prompts", "eval_prompts_file")):
+            if what in given and setting not in changes:
+                raise SettingsError(f"{first.path}: this run was given its {what} in Python; name some here: {setting}=...")
+    return Survey(found, base_settings(found, changes), changes, tuple(steps), tuple(seeds), keep_images, retry)
 
 
 def base_settings(found: Sequence[Target], changes: Mapping[str, Any]) -> Settings:
@@ -193,11 +205,9 @@ def run_survey(survey: Survey, folder: Path, show: Callable[[State], None] | Non
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if survey.settings.threads:
         torch.set_num_threads(survey.settings.threads)
-    opened: dict[str, tuple[Policy, Settings]] = {}
-    first = survey.targets[0]
-    opened[first.label] = open_model(first, survey.settings, survey.changes)
-    s = survey.settings
-    chosen = load_prompts(s, opened[first.label][0].backbone, "eval")
+    s, current = survey.settings, survey.targets[0]
+    model: tuple[Policy, Settings] | None = open_model(current, s, survey.changes)
+    chosen = load_prompts(s, model[0].backbone, "eval")
     prompts = [chosen[i % len(chosen)] for i in range(s.eval_prompts)]
     try:
         metrics = load_rewards(s)[1]
@@ -205,30 +215,44 @@ def run_survey(survey: Survey, folder: Path, show: Callable[[State], None] | Non
         raise SettingsError(str(error)) from error
     _agree(survey, folder, prompts, metrics)
     everything = list(pieces(survey, folder, len(prompts)))
-    mine = [piece for piece in everything[rank::size] if not piece.file.exists()]
-    for piece in mine:
-        if piece.target.label not in opened:
-            opened.clear()  # one model at a time in memory
-            opened[piece.target.label] = open_model(piece.target, survey.settings, survey.changes)
-        policy, own = opened[piece.target.label]
-        part = prompts[piece.first : piece.first + PIECE]
-        found = evaluate(
-            policy,
-            part,
-            metrics,
-            sigmas=own.grid(piece.steps),
-            guidance=own.eval_guidance,
-            rows_per_pass=own.rows_per_pass,
-            reward_batch=own.reward_batch,
-            seed=piece.seed,
-            place=piece.first,
-        )
+    for piece in everything[rank::size]:
+        if piece.file.exists() and not (survey.retry and _lacks_scores(piece, list(metrics))):
+            continue
+        if piece.target != current:
+            model = None  # one at a time in memory
+            current, model = piece.target, open_model(piece.target, s, survey.changes)
+        found = _evaluate(piece, *model, prompts[piece.first : piece.first + PIECE], metrics)
         if survey.keep_images:
             _keep_images(found, piece, folder)
         _keep_scores(found, piece)
         if show is not None:
-            show(State(sum(one.file.exists() for one in everything), len(everything)))
-    return State(sum(one.file.exists() for one in everything), len(everything))
+            show(_state(everything))
+    return _state(everything)
+
+
+def _state(everything: Sequence[Piece]) -> State:
+    return State(sum(piece.file.exists() for piece in everything), len(everything))
+
+
+def _evaluate(piece: Piece, policy: Policy, s: Settings, prompts: Sequence[str], metrics: Mapping[str, Reward]) -> Evaluation:
+    return evaluate(
+        policy,
+        prompts,
+        metrics,
+        sigmas=s.grid(piece.steps),
+        guidance=s.eval_guidance,
+        rows_per_pass=s.rows_per_pass,
+        reward_batch=s.reward_batch,
+        seed=piece.seed,
+        place=piece.first,
+    )
+
+
+def _lacks_scores(piece: Piece, metrics: list[str]) -> bool:
+    from pyarrow import parquet
+
+    columns = parquet.read_table(piece.file, columns=metrics).columns
+    return any(np.isnan(column.to_numpy()).any() for column in columns)
 
 
 def image_path(folder: Path, label: str, steps: int, seed: int, place: int) -> Path:
@@ -267,13 +291,18 @@ def _keep_scores(found: Evaluation, piece: Piece) -> None:
 _WEIGHT = "#weight"
 
 
+_OF_BASE = ("weights", "revision", "height", "width", "shift", "shift_terminal", "eval_guidance", "dtype")
+"""What else than its weights decides the images of a model that is no run."""
+
+
 def _agree(survey: Survey, folder: Path, prompts: Sequence[str], metrics: Mapping[str, Reward]) -> None:
     """Writes what the folder holds, or checks that it is this: the same prompts, metrics, models and settings."""
     fixed = {
         "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "metrics": list(metrics),
-        "settings": {key: str(value) for key, value in sorted(survey.changes.items())},
+        "settings": _plain(survey.changes),
         "model": survey.settings.model,
+        "base": {name: getattr(survey.settings, name) for name in _OF_BASE},
         "mean_of_parts": [name for name, one in metrics.items() if isinstance(one, Explains) and one.mean_of_parts],
     }
     models = {one.label: one.identity for one in survey.targets}
@@ -293,9 +322,13 @@ def _agree(survey: Survey, folder: Path, prompts: Sequence[str], metrics: Mappin
     write_atomically(file, yaml.safe_dump({**fixed, "models": models}, sort_keys=False))
 
 
+def _plain(changes: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in sorted(changes.items())}
+
+
 def default_folder(survey: Survey) -> Path:
     """A folder of this survey's own: the same command finds what it did before, another one does not."""
-    what = [sorted((key, str(value)) for key, value in survey.changes.items()), [one.identity for one in survey.targets]]
+    what = [_plain(survey.changes), [one.identity for one in survey.targets]]
     return Path("evaluations") / f"{survey.targets[-1].label}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
 
 

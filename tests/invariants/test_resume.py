@@ -168,6 +168,17 @@ def test_a_resume_keeps_its_own_learning_rate_and_refuses_another_run(long, tmp_
             Run(long.model_copy(update=change), tmp_path).resume()
 
 
+def test_a_file_that_a_kill_cut_short_is_swept_away(long, tmp_path):
+    run = Run(long.model_copy(update={"max_steps": 2}), tmp_path)
+    run.train()
+    half = tmp_path / "evaluations" / ".step-000002.json.77.tmp"
+    half.write_text("{")
+    again = Run(long, tmp_path)
+    again.resume()
+    assert not half.exists()
+    assert [path.name for path in sorted((tmp_path / "evaluations").iterdir())] == ["step-000000.json", "step-000002.json"]
+
+
 def test_lora_resumes_to_the_bit(long, tmp_path):
     s = long.model_copy(update={"lora_rank": 2, "eval_every": 0, "max_steps": 3, "checkpoint_every": 1})
     Run(s, tmp_path / "whole").train()
