@@ -30,7 +30,7 @@ from flowgrain.rewards import OF_SHAPES, Reward, RewardSource, Scores, Scoring, 
 from flowgrain.rollout import Noise, Rollout, join, rollout
 from flowgrain.sampled import Metrics, Sampled
 from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step
-from flowgrain.settings import FIXED, Settings, SettingsError
+from flowgrain.settings import FIXED, Settings, SettingsError, existing_file
 from flowgrain.tree import Ints, Tree, split_updates
 
 
@@ -75,9 +75,12 @@ class Run:
         if s.threads:
             torch.set_num_threads(s.threads)
         self.out = Path(out) if out is not None else Path("runs") / s.name
+        for setting, path in (("prompts", s.prompts), ("eval_prompts_file", s.eval_prompts_file)):
+            if path is not None:
+                existing_file(setting, path)  # before a large model is loaded
         try:
-            self.backbone = backbone or load_model(s)
             self.rewards, self.eval_rewards = load_rewards(s, rewards)
+            self.backbone = backbone or load_model(s)
         except ValueError as error:
             raise SettingsError(str(error)) from error
         if s.shift == "auto":  # from here on a number, which run.yaml then records

@@ -170,8 +170,8 @@ class _Clip:
         self.source = source
         name, _, checkpoint = (source.model or self.default).partition("#")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model: Any = self._build(name, Path(checkpoint) if checkpoint else None)
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
         except OSError as error:
             raise ValueError(f"reward_models: {name} could not be loaded ({error}); give a folder or a hub name") from error
         except ImportError as error:  # SigLIP's tokenizer
