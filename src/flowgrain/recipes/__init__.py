@@ -1,6 +1,6 @@
 """Recipes: a run a file. A recipe is a module whose function `recipe()` returns the settings that it sets.
 
-Where a module has a function `lora()` too, that is the recipe NAME_lora.
+Those of real models are flux_METHOD and sd35_METHOD; with _lora behind its name a recipe is fitted to one 80 GB GPU.
 """
 
 import difflib
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrain.algorithms import METHODS
+from flowgrain.recipes._models import one_gpu
 from flowgrain.record import read_settings
 from flowgrain.settings import Settings, SettingsError, canonical, settings
 
@@ -21,7 +22,7 @@ LORA = "_lora"
 
 
 def bundled() -> list[str]:
-    """Names of the recipes in the package: flux_METHOD and sd35_METHOD, each with a variant _lora, and demo."""
+    """Names of the recipes in the package."""
     files = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     return [name for file in files for name in ((file,) if file == DEFAULT else (file, file + LORA))]
 
@@ -33,8 +34,8 @@ def recipe(name: str = DEFAULT, /, **changes: Any) -> Settings:
     (.py with a function `recipe`, or .yaml); or a run's folder. Raises SettingsError naming what is wrong and what is near.
     """
     if name in bundled():
-        module = importlib.import_module(f"{__name__}.{name.removesuffix(LORA)}")
-        return settings({"name": name, **(module.lora() if name.endswith(LORA) else module.recipe()), **changes})
+        found = importlib.import_module(f"{__name__}.{name.removesuffix(LORA)}").recipe()
+        return settings({"name": name, **(one_gpu(found) if name.endswith(LORA) else found), **changes})
     if canonical(name) in METHODS:
         return settings({"name": canonical(name), "method": name, **changes})
     path = Path(name).expanduser()

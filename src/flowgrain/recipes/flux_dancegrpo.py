@@ -11,14 +11,9 @@ prompts; not run here.
 
 from typing import Any
 
-from flowgrain.recipes._models import FLUX, one_gpu
+from flowgrain.recipes._models import FLUX
 
 
 def recipe() -> dict[str, Any]:
     """DanceGRPO on FLUX.1-dev."""
     return {**FLUX, "method": "dancegrpo", "learning_rate": 1e-5}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())

@@ -10,14 +10,9 @@ Expected: no figure is published for this method on this model, and none was mea
 
 from typing import Any
 
-from flowgrain.recipes._models import EMA, FLUX, LORA, one_gpu
+from flowgrain.recipes._models import EMA, FLUX, LORA
 
 
 def recipe() -> dict[str, Any]:
     """Flow-GRPO on FLUX.1-dev."""
     return {**FLUX, **LORA, **EMA, "method": "flow_grpo", "kl_weight": 0.0}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())

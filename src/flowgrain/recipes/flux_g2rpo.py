@@ -11,14 +11,9 @@ here.
 
 from typing import Any
 
-from flowgrain.recipes._models import FLUX, one_gpu
+from flowgrain.recipes._models import FLUX
 
 
 def recipe() -> dict[str, Any]:
     """G2RPO on FLUX.1-dev."""
     return {**FLUX, "method": "g2rpo", "learning_rate": 2e-6, "max_steps": 301}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())

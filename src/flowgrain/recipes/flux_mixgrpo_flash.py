@@ -10,14 +10,9 @@ Expected: no figure is published for this method on this model, and none was mea
 
 from typing import Any
 
-from flowgrain.recipes._models import FLUX, one_gpu
+from flowgrain.recipes._models import FLUX
 
 
 def recipe() -> dict[str, Any]:
     """MixGRPO-Flash on FLUX.1-dev."""
     return {**FLUX, "method": "mixgrpo_flash", "learning_rate": 1e-5}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())

@@ -11,14 +11,9 @@ Expected: no figure is published for this method on this model, and none was mea
 
 from typing import Any
 
-from flowgrain.recipes._models import SD35, one_gpu
+from flowgrain.recipes._models import SD35
 
 
 def recipe() -> dict[str, Any]:
     """BranchGRPO on SD3.5-medium."""
     return {**SD35, "method": "branchgrpo", "learning_rate": 1e-5, "prompts_per_step": 16, "max_steps": 300}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())

@@ -11,14 +11,9 @@ Expected: published: PickScore 21.72 -> 24.64 (here .2172 -> .2464) at 40 infere
 
 from typing import Any
 
-from flowgrain.recipes._models import EMA, LORA, SD35, one_gpu
+from flowgrain.recipes._models import EMA, LORA, SD35
 
 
 def recipe() -> dict[str, Any]:
     """DenseGRPO on SD3.5-medium."""
     return {**SD35, **LORA, **EMA, "method": "densegrpo", "kl_weight": 0.01}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())

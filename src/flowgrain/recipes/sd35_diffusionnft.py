@@ -10,14 +10,9 @@ Expected: no figure is published for this method on this model, and none was mea
 
 from typing import Any
 
-from flowgrain.recipes._models import LORA, SD35, one_gpu
+from flowgrain.recipes._models import LORA, SD35
 
 
 def recipe() -> dict[str, Any]:
     """DiffusionNFT on SD3.5-medium."""
     return {**SD35, **LORA, "method": "diffusionnft", "guidance_scale": 1.0}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())

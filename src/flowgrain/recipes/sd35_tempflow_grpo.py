@@ -11,14 +11,9 @@ Expected: no figure is published for this method on this model, and none was mea
 
 from typing import Any
 
-from flowgrain.recipes._models import EMA, LORA, SD35, one_gpu
+from flowgrain.recipes._models import EMA, LORA, SD35
 
 
 def recipe() -> dict[str, Any]:
     """TempFlow-GRPO on SD3.5-medium."""
     return {**SD35, **LORA, **EMA, "method": "tempflow_grpo", "kl_weight": 0.01}
-
-
-def lora() -> dict[str, Any]:
-    """The same on one 80 GB GPU."""
-    return one_gpu(recipe())
