@@ -34,6 +34,10 @@ class Toy:
     def __init__(self) -> None:
         self.transformer = ToyNet()
 
+    @property
+    def blocks(self):
+        return []
+
     def to(self, device):
         self.transformer.to(device)
 

@@ -1,17 +1,18 @@
 """Checkpoints: written to a temporary name, flushed, verified by checksum, then renamed; the last N and the best are kept."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
+from torch import Tensor
+
+from flowgrain.parallel import ALONE, Group, read_tensors, write_tensors
 
 _NAME = re.compile(r"step-(\d{6,})$")
 
@@ -47,35 +48,66 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(_NAME.match(path.name)[1]))  # type: ignore[index]
 
 
-def save(folder: Path, step: int, state: dict[str, Any], score: float | None, keep: int) -> Path:
-    """Writes `state` (tensors, numbers, strings, dicts and lists) as `folder`/step-NNNNNN and drops what is no longer kept.
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Any],
+    score: float | None,
+    keep: int,
+    group: Group = ALONE,
+) -> Path:
+    """Writes `tensors` (safetensors) and `plain` (JSON) as `folder`/step-NNNNNN and drops what is no longer kept.
 
-    score ranks checkpoints for "the best is kept"; None does not compete. Raises CheckpointError, with every earlier
-    checkpoint intact, if it could not be written (a full disk, say) or does not read back as written.
+    score ranks checkpoints for "the best is kept"; None does not compete. All processes of `group` call it together, each writes
+    its share. Raises CheckpointError in all of them, with every earlier checkpoint intact, if it could not be written (a full
+    disk, say) or does not read back as written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:06d}"
     temporary = folder / f".tmp-{final.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        with hashed_writer(temporary / "state.pt") as writer:
-            torch.save(state, cast(IO[bytes], writer))
-            expected = writer
-        manifest = {"step": step, "score": score, "sha256": expected.digest.hexdigest(), "bytes": expected.size}
+
+    def together(work: Callable[[], None]) -> None:
+        """Does a part of it, and raises OSError everywhere if it failed anywhere."""
+        try:
+            work()
+            failed = None
+        except (OSError, RuntimeError) as error:
+            failed = str(error)
+        every = [one for one in group.collect(failed) if one is not None]
+        if every:
+            raise OSError("; ".join(dict.fromkeys(every)))
+
+    def begin() -> None:
+        if group.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+
+    def end() -> None:
+        if not group.first:
+            return
+        files = sorted(temporary.glob("*.safetensors"))
+        for file in files:
+            _flush(file)
+        manifest = {"step": step, "score": score, "sha256": {file.name: _checksum(file) for file in files}, "plain": plain}
         (temporary / "manifest.json").write_text(json.dumps(manifest))
         _flush(temporary / "manifest.json")
-        if _checksum(temporary / "state.pt") != manifest["sha256"]:
-            raise OSError("what was read back is not what was written")
         _flush(temporary)
         replace_folder(temporary, final)
         _flush(folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    try:
+        together(begin)
+        together(lambda: write_tensors(temporary, tensors, group))
+        together(end)
+    except OSError as error:
+        if group.first:
+            shutil.rmtree(temporary, ignore_errors=True)
         rest = checkpoints(folder)
         good = f"the last good one is {rest[-1]}" if rest else "there is no earlier one"
         raise CheckpointError(f"could not write the checkpoint {final}: {error}; {good}; free some space and resume") from error
-    _drop_old(folder, keep, final)
+    if group.first:
+        _drop_old(folder, keep, final)
     return final
 
 
@@ -106,32 +138,6 @@ def set_aside(path: Path) -> None:
     replace_folder(path, path.with_name(f"damaged-{path.name}"))
 
 
-class _Hashing:
-    """A file that hashes what is written to it, so that the checksum is of what was meant, not of what the disk made of it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        self.file.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-@contextlib.contextmanager
-def hashed_writer(path: Path) -> Iterator[_Hashing]:
-    """Opens `path` for writing; the bytes are hashed on their way and on the disk when the block ends."""
-    with path.open("wb") as file:
-        writer = _Hashing(file)
-        yield writer
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _score(path: Path) -> float | None:
     try:
         found = json.loads((path / "manifest.json").read_text())["score"]
@@ -154,24 +160,30 @@ def _drop_old(folder: Path, keep: int, written: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in checkpoint `path`, on the CPU. Raises CheckpointError naming it if it is damaged or incomplete."""
+    """What checkpoint `path` holds beside tensors. Raises CheckpointError naming it if it is damaged or incomplete."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if _checksum(path / "state.pt") != manifest["sha256"]:
-            raise ValueError("its checksum does not match what was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, checksum in manifest["sha256"].items():
+            if _checksum(path / name) != checksum:
+                raise ValueError(f"the checksum of {name} does not match what was written")
+        return dict(manifest["plain"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
-    # What has the right checksum is no damage: whatever goes wrong now (memory, say) is for the caller to see.
-    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    return state
 
 
-def load_last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that reads back whole, its state, and a message for each damaged one passed over.
+def load_last_good(folder: Path, group: Group = ALONE) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that reads back whole, what it holds beside tensors, and a message for each damaged one passed over.
 
     None if the folder holds no checkpoint. Raises CheckpointError if it holds some and none is good. Only reads: the run may
-    be writing its next checkpoint at this moment.
+    be writing its next checkpoint at this moment. The first process looks, for all.
     """
+    found = group.collect(_last_good(folder) if group.first else None)[0]
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
+
+
+def _last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]] | CheckpointError:
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -179,5 +191,13 @@ def load_last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
-        raise CheckpointError(f"{'; '.join(damaged)}; there is no good one left in {folder}: start anew with another --out")
+        return CheckpointError(f"{'; '.join(damaged)}; there is no good one left in {folder}: start anew with another --out")
     return None, {}, damaged
+
+
+def read(path: Path, tensors: Mapping[str, Tensor], group: Group = ALONE) -> None:
+    """Fills `tensors` in place from checkpoint `path`. Raises CheckpointError for one that it does not have."""
+    try:
+        read_tensors(path, tensors, group)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {path} is another model's: {error}") from error

@@ -57,9 +57,11 @@ def train(
     """Train: a recipe, a method or a saved run, with settings after it.
 
     Examples: `flowgrain train` · `flowgrain train g2rpo granularities=1,2 max_steps=40 seed=1 --out runs/two` ·
-    `flowgrain train flow_grpo rewards=oracle:1,towers:0.5` · `flowgrain train --resume runs/demo max_steps=120`
+    `flowgrain train flow_grpo rewards=oracle:1,towers:0.5` · `flowgrain train --resume runs/demo max_steps=120` ·
+    `torchrun --nproc-per-node 8 -m flowgrain train flux_g2rpo prompts=a.txt eval_prompts_file=b.txt`
     """
     quieten()
+    from flowgrain.parallel import leave
     from flowgrain.recipes import DEFAULT, recipe
     from flowgrain.record import read_saved, read_settings
     from flowgrain.train import Run
@@ -80,10 +82,16 @@ def train(
     else:
         run = Run(recipe(name or DEFAULT, **changes), folder)
     s = run.settings
-    out.print(f"{s.method} on {s.model}: {s.max_steps} steps from step {run.steps_done}, into {run.out}", highlight=False)
-    begin = time.perf_counter()
-    with _ProgressBar(s.max_steps, run.steps_done) as show:
-        run.train(show)
+    try:
+        if not run.group.first:  # it works, and the first process tells
+            run.train()
+            return
+        out.print(f"{s.method} on {s.model}: {s.max_steps} steps from step {run.steps_done}, into {run.out}", highlight=False)
+        begin = time.perf_counter()
+        with _ProgressBar(s.max_steps, run.steps_done) as show:
+            run.train(show)
+    finally:
+        leave()
     lines = run.record.read()
     rewards = ", ".join(
         f"{key.removeprefix('eval/')} {lines[0][key]:.3f} -> {lines[-1][key]:.3f}"

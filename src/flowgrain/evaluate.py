@@ -49,6 +49,24 @@ def mean(values: NDArray[np.floating], weights: NDArray[np.floating] | None = No
     return float((values[there] * weights[there]).sum() / weights[there].sum()) if weights[there].sum() > 0 else float("nan")
 
 
+def joined(parts: Sequence[Evaluation], prompts: list[str]) -> Evaluation:
+    """One evaluation of `prompts` from those of the processes to which they were dealt in turn; its images are fewer."""
+
+    def in_turn(values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        return np.stack(values, 1).reshape(-1)[: len(prompts)]
+
+    def column(kind: str, name: str) -> NDArray[np.float32]:
+        nothing = np.full(len(parts[0].prompts), np.nan if kind != "weights" else 0.0, dtype=np.float32)
+        return in_turn([getattr(part, kind).get(name, nothing) for part in parts])
+
+    kinds = {
+        kind: {name: column(kind, name) for name in dict.fromkeys(n for part in parts for n in getattr(part, kind))}
+        for kind in ("scores", "parts", "weights")
+    }
+    images = torch.stack([part.images for part in parts], 1).flatten(0, 1)[: len(prompts)]
+    return Evaluation(prompts, parts[0].num_steps, images=images, **kinds)
+
+
 def interval(values: NDArray[np.floating]) -> tuple[float, float, float]:
     """Mean and the ends of its 95% interval (Student's t) over finite `values`; NaN ends for fewer than two."""
     values = values[np.isfinite(values)]
@@ -88,9 +106,9 @@ def decode(policy: Policy, latents: Tensor, rows_per_pass: int) -> Tensor:
     return torch.cat([policy.backbone.decode(part).cpu() for part in latents.split(rows_per_pass)])
 
 
-def evaluation_noise(shape: Sequence[int], seed: int, first: int, count: int) -> Tensor:
-    """Initial latents [count, *L] of held-out images `first` onwards: of one seed they never change."""
-    return torch.stack([latent_noise(shape, "evaluate", seed, i) for i in range(first, first + count)])
+def evaluation_noise(shape: Sequence[int], seed: int, places: Sequence[int]) -> Tensor:
+    """Initial latents [I, *L] of the held-out images at `places`: of one seed they never change."""
+    return torch.stack([latent_noise(shape, "evaluate", seed, i) for i in places])
 
 
 def evaluate(
@@ -103,17 +121,18 @@ def evaluate(
     rows_per_pass: int,
     reward_batch: int = 256,
     seed: int = 0,
-    place: int = 0,
+    places: Sequence[int] | None = None,
 ) -> Evaluation:
     """Samples an image for each of `prompts` with the averaged weights and scores it by every reward.
 
-    The noise of an image is that of its place among all held-out prompts; the first one here has place `place`.
+    The noise of an image is that of its place among all held-out prompts; by default they are all here.
     """
     images = []
+    places = range(len(prompts)) if places is None else places
     with policy.averaged():
         for first in range(0, len(prompts), 4 * rows_per_pass):
             part = prompts[first : first + 4 * rows_per_pass]
-            noise = evaluation_noise(policy.backbone.latent_shape, seed, place + first, len(part))
+            noise = evaluation_noise(policy.backbone.latent_shape, seed, places[first : first + len(part)])
             images.append(sample(policy, part, noise, sigmas, guidance, rows_per_pass))
     everything = torch.cat(images)
     scores: dict[str, NDArray[np.float32]] = {}

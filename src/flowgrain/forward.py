@@ -3,7 +3,7 @@
 Letters: I images, B rows of a micro-batch, *L latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowgrain.backbones import take
 from flowgrain.objective import ForwardProcess
+from flowgrain.parallel import reduce_gradients_now
 from flowgrain.policy import Policy
 from flowgrain.prompts import latent_noise
 from flowgrain.sampled import Metrics, Sampled
@@ -21,55 +22,69 @@ Optimise = Callable[[list[Tensor]], tuple[Tensor, bool]]
 """optimise(losses) takes the optimizer step of the gradients at hand; the gradient's norm, and whether it was skipped."""
 
 
-def contrast(s: Settings, policy: Policy, sigmas: Tensor, sampled: Sampled, process: ForwardProcess, optimise: Optimise) -> Metrics:
+MeanOfAll = Callable[[Mapping[str, list[Tensor]]], dict[str, float]]
+"""The mean of each name's values over all processes."""
+
+
+def contrast(
+    s: Settings,
+    policy: Policy,
+    sigmas: Tensor,
+    sampled: Sampled,
+    process: ForwardProcess,
+    optimise: Optimise,
+    mean_of_all: MeanOfAll,
+) -> Metrics:
     """The optimizer steps of one rollout: every image at `process.times` levels of the grid `sigmas` [T + 1], drawn for each."""
-    tree = sampled.result.tree
-    leaves = tree.leaves
+    leaves = sampled.whole.leaves
     random = np.random.default_rng([s.seed, sampled.step])
     levels = random.permuted(np.tile(np.arange(s.num_steps), (len(leaves), 1)), axis=1)[:, : process.times]  # (I, times)
-    prompts = np.unique(tree.prompt)
-    images_of_update = [
-        np.flatnonzero(np.isin(tree.prompt[leaves], part))
-        for part in np.array_split(prompts, int(s.updates_per_rollout))
-        if len(part)
+    of_prompt = sampled.whole.prompt[leaves]
+    shares = [
+        leaves[np.isin(of_prompt, part)] for part in np.array_split(np.unique(of_prompt), int(s.updates_per_rollout)) if len(part)
     ]
     size = s.train_rows_per_pass or s.rows_per_pass
-    losses, distances, norms, skipped, rows = [], [], [], 0, 0
-    for images in images_of_update:
-        image, level = images.repeat(process.times), levels[images].ravel()
+    losses, distances, norms, skipped = [], [], [], 0
+    for share in shares:
         done = []
-        for first in range(0, len(image), size):
-            i, k = image[first : first + size], level[first : first + size]
-            x0 = sampled.result.at(leaves[i]).float()  # (B, *L)
-            keys = zip(i.tolist(), k.tolist(), strict=True)
+        # A row a level of an image: sizes are counted in those.
+        passes = sampled.passes(share.repeat(process.times), size)
+        taken = 0
+        for place, (rows, counts) in enumerate(passes):
+            reduce_gradients_now(policy.transformer, place == len(passes) - 1)
+            image = np.searchsorted(leaves, sampled.there(rows)).clip(max=len(leaves) - 1)  # among all images
+            k = levels[image, np.arange(taken, taken + len(rows)) % process.times]
+            taken += len(rows)
+            x0 = sampled.result.at(rows).float()  # (B, *L)
+            keys = zip(image.tolist(), k.tolist(), strict=True)
             eps = torch.stack([latent_noise(x0.shape[1:], "forward", s.seed, sampled.step, *key) for key in keys]).to(x0)
             sigma = sigmas[torch.from_numpy(k).to(policy.device)]
             x = (1 - per_row(sigma, x0)) * x0 + per_row(sigma, x0) * eps
-            cond = take(sampled.cond, torch.from_numpy(tree.prompt[leaves[i]]).to(policy.device))
+            cond = take(sampled.cond, torch.from_numpy(sampled.result.tree.prompt[rows]).to(policy.device))
             at = (x, sigma, cond, s.guidance_scale)
             v = policy.train_velocity(*at)
-            advantage = sampled.advantage[torch.from_numpy(i)].to(policy.device)
+            advantage = sampled.advantage[torch.from_numpy(image)].to(policy.device)
             loss = process.loss(v, policy.old_velocity(*at), eps - x0, sigma, advantage)
             if s.kl_weight:
                 distance = (v - policy.reference_velocity(*at)).square().flatten(1).mean(1)
                 loss = loss + s.kl_weight * distance
-                distances.append(distance.detach())
-            (loss.sum() / len(image)).backward()
-            done.append(loss.detach())
-        rows += len(image)
+                distances += [distance.detach()] if counts else []
+            (loss.sum() * counts / (len(share) * process.times)).backward()
+            done += [loss.detach()] if counts else []
         losses += done
         norm, was_skipped = optimise(done)
         norms.append(norm)
         skipped += was_skipped
     policy.drag_old(process.decay(sampled.step))
+    rows_in_all = len(leaves) * process.times
     metrics: Metrics = {
-        "loss": float(torch.cat(losses).mean()),
+        "loss": mean_of_all({"loss": losses})["loss"],
         "grad_norm": float(torch.stack(norms).mean()),
-        "updates": len(images_of_update),
+        "updates": len(shares),
         "updates/skipped": skipped,
-        "train_forward_passes": rows,
-        "frozen_forward_passes": rows * (2 if s.kl_weight else 1),
+        "train_forward_passes": rows_in_all,
+        "frozen_forward_passes": rows_in_all * (2 if s.kl_weight else 1),
     }
     if s.kl_weight:
-        metrics["kl"] = float(torch.cat(distances).mean())
+        metrics["kl"] = mean_of_all({"kl": distances})["kl"]
     return metrics

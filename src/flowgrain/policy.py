@@ -2,15 +2,20 @@
 
 import contextlib
 import copy
+import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import psutil
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from flowgrain.backbones import Backbone, Conditioning, Dtypes, GuidesItself
+from flowgrain.parallel import ALONE, Group, copy_into, full_state, shard, whole
 from flowgrain.settings import Settings, SettingsError
 
 _LORA_METADATA = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")  # what loaders need beside the weights
@@ -49,37 +54,48 @@ class Policy:
 
     A backbone belongs to one policy, which trains it in place. keep_old adds a slow copy of the policy, `old`, that a
     method with a forward process samples from (DiffusionNFT). Without train it only samples: one copy, in the computing dtype.
+    In a group of several processes a full fine-tune is sharded, and what samples is sharded too or a whole copy, `replica`.
     """
 
-    def __init__(self, backbone: Backbone, s: Settings, device: torch.device, keep_old: bool = False, train: bool = True) -> None:
-        self.backbone = backbone
-        self.device = device
+    def __init__(
+        self,
+        backbone: Backbone,
+        s: Settings,
+        device: torch.device,
+        keep_old: bool = False,
+        train: bool = True,
+        group: Group = ALONE,
+    ) -> None:
+        self.backbone, self.device, self.group = backbone, device, group
         self.dtype = compute_dtype(s.dtype, device)
         self.lora = train and s.lora_rank > 0
-        backbone.to(device)
         # Trained weights are fp32; under LoRA the frozen rest may be as coarse as the computation. No dropout, or the ratio
         # would not be 1.
-        self.transformer = backbone.transformer.to(torch.float32 if train and not self.lora else self.dtype).eval()
-        # peft and EMAModel take seconds to import, which a plan or a refused setting should not cost.
+        model = backbone.transformer.to(torch.float32 if train and not self.lora else self.dtype).eval().requires_grad_(False)
+        self.transformer = model
+        self._class_name = type(model).__name__  # sharding makes another class of it
         if self.lora:
-            from peft import LoraConfig
-
-            self.transformer.requires_grad_(False)
-            adapter = LoraConfig(
-                r=s.lora_rank,
-                lora_alpha=s.lora_alpha or 2 * s.lora_rank,
-                init_lora_weights="gaussian",
-                target_modules=backbone.lora_targets,
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(s.seed)
-                self.transformer.add_adapter(adapter)
-            for parameter in self.transformer.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        else:
-            self.transformer.requires_grad_(train)
-        self.trained = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+            self._add_adapter(s)
+        elif train:
+            model.requires_grad_(True)
+        several, coarse = group.size > 1 and train, self.dtype != torch.float32
+        self.replica = several and _holds_replica(s, model, self.dtype, device, group)
+        # Copies are made while the model is whole, and on the CPU where it will be sharded: FSDP moves it block by block.
+        needs_copy = train and s.kl_weight > 0 and not self.lora
+        self.frozen = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
+        own_sampler = train and not self.lora and (coarse or self.replica)
+        self.sampler = copy.deepcopy(model).requires_grad_(False).to(self.dtype) if own_sampler else model
+        self.old = copy.deepcopy(model).requires_grad_(False) if keep_old else None
+        if several and not (self.lora and self.replica):
+            names = [name for name, module in model.named_modules() if any(module is block for block in backbone.blocks)]
+            for one in (model, self.frozen, self.old, None if self.replica or self.sampler is model else self.sampler):
+                if one is not None:
+                    shard(one, [one.get_submodule(name) for name in names], group)
+        backbone.to(device)
+        for one in (self.frozen, self.sampler, self.old):
+            if one is not None:
+                one.to(device)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = None
         if train and s.ema_decay:
             from diffusers.training_utils import EMAModel
@@ -87,13 +103,24 @@ class Policy:
             self.ema = EMAModel(list(self.trained.values()), decay=s.ema_decay)
         self.ema_every = s.ema_every
         self.updates = 0
-        needs_copy = train and s.kl_weight > 0 and not self.lora
-        self.frozen = copy.deepcopy(self.transformer).requires_grad_(False) if needs_copy else None
-        self.sampler = self.transformer
-        if train and self.dtype != torch.float32 and not self.lora:
-            self.sampler = copy.deepcopy(self.transformer).requires_grad_(False).to(self.dtype)
-        self.old = copy.deepcopy(self.transformer).requires_grad_(False) if keep_old else None
         self.unconditional: Conditioning = {}
+
+    def _add_adapter(self, s: Settings) -> None:
+        # peft and EMAModel take seconds to import, which a plan or a refused setting should not cost.
+        from peft import LoraConfig
+
+        adapter = LoraConfig(
+            r=s.lora_rank,
+            lora_alpha=s.lora_alpha or 2 * s.lora_rank,
+            init_lora_weights="gaussian",
+            target_modules=self.backbone.lora_targets,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(s.seed)
+            self.transformer.add_adapter(adapter)
+        for parameter in self.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Conditioning of `prompts` on the policy's device."""
@@ -159,7 +186,8 @@ class Policy:
     def drag_old(self, decay: float) -> None:
         """Moves the slow copy: it keeps `decay` of itself and takes the rest from the trained weights."""
         if self.old is not None:
-            torch._foreach_lerp_(self._trained_of(self.old), list(self.trained.values()), 1 - decay)
+            for slow, parameter in zip(self._trained_of(self.old), self.trained.values(), strict=True):
+                slow.lerp_(parameter, 1 - decay)
 
     def updated(self) -> None:
         """To be called after every optimizer step: moves the EMA and refreshes the sampling copy."""
@@ -172,7 +200,7 @@ class Policy:
     def refresh(self) -> None:
         """Copies the master weights into the sampling copy, where there is one."""
         if self.sampler is not self.transformer:
-            torch._foreach_copy_(self._trained_of(self.sampler), list(self.trained.values()))
+            copy_into(self._trained_of(self.sampler), self.trained.values())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -189,45 +217,74 @@ class Policy:
             self.ema.restore(self.trained.values())
             self.refresh()
 
-    def state(self) -> dict[str, Any]:
-        """Trained weights and EMA, for a checkpoint."""
-        ema = self.ema.state_dict() if self.ema is not None else None
-        old = None if self.old is None else [p.detach() for p in self._trained_of(self.old)]
-        return {"weights": {n: p.detach() for n, p in self.trained.items()}, "ema": ema, "old": old, "updates": self.updates}
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state` gave, for a policy of the same settings."""
-        for name, parameter in self.trained.items():
-            parameter.copy_(state["weights"][name])
+    def tensors(self) -> dict[str, Tensor]:
+        """Trained weights, EMA and old copy by name, themselves and no copies: a checkpoint's to write, or to read into."""
+        found: dict[str, Tensor] = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
         if self.ema is not None:
-            decay = self.ema.decay
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.device)
-            self.ema.decay = decay  # the settings', which may have been changed for the resume
+            found |= {f"ema.{name}": p for name, p in zip(self.trained, self.ema.shadow_params, strict=True)}
         if self.old is not None:
-            torch._foreach_copy_(self._trained_of(self.old), state["old"])
-        self.updates = state["updates"]
+            found |= {f"old.{name}": p.detach() for name, p in zip(self.trained, self._trained_of(self.old), strict=True)}
+        return found
+
+    def plain(self) -> dict[str, int]:
+        """What else of the policy a checkpoint keeps."""
+        return {"updates": self.updates, "ema_steps": self.ema.optimization_step if self.ema is not None else 0}
+
+    def restored(self, plain: Mapping[str, int]) -> None:
+        """To be called when `tensors` have been read: takes the rest, as `plain` gave it."""
+        self.updates = plain["updates"]
+        if self.ema is not None:
+            self.ema.optimization_step = plain["ema_steps"]
         self.refresh()
 
     def export(self, folder: Path) -> None:
         """Writes `folder`/transformer for diffusers' from_pretrained, or `folder`/lora for load_lora_weights; EMA weights."""
         aside = folder.with_name(f".{folder.name}.new")
-        shutil.rmtree(aside, ignore_errors=True)
+        if self.group.first:
+            shutil.rmtree(aside, ignore_errors=True)
         with self.averaged():
             if self.lora:
-                from peft import get_peft_model_state_dict
-
-                config = self.transformer.peft_config["default"].to_dict()
-                self.backbone.lora_format.save_lora_weights(
-                    aside / "lora",
-                    transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-                    transformer_lora_adapter_metadata={k: v for k, v in config.items() if k in _LORA_METADATA},
-                )
-            else:
+                self._export_lora(aside / "lora")
+            elif self.group.size == 1:
                 self.transformer.save_pretrained(aside / "transformer")
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+            else:
+                self._export_sharded(aside / "transformer")
+        if self.group.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+
+    def _export_lora(self, folder: Path) -> None:
+        from peft import get_peft_model_state_dict
+
+        layers = {name: whole(value) for name, value in get_peft_model_state_dict(self.transformer).items()}
+        if self.group.first:
+            config = self.transformer.peft_config["default"].to_dict()
+            self.backbone.lora_format.save_lora_weights(
+                folder,
+                transformer_lora_layers=layers,
+                transformer_lora_adapter_metadata={k: v for k, v in config.items() if k in _LORA_METADATA},
+            )
+
+    def _export_sharded(self, folder: Path) -> None:
+        """What save_pretrained writes, without a whole model in any process's device memory."""
+        state = full_state(self.transformer)
+        if self.group.first:
+            folder.mkdir(parents=True)
+            config = {**json.loads(self.transformer.to_json_string()), "_class_name": self._class_name}
+            (folder / "config.json").write_text(json.dumps(config, indent=2))
+            save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+
+def _holds_replica(s: Settings, model: nn.Module, dtype: torch.dtype, device: torch.device, group: Group) -> bool:
+    """Whether every process keeps a whole copy to sample with: as set, or if it takes under 40% of the free memory everywhere."""
+    if s.rollout_weights != "auto":
+        return s.rollout_weights == "replica"
+    size = sum(p.numel() for p in model.parameters()) * torch.empty(0, dtype=dtype).element_size()
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return all(group.collect(size < 0.4 * free))
 
 
 def load_export(backbone: Backbone, path: Path, kind: Literal["lora", "transformer"]) -> None:

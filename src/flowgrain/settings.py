@@ -274,6 +274,10 @@ class Settings(BaseModel):
     prompts_per_rollout: int | None = Field(
         None, ge=1, description="prompts sampled together, while the rewards of those before are computed; default: all at once"
     )
+    rollout_weights: Literal["auto", "replica", "sharded"] = Field(
+        "auto",
+        description="several processes: sample with a whole copy in each, or through sharded weights; auto: as memory allows",
+    )
     rows_per_pass: int = Field(128, ge=1, description="rows of one model call while sampling")
     train_rows_per_pass: int | None = Field(None, ge=1, description="rows of one gradient forward; default: rows_per_pass")
 

@@ -147,11 +147,12 @@ def open_model(target: Target, base: Settings, changes: Mapping[str, Any]) -> tu
                 f"{folder}: this run was given its backbone in Python; load it there with Run(..., backbone=...).restore()"
             )
         policy = Policy(load_model(s), s, compute_device(s.device))
-        _, state, damaged = checkpoint.load_last_good(folder / "checkpoints")
+        path, state, damaged = checkpoint.load_last_good(folder / "checkpoints")
         for message in damaged:
             log.warning("%s; an older one is evaluated", message)
-        if state:
-            policy.load_state(state["policy"])
+        if path is not None:
+            checkpoint.read(path, policy.tensors())
+            policy.restored(state["policy"])
         return policy, s
     s = base if target.path not in BACKBONES else base.model_copy(update={"model": target.path})
     backbone = load_model(s)
@@ -244,7 +245,7 @@ def _evaluate(piece: Piece, policy: Policy, s: Settings, prompts: Sequence[str],
         rows_per_pass=s.rows_per_pass,
         reward_batch=s.reward_batch,
         seed=piece.seed,
-        place=piece.first,
+        places=range(piece.first, piece.first + len(prompts)),
     )
 
 

@@ -3,6 +3,7 @@
 Letters: P prompts of a step, N rows of the tree, E trained edges, I images, M rewards, *L latent.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +21,16 @@ from flowgrain import algorithms, checkpoint, credit
 from flowgrain.algorithms import Method, plan_tree
 from flowgrain.backbones import Backbone, Conditioning, Source, load_backbone, take
 from flowgrain.calibrate import Calibration, calibrate, needs_calibration
-from flowgrain.evaluate import Evaluation, decode, draw, evaluate
+from flowgrain.evaluate import Evaluation, decode, draw, evaluate, joined
 from flowgrain.forward import contrast
 from flowgrain.objective import EdgeLoss, Edges, ForwardProcess
+from flowgrain.parallel import join, reduce_gradients_now, whole
 from flowgrain.policy import Policy, compute_device, load_dtypes
 from flowgrain.prompts import keyed_noise, prompts_of_step, read_prompts
-from flowgrain.record import Record
+from flowgrain.record import SHOWN, Record
 from flowgrain.rewards import OF_SHAPES, Reward, RewardSource, Scores, Scoring, load_reward
-from flowgrain.rollout import Noise, Rollout, join, rollout
+from flowgrain.rollout import Noise, Rollout, rollout
+from flowgrain.rollout import join as join_rollouts
 from flowgrain.sampled import Metrics, Sampled
 from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step
 from flowgrain.settings import FIXED, Settings, SettingsError, existing_file
@@ -74,6 +77,8 @@ class Run:
         self.settings = s = settings
         if s.threads:
             torch.set_num_threads(s.threads)
+        self.device = compute_device(s.device)
+        self.group = join(self.device)
         self.out = Path(out) if out is not None else Path("runs") / s.name
         for setting, path in (("prompts", s.prompts), ("eval_prompts_file", s.eval_prompts_file)):
             if path is not None:
@@ -88,8 +93,8 @@ class Run:
         self.method = method or algorithms.build(s)
         self.prompts = load_prompts(s, self.backbone, "train", prompts)
         self.eval_prompts = load_prompts(s, self.backbone, "eval", eval_prompts)
-        self.device = compute_device(s.device)
-        self.policy = Policy(self.backbone, s, self.device, keep_old=self.method.forward_process is not None)
+        keeps_old = self.method.forward_process is not None
+        self.policy = Policy(self.backbone, s, self.device, keep_old=keeps_old, group=self.group)
         self.optimizer = torch.optim.AdamW(
             self.policy.trained.values(), lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay
         )
@@ -117,60 +122,76 @@ class Run:
         process = self.method.forward_process
         metrics = self.update(sampled) if process is None else self._contrast(sampled, process)
         now = time.perf_counter()
-        tree, result = sampled.result.tree, sampled.result
         for name, scores in sampled.scores.items():
             metrics[f"reward/{name}"] = float(scores.values.nanmean())
             metrics[f"failed/{name}"] = scores.failed
         metrics["advantage/std"] = float(sampled.advantage.std())
         metrics["advantage/zero"] = float((sampled.advantage == 0).float().mean())
-        metrics |= {"forward_passes": result.forward_passes, "decodes": len(tree.leaves)}
+        metrics |= {"forward_passes": sum(self.group.collect(sampled.result.forward_passes)), "decodes": len(sampled.whole.leaves)}
         metrics |= {"seconds": now - begin, "seconds/sample": after_rollout - begin, "seconds/update": now - after_rollout}
         values = {name: scores.values for name, scores in sampled.scores.items()}
-        self.record.keep_tree(step, tree, sampled.prompts[0], sampled.images, values, sampled.credited, sampled.advantage)
+        if self.group.first:
+            self.record.keep_tree(
+                step, sampled.whole, sampled.prompts[0], sampled.images, values, sampled.credited, sampled.advantage
+            )
         return metrics
 
     def sample_tree(self, step: int) -> Sampled:
         """Grows the tree of step `step` for its prompts, scores its images and gives every trained edge its advantage."""
         s = self.settings
         prompts = prompts_of_step(self.prompts, step, s.prompts_per_step, s.seed)
+        one = plan_tree(self.method, s, step)
         noise = keyed_noise(self.backbone.latent_shape, "train", s.seed, step)
-        cond, result, images, scores = self._grow(plan_tree(self.method, s, step), prompts, self.method.kernel, noise)
-        tree = result.tree
+        cond, result, images, scores = self._grow(one, prompts, self.method.kernel, noise)
+        tree = one.repeat(len(prompts))
         how = credit.Normalisation(s.std_scope, s.std_unbiased, s.std_epsilon, s.peers)
         values = {name: found.values for name, found in scores.items()}
         advantage = credit.mix(self.method.credit, tree, values, s.rewards, how, s.reward_mix, s.advantage_clip)
         weight = credit.extremes(advantage, how.groups(tree), s.best_of) if s.best_of else torch.ones_like(advantage)
         credited = tree.edges if self.method.forward_process is None else tree.leaves
-        return Sampled(step, prompts, cond, result, images, scores, credited, advantage, weight)
+        return Sampled(step, prompts, tree, self.group, cond, result, images, scores, credited, advantage, weight)
 
     def _grow(
         self, one: Tree, prompts: list[str], kernel: Kernel, noise: Noise
     ) -> tuple[Conditioning, Rollout, Tensor, dict[str, Scores]]:
-        """Fills the tree `one` for each of `prompts`, decodes the leaves and scores them by every trained reward.
+        """Fills the tree `one` for the prompts dealt to this process, decodes the leaves and scores them by every trained reward.
 
         The prompts go `prompts_per_rollout` at a time; while one part is sampled, the rewards of those before it are computed.
+        The scores are those of all `prompts`, also where other processes have them.
         """
         s = self.settings
-        cond = self.policy.encode(prompts)
+        dealt = self.group.deal(len(prompts))
+        mine = [prompts[i % len(prompts)] for i in dealt]
+        cond = self.policy.encode(mine)
         model = self.policy.sample_velocity if self.policy.old is None else self.policy.old_velocity
-        size = s.prompts_per_rollout or len(prompts)
+        size = s.prompts_per_rollout or len(mine)
         results, images = [], []
-        with Scoring(self.rewards, s.reward_batch, background=size < len(prompts)) as scoring:
-            for first in range(0, len(prompts), size):
-                part = one.repeat(len(prompts[first : first + size]))
+        with Scoring(self.rewards, s.reward_batch, background=size < len(mine)) as scoring:
+            for first in range(0, len(mine), size):
+                part = one.repeat(len(mine[first : first + size]))
 
                 def velocity(x: Tensor, sigma: Tensor, prompt: Tensor, first: int = first) -> Tensor:
                     return model(x, sigma, take(cond, first + prompt), s.guidance_scale)
 
                 def own_noise(prompt: Ints, draw: Ints, first: int = first) -> Tensor:
-                    return noise(first + prompt, draw)
+                    return noise(dealt[first + prompt], draw)
 
                 results.append(rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass))
                 images.append(decode(self.policy, results[-1].at(part.leaves), s.rows_per_pass))
-                scoring.ask(images[-1], [prompts[first + p] for p in part.prompt[part.leaves]])
+                scoring.ask(images[-1], [mine[first + p] for p in part.prompt[part.leaves]])
             scores = scoring.answers()
-        result = results[0] if len(results) == 1 else join(one.repeat(len(prompts)), results)
-        return cond, result, torch.cat(images), scores
+        result = results[0] if len(results) == 1 else join_rollouts(one.repeat(len(mine)), results)
+        return cond, result, torch.cat(images), self._scores_of_all(scores, len(prompts), len(dealt))
+
+    def _scores_of_all(self, scores: dict[str, Scores], count: int, dealt: int) -> dict[str, Scores]:
+        """The scores of the images of all `count` prompts, in their order, of those that each process has for its `dealt` ones."""
+        every = self.group.collect({name: (found.values, found.reason) for name, found in scores.items()})
+        of_all = {}
+        for name in scores:
+            values = self.group.undeal([found[name][0].reshape(dealt, -1) for found in every], count).flatten()
+            reason = next((found[name][1] for found in every if found[name][1]), None)
+            of_all[name] = Scores(values, int(values.isnan().sum()), reason)
+        return of_all
 
     def calibrate(self) -> Calibration:
         """Finds psi on the policy as it is, once, takes it as the run's noise and writes it to `calibration.json`."""
@@ -185,7 +206,8 @@ class Run:
 
         found = calibrate(s, grow)
         self._take_psi(found.psi)
-        self.record.keep_calibration(found)
+        if self.group.first:
+            self.record.keep_calibration(found)
         return found
 
     def _take_psi(self, psi: Sequence[float]) -> None:
@@ -194,32 +216,35 @@ class Run:
 
     def update(self, sampled: Sampled) -> Metrics:
         """The optimizer steps of one rollout: in each one gradient forward per distinct parent, losses summed / global count."""
-        s, tree = self.settings, sampled.result.tree
+        s, tree = self.settings, sampled.whole
         shares = split_updates(tree, s.updates_per_rollout)
-        size = s.train_rows_per_pass or s.rows_per_pass
-        passes = [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
-        old = [None if number == 0 else [self._old_law(sampled, p) for p in share] for number, share in enumerate(passes)]
+        passes = [sampled.passes(share, s.train_rows_per_pass or s.rows_per_pass) for share in shares]
+        old = [None if number == 0 else [self._old_law(sampled, p) for p, _ in share] for number, share in enumerate(passes)]
         losses: list[EdgeLoss] = []
-        norms, skipped = [], 0
-        for share, old_share in zip(passes, old, strict=True):
-            count = int(np.isin(tree.parent[tree.edges], np.concatenate(share)).sum())
+        norms, skipped, later = [], 0, []
+        for number, (share, of_share) in enumerate(zip(shares, passes, strict=True)):
+            count = int(np.isin(tree.parent[tree.edges], share).sum())
             done = []
-            for number, parents in enumerate(share):
+            for place, (parents, counts) in enumerate(of_share):
+                reduce_gradients_now(self.policy.transformer, place == len(of_share) - 1)
                 # Before the first update the policy is the one that sampled, so its own law is the old one.
-                edge_loss = self._edge_loss(sampled, parents, old_share[number] if old_share else None)
+                law = old[number]
+                edge_loss = self._edge_loss(sampled, parents, law[place] if law else None, counts)
                 (edge_loss.loss.sum() / count).backward()
-                done.append(EdgeLoss(*(value.detach() for value in vars(edge_loss).values())))
+                if counts:
+                    done.append(EdgeLoss(*(value.detach() for value in vars(edge_loss).values())))
             losses += done
+            later += done if number else []
             norm, was_skipped = self.optimise([part.loss for part in done])
             norms.append(norm)
             skipped += was_skipped
-        every = {name: torch.cat([getattr(part, name).float() for part in losses]) for name in ("loss", "ratio", "clipped", "kl")}
+        found = self._mean_of_all({name: [getattr(part, name) for part in losses] for name in ("loss", "ratio", "clipped", "kl")})
         gradient = sum(len(share) for share in shares)
         metrics: Metrics = {
-            "loss": float(every["loss"].mean()),
-            "ratio/mean": float(every["ratio"].mean()),
-            "ratio/max": float(every["ratio"].max()),
-            "clip_fraction": float(every["clipped"].mean()),
+            "loss": found["loss"],
+            "ratio/mean": found["ratio"],
+            "ratio/max": max(self.group.collect(max((float(part.ratio.max()) for part in losses), default=-math.inf))),
+            "clip_fraction": found["clipped"],
             "grad_norm": float(torch.stack(norms).mean()),
             "updates": len(shares),
             "updates/skipped": skipped,
@@ -227,39 +252,47 @@ class Run:
             "frozen_forward_passes": gradient - len(shares[0]) + (gradient if s.kl_weight else 0),
         }
         if len(shares) > 1:  # the clip can only bite where the policy has moved on from the one that sampled
-            later = torch.cat([part.clipped.float() for part in losses[len(passes[0]) :]])
-            metrics["clip_fraction/later_updates"] = float(later.mean())
+            metrics["clip_fraction/later_updates"] = self._mean_of_all({"clipped": [part.clipped for part in later]})["clipped"]
         if s.kl_weight:
-            metrics["kl"] = float(every["kl"].mean())
+            metrics["kl"] = found["kl"]
         return metrics
 
+    def _mean_of_all(self, values: Mapping[str, list[Tensor]]) -> dict[str, float]:
+        """The mean of each name's values over all processes."""
+        mine = {name: (sum(float(v.double().sum()) for v in of_name), sum(map(len, of_name))) for name, of_name in values.items()}
+        every = self.group.collect(mine)
+        return {name: sum(one[name][0] for one in every) / max(sum(one[name][1] for one in every), 1) for name in mine}
+
     def _contrast(self, sampled: Sampled, process: ForwardProcess) -> Metrics:
-        return contrast(self.settings, self.policy, self.sigmas, sampled, process, self.optimise)
+        return contrast(self.settings, self.policy, self.sigmas, sampled, process, self.optimise, self._mean_of_all)
 
     def optimise(self, losses: list[Tensor]) -> tuple[Tensor, bool]:
-        """Takes the optimizer step of the gradients at hand unless they or `losses` are not finite. Returns norm and if skipped."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trained.values(), self.settings.max_grad_norm)
+        """Takes the optimizer step of the gradients at hand unless they or `losses` are not finite. Returns norm, if skipped."""
+        parameters = list(self.policy.trained.values())
+        self.group.sum_gradients(parameters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
         finite = bool(torch.isfinite(norm)) and all(bool(loss.isfinite().all()) for loss in losses)
-        if finite:
+        broken = self.group.any(not finite)
+        if not broken:
             self.optimizer.step()
             self.policy.updated()
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if broken else 0
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, not finite
+        return norm, broken
 
-    def _edge_loss(self, sampled: Sampled, parents: Ints, old: Gaussian | None) -> EdgeLoss:
+    def _edge_loss(self, sampled: Sampled, parents: Ints, old: Gaussian | None, counts: bool = True) -> EdgeLoss:
         """The loss of every trained edge that leaves `parents`, [E]; one gradient forward serves all edges of a parent."""
         law, edges, step = self._law(sampled, parents, self.policy.train_velocity)
         following = sampled.result.at(edges)
         reference = None
         if self.settings.kl_weight:
             reference = self._law(sampled, parents, self.policy.reference_velocity)[0]
-        place = torch.from_numpy(np.searchsorted(sampled.result.tree.edges, edges))
+        place = torch.from_numpy(np.searchsorted(sampled.credited, sampled.there(edges))).clamp(max=len(sampled.credited) - 1)
         advantage, weight = (of_edge[place].to(self.device) for of_edge in (sampled.advantage, sampled.weight))
         if old is None:
             old = Gaussian(law.mean.detach(), law.std)
         found = self.method.objective(Edges(law, old, following, advantage, step, reference))
-        return replace(found, loss=found.loss * weight)
+        return replace(found, loss=found.loss * weight * counts)
 
     @torch.no_grad()
     def _old_law(self, sampled: Sampled, parents: Ints) -> Gaussian:
@@ -298,23 +331,29 @@ class Run:
         """
         self._stop_signal = None
         try:
-            self.record.start()
+            if self.group.first:
+                self.record.start()
+            self.group.collect(None)  # nobody works on while the folder may still be refused
             with self._signals():
                 self._train(progress)
             self.export()
-            self.report()
+            if self.group.first:
+                self.report()
         except OSError as error:
-            raise RunStopped(
-                f"{self._saved(None)}: {error}; free some space or mend the disk, then resume with {self._resume()}"
-            ) from error
+            # Where several processes run, only this one knows of it, and a checkpoint takes all.
+            saved = self._saved(None) if self.group.size == 1 else "the last checkpoint is as it was"
+            raise RunStopped(f"{saved}: {error}; free some space or mend the disk, then resume with {self._resume()}") from error
         return self.record.read()
 
     def _train(self, progress: Callable[[Metrics], None] | None) -> None:
         """The loop itself. Raises RunStopped and Interrupted."""
         s = self.settings
         spent = sum(line["seconds"] for line in self.record.read() if "seconds" in line)
+        spent = self.group.collect(spent)[0]
         if self.steps_done == 0 and s.eval_every:
-            self.record.metrics({"step": 0, **self._evaluate_and_keep(0)})
+            first = {"step": 0, **self._evaluate_and_keep(0)}
+            if self.group.first:
+                self.record.metrics(first)
         for step in range(self.steps_done + 1, s.max_steps + 1):
             if s.max_seconds is not None and spent >= s.max_seconds:
                 break  # a resumed run that had already used up its time
@@ -323,12 +362,16 @@ class Run:
             except RunStopped as stopped:
                 raise RunStopped(f"{stopped}; {self._saved(None)}; resume with {self._resume()}") from stopped
             self.steps_done = step
-            spent += metrics["seconds"]
-            stopping, broken = self._stop_signal is not None, self.skipped_in_a_row >= s.max_skipped_updates
+            # The first process's clock and anybody's signal count for all: they stop after the same step.
+            every = self.group.collect((metrics["seconds"], self._stop_signal))
+            spent += every[0][0]
+            stop_signal = next((number for _, number in every if number is not None), None)
+            stopping, broken = stop_signal is not None, self.skipped_in_a_row >= s.max_skipped_updates
             last = step == s.max_steps or (s.max_seconds is not None and spent >= s.max_seconds)
             if s.eval_every and (step % s.eval_every == 0 or last) and not broken:
                 metrics |= self._evaluate_and_keep(step)
-            self.record.metrics(metrics)
+            if self.group.first:
+                self.record.metrics(metrics)
             if last or stopping or broken or (s.checkpoint_every and step % s.checkpoint_every == 0):
                 self.save(metrics)
             if progress is not None:
@@ -342,14 +385,15 @@ class Run:
             if last:
                 break
             if stopping:
-                name = signal.Signals(self._stop_signal or 0).name
+                name = signal.Signals(stop_signal or 0).name
                 raise Interrupted(f"{name}: step {step} is finished and saved; resume with {self._resume()}")
 
     def _saved(self, metrics: Metrics | None) -> str:
         """Makes sure that the weights as they are now are in a checkpoint, and says where."""
         newest = self.out / "checkpoints" / f"step-{self.steps_done:06d}"
         try:
-            return f"the run is saved in {newest if newest.exists() else self.save(metrics)}"
+            there = self.group.collect(newest.exists())[0]
+            return f"the run is saved in {newest if there else self.save(metrics)}"
         except (OSError, checkpoint.CheckpointError) as error:
             return f"the last steps could not be saved ({error})"
 
@@ -379,19 +423,29 @@ class Run:
 
     def save(self, metrics: Metrics | None) -> Path:
         """Writes a checkpoint of everything that the next step depends on."""
-        state = {
+        plain = {
             "step": self.steps_done,
             "settings": self.settings.model_dump(mode="json"),
-            "policy": self.policy.state(),
+            "policy": self.policy.plain(),
             "psi": list(self.method.kernel.psi) if isinstance(self.method.kernel, CalibratedSDE) and self._calibrated else None,
-            "optimizer": self.optimizer.state_dict(),
+            "stepped": bool(self.optimizer.state),
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         score = None
         if metrics is not None:
             names = [f"eval/{name}" for name in self.settings.rewards if f"eval/{name}" in metrics]
             score = sum(self.settings.rewards[n.removeprefix("eval/")] * metrics[n] for n in names) if names else None
-        return checkpoint.save(self.out / "checkpoints", self.steps_done, state, score, self.settings.keep_checkpoints)
+        tensors = {**self.policy.tensors(), **self._optimizer_tensors()}
+        keep = self.settings.keep_checkpoints
+        return checkpoint.save(self.out / "checkpoints", self.steps_done, tensors, plain, score, keep, self.group)
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """AdamW's state by name, itself and no copy."""
+        return {
+            f"optimizer.{kind}.{name}": value
+            for name, parameter in self.policy.trained.items()
+            for kind, value in self.optimizer.state[parameter].items()
+        }
 
     def restore(self) -> list[str]:
         """Takes the state of the last good checkpoint of this run's folder, if there is one. Returns what was found damaged.
@@ -399,7 +453,7 @@ class Run:
         Settings that may change on a resume (learning_rate, say) keep this run's values. Raises SettingsError for one that
         may not, CheckpointError if there are checkpoints and none is good.
         """
-        path, state, damaged = checkpoint.load_last_good(self.out / "checkpoints")
+        path, state, damaged = checkpoint.load_last_good(self.out / "checkpoints", self.group)
         if path is None:
             return damaged
         s = self.settings
@@ -414,10 +468,12 @@ class Run:
             raise SettingsError(
                 f"ema_decay={s.ema_decay}: the run in {self.out} has {saved['ema_decay']}; EMA can't be turned on or off"
             )
-        self.policy.load_state(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group |= {"lr": s.learning_rate, "betas": s.adam_betas, "weight_decay": s.weight_decay}
+        if state["stepped"]:
+            for parameter in self.policy.trained.values():
+                zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
+        checkpoint.read(path, {**self.policy.tensors(), **self._optimizer_tensors()}, self.group)
+        self.policy.restored(state["policy"])
         if state["psi"] is not None:
             self._take_psi(state["psi"])
         self.steps_done = state["step"]
@@ -427,12 +483,15 @@ class Run:
 
     def resume(self) -> list[str]:
         """Like `restore`, and makes ready to go on from there: what the folder holds of later steps is dropped or set aside."""
-        checkpoint.mend(self.out / "checkpoints")
+        if self.group.first:
+            checkpoint.mend(self.out / "checkpoints")
+        self.group.collect(None)
         damaged = self.restore()
-        for path in checkpoint.checkpoints(self.out / "checkpoints"):
-            if int(path.name.removeprefix("step-")) > self.steps_done:
-                checkpoint.set_aside(path)
-        self.record.forget_after(self.steps_done)
+        if self.group.first:
+            for path in checkpoint.checkpoints(self.out / "checkpoints"):
+                if int(path.name.removeprefix("step-")) > self.steps_done:
+                    checkpoint.set_aside(path)
+            self.record.forget_after(self.steps_done)
         return damaged
 
     def export(self) -> Path:
@@ -454,18 +513,24 @@ class Run:
         Default: the settings' `eval_num_steps`, and as many of the held-out prompts as its `eval_prompts`; beyond their
         number they are taken again with other noise.
         """
-        s = self.settings
+        s, group = self.settings, self.group
         if prompts is None:
             prompts = [self.eval_prompts[i % len(self.eval_prompts)] for i in range(s.eval_prompts)]
-        return evaluate(
+        dealt = group.deal(len(prompts))
+        found = evaluate(
             self.policy,
-            prompts,
+            [prompts[i % len(prompts)] for i in dealt],
             self.eval_rewards,
             sigmas=s.grid(num_steps or s.eval_num_steps),
             guidance=s.eval_guidance,
             rows_per_pass=s.rows_per_pass,
             reward_batch=s.reward_batch,
+            places=dealt.tolist(),
         )
+        if group.size == 1:
+            return found
+        shown = replace(found, images=found.images[: -(-SHOWN // group.size)])  # what the record keeps, not gigabytes
+        return joined(group.collect(shown), list(prompts))
 
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:
         """Images [I, 3, H, W] in 0..1, one for each of `prompts`, by ODE with the averaged weights."""
@@ -473,7 +538,8 @@ class Run:
 
     def _evaluate_and_keep(self, step: int) -> Metrics:
         evaluation = self.evaluate()
-        self.record.keep_evaluation(step, evaluation)
+        if self.group.first:
+            self.record.keep_evaluation(step, evaluation)
         metrics: Metrics = {f"eval/{name}": value for name, value in evaluation.means().items()}
         return metrics | {f"eval/{name}": value for name, value in evaluation.part_means().items()}
 

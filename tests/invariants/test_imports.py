@@ -6,9 +6,9 @@ from pathlib import Path
 import flowgrain
 
 ORDER = [
-    "process", "published", "shapes", "sde", "tree", "rollout", "credit", "objective", "settings", "window", "algorithms",
-    "calibrate", "backbones", "rewards", "policy", "prompts", "checkpoint", "evaluate", "record", "recipes", "sampled", "forward",
-    "train", "survey", "comparisons", "compare", "doctor", "report", "cli", "__main__",
+    "process", "published", "shapes", "sde", "tree", "parallel", "rollout", "credit", "objective", "settings", "window",
+    "algorithms", "calibrate", "backbones", "rewards", "checkpoint", "policy", "prompts", "evaluate", "record", "recipes",
+    "sampled", "forward", "train", "survey", "comparisons", "compare", "doctor", "report", "cli", "__main__",
 ]  # fmt: skip
 ROOT = Path(flowgrain.__file__).parent
 LATE = {("train", "report"), ("cli", "report"), ("compare", "comparisons"), ("backbones", "shapes"), ("rewards", "shapes")}
@@ -33,6 +33,10 @@ def test_imports_point_down():
                 if below != above and (above, below) not in LATE and ORDER.index(below) >= ORDER.index(above):
                     wrong.append(f"{path.name}: {above} imports {below}")
     assert not wrong
+
+
+def test_one_file_knows_of_other_processes():
+    assert [path.name for path in ROOT.rglob("*.py") if "torch.distributed" in path.read_text()] == ["parallel.py"]
 
 
 def test_the_core_knows_no_model_and_no_process_group():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_run as toy_run_module
+from safetensors.torch import load_file
 from toy import PROMPTS, Toy, red
 from toy_run import toy_run
 
@@ -28,6 +29,12 @@ def long(tiny):
     return settings({**tiny.model_dump(), "max_steps": 4, "checkpoint_every": 2, "eval_every": 2, "ema_decay": 0.9})
 
 
+def tensor_in(path):
+    found = {"a": torch.zeros(3)}
+    checkpoint.read(path, found)
+    return found["a"].tolist()
+
+
 def toy(s, folder):
     return Run(s, folder, backbone=Toy(), prompts=PROMPTS, eval_prompts=PROMPTS, rewards={"red": red})
 
@@ -41,7 +48,9 @@ def lines(folder):
 
 
 def weights(folder):
-    return checkpoint.load(checkpoint.checkpoints(folder / "checkpoints")[-1])["policy"]["weights"]
+    last = checkpoint.checkpoints(folder / "checkpoints")[-1]
+    checkpoint.load(last)  # it is whole
+    return {name: value for file in last.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def assert_same(a, b):
@@ -67,9 +76,10 @@ def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
     last = checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")[-1]
-    data = bytearray((last / "state.pt").read_bytes())
+    file = next(last.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    (last / "state.pt").write_bytes(data)
+    file.write_bytes(data)
     third = toy(long, tmp_path / "cut")
     (message,) = third.resume()
     assert last.name in message
@@ -82,7 +92,8 @@ def test_sigkill_at_any_moment(tmp_path, monkeypatch):
     """Killed six times, wherever it is, and gone on with each time: curve and weights are the uninterrupted ones."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     context = multiprocessing.get_context("forkserver")
-    monkeypatch.setenv("PYTHONPATH", str(Path(toy_run_module.__file__).parent))  # for the server: it does not take sys.path
+    # For the server, which does not take sys.path.
+    monkeypatch.setenv("PYTHONPATH", str(Path(toy_run_module.__file__).parent), prepend=os.pathsep)
     context.set_forkserver_preload(["toy_run"])
 
     def start(folder):
@@ -122,21 +133,21 @@ def test_sigterm_saves_and_says_how_to_resume(long, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, None, keep=2)
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, {"b": 1}, None, keep=2)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr("flowgrain.parallel.dcp.save", full)
     with pytest.raises(checkpoint.CheckpointError, match=r"No space left.*step-000001"):
-        checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, None, keep=2)
+        checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {}, None, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    assert torch.equal(checkpoint.load(tmp_path / "step-000001")["a"], torch.ones(3))
+    assert tensor_in(tmp_path / "step-000001") == [1, 1, 1]
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.1), (4, 0.3)):
-        checkpoint.save(tmp_path, step, {}, score, keep=1)
+        checkpoint.save(tmp_path, step, {"a": torch.ones(3)}, {}, score, keep=1)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000004"]
 
 
@@ -203,29 +214,30 @@ def test_a_failed_reward_leaves_the_last_checkpoint_as_it_was(long, tmp_path):
         run.train()
     assert lines(tmp_path)[-1]["step"] == 2
     stopped = weights(tmp_path)
-    assert all(torch.equal(p, stopped[name]) for name, p in run.policy.trained.items())
+    assert all(torch.equal(p, stopped[f"weights.{name}"]) for name, p in run.policy.trained.items())
 
 
 def test_no_good_checkpoint_is_an_error_and_no_new_start(tmp_path):
-    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, None, keep=2)
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, {"b": 1}, None, keep=2)
     (tmp_path / "step-000001" / "manifest.json").write_text("[]")
     with pytest.raises(checkpoint.CheckpointError, match="no good one left"):
         checkpoint.load_last_good(tmp_path)
 
 
 def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path):
-    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, None, keep=2)
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, {"b": 1}, None, keep=2)
     (tmp_path / "step-000001").rename(tmp_path / ".old-step-000001")  # the moment between the two renames
     (tmp_path / ".tmp-step-000001").mkdir()
     checkpoint.mend(tmp_path)
     path, state, damaged = checkpoint.load_last_good(tmp_path)
     assert path is not None
-    assert torch.equal(state["a"], torch.ones(3))
+    assert state == {"b": 1}
+    assert tensor_in(path) == [1, 1, 1]
     assert damaged == []
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
     for step, score in ((1, float("nan")), (2, 0.9), (3, 0.1)):
-        checkpoint.save(tmp_path, step, {}, score, keep=1)
+        checkpoint.save(tmp_path, step, {"a": torch.ones(3)}, {}, score, keep=1)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000003"]

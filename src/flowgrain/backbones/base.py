@@ -62,6 +62,8 @@ class Backbone(Protocol):
     """Names of the layers that take LoRA, as peft matches them."""
     lora_format: type
     """The diffusers mixin whose save_lora_weights and load_lora_weights the model's LoRA files follow."""
+    blocks: list[nn.Module]
+    """The repeated layers, to shard or compile one by one."""
     embedded_guidance: bool
     """Whether the model takes the guidance scale as an input, "guidance" [B] in its conditioning (FLUX), instead of true CFG."""
 

@@ -82,6 +82,11 @@ class ShapesBackbone:
         for part in (self.transformer, self.words, self.vae):
             part.to(device)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers, to shard or compile one by one."""
+        return list(self.transformer.transformer_blocks)
+
     def load_lora(self, path: Path) -> None:
         state, metadata = self.lora_format.lora_state_dict(path, return_lora_metadata=True)
         self.lora_format.load_lora_into_transformer(state, self.transformer, metadata=metadata)

@@ -1,0 +1,134 @@
+"""One process, two and four are the same run: images, advantages, weights; checkpoints go from any number to any other."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import group_run
+import pytest
+import torch
+from group_run import as_rank, every_method, make, train
+
+from flowgrain.settings import PAPER
+
+FULL = {f"{method}-full": (method, {}) for method in PAPER}
+LORA = {f"{method}-lora": (method, {"lora_rank": 2, "kl_weight": 0.1 * (method == "flow_grpo")}) for method in PAPER}
+MORE = {
+    "sharded rollout": ("g2rpo", {"rollout_weights": "sharded"}),
+    "sharded adapter": ("flow_grpo", {"rollout_weights": "sharded", "lora_rank": 2}),
+    "reference": ("flow_grpo", {"kl_weight": 0.1, "updates_per_rollout": 3}),
+    "per step": ("dancegrpo", {"updates_per_rollout": "per_step", "best_of": 2}),
+    "in parts": ("mixgrpo", {"window_size": 2, "prompts_per_rollout": 2, "ema_decay": 0.9}),
+}
+CASES = {**FULL, **LORA, **MORE}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _search_path():
+    with pytest.MonkeyPatch.context() as patch:
+        # For the server that forks the processes: it does not take sys.path.
+        patch.setenv("PYTHONPATH", str(Path(group_run.__file__).parent), prepend=os.pathsep)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def together(size, work, folder, *arguments):
+    """What `work` gives in the first of `size` processes. Their exit codes are checked."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["group_run"])
+    out = Path(folder) / f"found-{size}.pt"
+    processes = [context.Process(target=as_rank, args=(rank, size, port, work, out, arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+    assert [process.exitcode for process in processes] == [0] * size
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return every_method(tmp_path_factory.mktemp("one"), CASES)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_method_is_the_same_run(tmp_path, alone, size):
+    """Within 1e-6: sums over processes are taken in another order. Passes are made up of other rows, too."""
+    several = together(size, every_method, tmp_path, tmp_path / "several", CASES)
+    for name in CASES:
+        one, many = alone[name], several[name]
+        assert many["sharded"] == ("lora" not in name or "adapter" in name), name
+        for step in range(3):
+            torch.testing.assert_close(many["images"][step], one["images"][step].reshape(6, -1), atol=1e-6, rtol=0, msg=name)
+            torch.testing.assert_close(many["advantage"][step], one["advantage"][step], atol=1e-4, rtol=1e-4, msg=name)
+            for key, value in one["metrics"][step].items():
+                assert many["metrics"][step][key] == pytest.approx(value, rel=1e-3, abs=1e-6), (name, key)
+        for key, value in one["weights"].items():
+            torch.testing.assert_close(many["weights"][key], value, atol=1e-6, rtol=0, msg=lambda m, n=name, k=key: f"{n} {k} {m}")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ema_decay": 0.8}, {"lora_rank": 2, "rollout_weights": "sharded"}, {"method": "diffusionnft"}]
+)
+def test_checkpoints_go_on_with_another_number_of_processes(tmp_path, changes):
+    """Two steps on four processes, two on one, two on two: the curve and the weights of six on one, within 1e-6."""
+    rest = {"checkpoint_every": 1, "eval_every": 2, **changes}
+    whole_run = make(tmp_path / "whole", max_steps=6, **rest)
+    lines = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in whole_run.train()]
+    cut = tmp_path / "cut"
+    together(4, train, tmp_path, cut, {"max_steps": 2, **rest})
+    make_and_train = train(cut, {"max_steps": 4, **rest})
+    assert [line["step"] for line in make_and_train["lines"]] == [0, 1, 2, 3, 4]
+    found = together(2, train, tmp_path, cut, {"max_steps": 6, **rest})
+    for key, value in whole_run.policy.trained.items():
+        torch.testing.assert_close(found["weights"][key], value.detach(), atol=1e-6, rtol=0)
+    assert [line["step"] for line in found["lines"]] == list(range(7))
+    for one, many in zip(lines, found["lines"], strict=True):
+        for name in one:
+            if name != "forward_passes":  # four processes do work for eight prompts
+                assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    kept = json.loads((cut / "checkpoints" / "step-000006" / "manifest.json").read_text())
+    assert len(kept["sha256"]) == 2
+
+
+def test_an_export_of_sharded_weights(tmp_path):
+    """It is what one process writes, and loads in diffusers; nobody but the first process writes."""
+    from diffusers import SD3Transformer2DModel
+
+    found = together(2, group_run.export_shapes, tmp_path, tmp_path / "run")
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "run" / "export" / "transformer").state_dict()
+    assert set(loaded) == set(found)
+    for name, value in found.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_a_process_that_is_killed_ends_them_all(tmp_path):
+    """Under torchrun: an error within a minute, the last checkpoint whole, and a restart with one process fewer goes on."""
+    script, folder = group_run.__file__, tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, str(folder)]
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 100
+    while time.time() < deadline and launcher.poll() is None and not list(folder.glob("checkpoints/step-000003")):
+        time.sleep(0.05)
+    assert launcher.poll() is None, launcher.stderr.read()
+    os.kill(int((tmp_path / "run-1.pid").read_text()), signal.SIGKILL)
+    begin = time.time()
+    assert launcher.wait(timeout=60) != 0
+    assert time.time() - begin < 60
+    assert "SIGKILL" in launcher.stderr.read()
+    run = make(folder, checkpoint_every=1, max_steps=8 + len(list((folder / "checkpoints").glob("step-*"))))
+    run.resume()
+    done = run.steps_done
+    assert done >= 3
+    run.train()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, run.settings.max_steps + 1))
