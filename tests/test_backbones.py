@@ -240,8 +240,11 @@ def test_what_cannot_be_loaded(folders, tmp_path):
         with pytest.raises(SettingsError, match=message):
             run_of(**{"model": "sd3", "weights": folders / "sd3", "tmp_path": tmp_path, **values})
     long = " ".join(["cat"] * 40)
-    with pytest.raises(SettingsError, match="more than max_prompt_tokens=40"):
+    with pytest.raises(SettingsError, match="more than 40; shorten it, raise max_prompt_tokens=40"):
         Run(settings({"model": "flux", "weights": str(folders / "flux"), **SIZE}), prompts=[long], eval_prompts=PROMPTS)
+    without = {**SIZE, "max_prompt_tokens": 256}
+    with pytest.raises(SettingsError, match="more than 77; shorten it, have T5"):
+        Run(settings({"model": "sd3", "weights": str(folders / "sd3-no-t5"), **without}), prompts=[long], eval_prompts=PROMPTS)
     Run(
         settings({"model": "flux", "weights": str(folders / "flux"), "long_prompts": "cut", **SIZE}),
         prompts=[long],

@@ -126,6 +126,12 @@ def test_demands_come_with_the_prompts_and_parts_are_tasks(tmp_path):
     assert parts["counting"].nan_to_num(-1).tolist() == [-1, 0, -1, -1]
 
 
+def test_fields_that_a_parquet_file_fills_with_nothing():
+    """A cat of no asked colour and no asked place is a cat."""
+    demand = {"include": [{"class": "cat", "count": 1, "color": None, "position": None}], "exclude": None}
+    assert judge_boxes(demand, [box("cat", 0, 0)]).correct
+
+
 def test_files_that_are_none(file, tmp_path):
     with pytest.raises(ValueError, match="names no detector"):
         GenEval(RewardSource(f"#{file}"))

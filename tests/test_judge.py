@@ -77,6 +77,8 @@ def test_a_server_that_is_gone_masks_everything():
     ("answer", "value"),
     [
         ("Score: 4", 4), ("**Final score:** 3.5", 3.5), ("score 1 ... no, Score: 2", 2), ("4.25", 4.25),
+        ("Final Score (1-5): 4", 4), ("Score: 4/5", 4), ("Score: 4/10", math.nan), ("Score: 3 out of 5", 3),
+        ("Alignment Score (1-5): 4.5\nCoherence Score (1-5): 4\nStyle Score (1-5): 3.5", 4), ("## Final Score: 2", 2),
         ("between 2 and 3", math.nan), ("Score: 9", math.nan), ("", math.nan), ("Score: -1", math.nan),
     ],
 )  # fmt: skip
@@ -87,11 +89,13 @@ def test_answers_are_read(answer, value):
 def test_the_question_is_ones_own(address, tmp_path):
     (tmp_path / "ask.txt").write_text('{"json": true} Is this {prompt}?')
     assert Judge(RewardSource(address, template=str(tmp_path / "ask.txt")))(torch.ones(1, 3, 4, 4), ["a cat"]).item() == 5
+    with pytest.raises(ValueError, match=r"has no \{points\}"):
+        load_reward("unigenbench", RewardSource(address, template=str(tmp_path / "ask.txt")))
     assert Server.seen[-1]["messages"][0]["content"][1]["text"] == '{"json": true} Is this a cat?'
     (tmp_path / "ask.txt").write_text("Is it good?")
     with pytest.raises(ValueError, match=r"has no \{prompt\}"):
         Judge(RewardSource(address, template=str(tmp_path / "ask.txt")))
-    with pytest.raises(ValueError, match=r"judge_template=nowhere\.txt: cannot be read"):
+    with pytest.raises(ValueError, match=r"judge_template: nowhere\.txt cannot be read"):
         Judge(RewardSource(address, template="nowhere.txt"))
 
 
@@ -110,7 +114,14 @@ def test_unigenbench_by_dimension(address, monkeypatch):
     """Every point's verdict counts once in its primary dimension, however the points lie on prompts."""
     fields = {"sub_dims_en": json.dumps({"Testpoints": [n for n, _ in POINTS], "Testpoint Description": [d for _, d in POINTS]})}
     own = {"test_points": [{"dimension": "Attribute - Size", "description": "tiny"}]}
-    prompts = [Prompt("one", fields), Prompt("two", own), "bare", Prompt("lies", fields), Prompt("half", fields)]
+    prompts = [
+        Prompt("one", fields),
+        Prompt("two", own),
+        "bare",
+        Prompt("lies", fields),
+        Prompt("half", fields),
+        Prompt("x", {"sub_dims_en": "{}"}),
+    ]
     answers = {"one": "Thus: [1, 0, 1]", "two": "[0]", "half": "[1, 0]"}
     reward = load_reward("unigenbench", RewardSource(address))
     asked = []
@@ -120,7 +131,7 @@ def test_unigenbench_by_dimension(address, monkeypatch):
         return next((said for name, said in answers.items() if f"Text: {name}" in text), None)
 
     monkeypatch.setattr(reward, "_answer", answer)
-    scores, parts, weights = explained(reward, torch.zeros(5, 3, 4, 4), prompts)
+    scores, parts, weights = explained(reward, torch.zeros(6, 3, 4, 4), prompts)
     assert scores.values[:2].tolist() == pytest.approx([2 / 3, 0])
     assert scores.values[2:].isnan().all()
     assert mean(parts["Attribute"].numpy(), weights["Attribute"].numpy()) == pytest.approx(1 / 3)  # 0, 1, and 0

@@ -33,7 +33,7 @@ def test_every_method_on_both_models():
 def test_docstrings_tell_the_cost(name):
     s = recipe(name)
     told = " ".join((importlib.import_module(f"flowgrain.recipes.{name}").__doc__ or "").split())
-    assert f"flowgrain train {name} " in told
+    assert f"flowgrain train {name} prompts=" in told
     assert "Hardware: " in told
     assert f"`{name}_lora`" in told
     assert "Expected: " in told

@@ -18,6 +18,7 @@ from flowgrain import Run, SettingsError
 from flowgrain.evaluate import draw
 from flowgrain.published import DIMENSIONS, PUBLISHED, published
 from flowgrain.report.side_by_side import section, write_side_by_side
+from flowgrain.rewards import Explained, explained
 from flowgrain.settings import settings
 from flowgrain.survey import (
     as_json,
@@ -98,6 +99,56 @@ def test_the_table_is_its_definition(done):
     assert f"| full | 3 | {rows['full', 3].cells['oracle'].value.mean:.3f} [" in text
     assert json.loads(as_json(table))["rows"][1]["cells"]["towers"]["difference"]["mean"] is not None
     assert [row.steps for row in tabulate(folder, steps=[3]).rows] == [3, 3]
+
+
+def test_differences_are_between_images_that_both_sides_have(done, tmp_path):
+    """The same scores on both sides, but one lacks those of a seed on which everybody is worse: no difference."""
+    import pyarrow
+
+    _, folder = done
+    shutil.copytree(folder, tmp_path / "out")
+    for model in ("base", "full"):
+        for file in (tmp_path / "out" / "scores" / model).glob("*"):
+            table = parquet.read_table(file)
+            seed, place = (table.column(name).to_numpy() for name in ("seed", "place"))
+            values = (place % 5) / 5 - 0.5 * seed
+            if model == "full":
+                values = np.where((seed == 1) & (place % 2 == 0), np.nan, values)
+            index = table.column_names.index("towers")
+            parquet.write_table(table.set_column(index, "towers", pyarrow.array(values)), file)
+    cell = tabulate(tmp_path / "out", steps=[2]).rows[1].cells["towers"]
+    assert cell.difference.mean == 0
+    assert cell.failed == 35
+
+
+def test_models_of_one_name_have_labels_of_their_own(trained, tmp_path):
+    for place in ("x/run", "y/run", "x-run"):
+        shutil.copytree(trained / "full", tmp_path / place)
+    found = targets([str(tmp_path / place) for place in ("x/run", "y/run", "x-run")])
+    assert len({one.label for one in found}) == 3
+
+
+def test_another_models_lora_is_refused(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = next((trained / "lora" / "export" / "lora").glob("*.safetensors"))
+    state = load_file(file)
+    save_file(
+        {name.replace("transformer_blocks.0", "transformer_blocks.9"): v for name, v in state.items()}, tmp_path / "a.safetensors"
+    )
+    save_file({**state, "text_encoder.q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "b.safetensors")
+    for name, message in (("a", "the model takes 48 of its 64 tensors|another model's"), ("b", "text encoders")):
+        (target,) = targets([str(tmp_path / f"{name}.safetensors")])
+        with pytest.raises(SettingsError, match=message):
+            open_model(target, base_settings([target], {}), {})
+
+
+def test_images_that_are_wanted_later_are_made_later(trained, tmp_path):
+    asked = survey(["shapes"], {"eval_prompts": 3, "eval_rewards": ""}, [1], [0])
+    run_survey(asked, tmp_path / "out")
+    assert not (tmp_path / "out" / "images").exists()
+    run_survey(replace(asked, keep_images=True), tmp_path / "out")
+    assert image_path(tmp_path / "out", "shapes", 1, 0, 2).exists()
 
 
 def test_a_stop_loses_a_piece_at_most(done, tmp_path, monkeypatch):
@@ -194,11 +245,37 @@ def test_failures_are_told_and_a_lone_model_needs_no_pair(tmp_path, monkeypatch)
     assert tabulate(tmp_path / "out").rows[0].cells["mine_survey:half"].failed == cell.failed
     run_survey(replace(asked, retry=True), tmp_path / "out")
     assert tabulate(tmp_path / "out").rows[0].cells["mine_survey:half"].failed == 0
+    mine.good = ()  # a retry, for another reason, in which more fails than before: what was scored stays scored
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    run_survey(replace(asked, retry=True, keep_images=True), tmp_path / "again")
+    assert tabulate(tmp_path / "again").rows[0].cells["mine_survey:half"].failed == 0
     assert "Images were not kept" in write_side_by_side(tmp_path / "out", table, [0]).read_text()
 
 
 def asked_in_python():
     return settings({"num_steps": 4, "group_size": 3, "prompts_per_step": 2, "eval_rewards": ()})
+
+
+@pytest.mark.parametrize(
+    ("explain", "reason"),
+    [
+        (lambda images, prompts: torch.zeros(len(images)), "no attribute 'parts'"),
+        (lambda images, prompts: Explained([1.0] * len(images), {"half": torch.zeros(1)}), "its part half has 1 values for 3"),
+    ],
+)
+def test_a_reward_that_cannot_explain_itself_masks_and_goes_on(explain, reason):
+    class Odd:
+        mean_of_parts = False
+
+        def __call__(self, images, prompts):
+            return [1.0] * len(images)
+
+    odd = Odd()
+    odd.explain = explain
+    scores, parts, _ = explained(odd, torch.zeros(3, 3, 2, 2), ["a", "b", "c"])
+    assert scores.failed == 3
+    assert reason in scores.reason
+    assert parts == {}
 
 
 def test_what_cannot_be(done, trained, tmp_path):
@@ -209,7 +286,11 @@ def test_what_cannot_be(done, trained, tmp_path):
         (["base", "base"], {}, "stands there twice"),
         (["base", full], {**SMALL, "eval_prompts": 60}, "with other prompts"),
         (["base", full], {**SMALL, "eval_rewards": ""}, "with other metrics"),
-        (["base", full], {**SMALL, "num_steps": 5}, "with other settings"),
+        (["base", full], {**SMALL, "rows_per_pass": 5}, "with other settings"),
+        ([full], {"num_steps": 5}, "was trained with 4 and keeps it"),
+        ([full], {"ema_decay": 0.0}, "was trained with 0.5 and keeps it"),
+        ([full], {"seed": 3}, "here it is --seeds that says so"),
+        (["base"], {"rewards": "oracle", "reward_models": "orcale=x"}, "orcale is none of the rewards"),
     ):
         with pytest.raises(SettingsError, match=message):
             run_survey(survey(words, changes, [2], [0]), folder)

@@ -26,6 +26,8 @@ from flowgrain.settings import settings
         ({"sde_steps": "0,15"}, "0 to 14 are possible"),
         ({"sde_steps": ""}, "must not be empty"),
         ({"granularities": "0"}, "granularities=0"),
+        ({"rewards": "oracle:1,oracle:0.5"}, "names oracle twice"),
+        ({"reward_models": "clip=a,clip=b"}, "names clip twice"),
         ({"group_size": 1}, "group_size=1"),
         ({"method": "grpo"}, "did you mean 'g2rpo'"),
         ({"updates_per_rollout": 0}, "updates_per_rollout=0"),

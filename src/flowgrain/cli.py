@@ -202,12 +202,15 @@ def evaluate_command(
     from flowgrain.survey import as_json as json_of
     from flowgrain.survey import default_folder, markdown, run_survey, survey, tabulate
 
-    models = [word for word in words if "=" not in word]
+    models = [word for word in words if "=" not in word or Path(word).exists()]
     if not models:
         raise SettingsError(f"{' '.join(words)}: names no model; write a run's folder, `base` or a backbone before the settings")
-    changes = _read_words([word for word in words if "=" in word])[1]
+    changes = _read_words([word for word in words if word not in models])[1]
     asked = survey(models, changes, _ints("--steps", steps, 1), _ints("--seeds", seeds, 0), images, retry)
     folder = folder or default_folder(asked)
+    s = asked.settings
+    told = f"{s.model}: {s.height}x{s.width}, guidance {s.eval_guidance:g}, shift {s.shift}, {s.eval_prompts} prompts"
+    err.print(told if s.model != "shapes" else f"shapes: {s.eval_prompts} prompts", highlight=False, soft_wrap=True)
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("evaluating")
         state = run_survey(asked, folder, lambda now: bar.update(task, total=now.total, completed=now.done))
@@ -229,9 +232,11 @@ def _show_table(found: Any) -> None:
     """A survey's table and its parts on the terminal."""
     from flowgrain.survey import cell_text, part_tables
 
-    table = Table("model", "steps", *found.metrics, title="mean over prompts, 95% bootstrap interval", title_justify="left")
+    table = Table(
+        "model", "steps", *map(escape, found.metrics), title="mean over prompts, 95% bootstrap interval", title_justify="left"
+    )
     for row in found.rows:
-        table.add_row(row.model, str(row.steps), *("\n".join(map(escape, cell_text(row.cells[m]))) for m in found.metrics))
+        table.add_row(escape(row.model), str(row.steps), *("\n".join(map(escape, cell_text(row.cells[m]))) for m in found.metrics))
     for one in found.published:
         if any(m in one.scores for m in found.metrics):
             values = (f"{one.scores[m]:.3f}" if m in one.scores else "-" for m in found.metrics)
@@ -240,9 +245,9 @@ def _show_table(found: Any) -> None:
     if len(found.rows) > 1:
         out.print("with a sign: the difference to the first model at the same steps, paired by prompt", highlight=False)
     for metric, names, lines in part_tables(found):
-        table = Table("model", "steps", *names, title=f"{metric}, part by part", title_justify="left")
+        table = Table("model", "steps", *map(escape, names), title=escape(f"{metric}, part by part"), title_justify="left")
         for label, count, values in lines:
-            table.add_row(label, count, *values)
+            table.add_row(escape(label), count, *values)
         out.print(table)
 
 
@@ -426,7 +431,7 @@ def encode(words: Words = None) -> None:
         raise SettingsError(
             f"embedding_cache={s.embedding_cache}, model={s.model}: name the folder to write to, and a model with text encoders"
         )
-    backbone = load_model(s)
+    backbone = load_model(s, train=False)
     backbone.to(compute_device(s.device))
     prompts = list(dict.fromkeys(["", *(p for split in ("train", "eval") for p in load_prompts(s, backbone, split))]))
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, disable=not err.is_terminal) as bar:

@@ -14,6 +14,7 @@ from flowgrain.algorithms import price
 from flowgrain.backbones import take
 from flowgrain.calibrate import calibration_price
 from flowgrain.rewards import score
+from flowgrain.rewards.base import MASKED
 from flowgrain.settings import Settings
 from flowgrain.train import Run
 
@@ -56,6 +57,7 @@ def memory(run: Run) -> Memory:
         "sampling copy": sum(p.numel() * p.element_size() for p in policy.sampler.parameters())
         if policy.sampler is not policy.transformer
         else 0,
+        "VAE": sum(p.numel() * p.element_size() for p in run.backbone.vae.parameters()),
         "old policy": weights if policy.old is not None else 0,
         "latents kept for the update": of_latent
         * s.prompts_per_step
@@ -68,7 +70,11 @@ def examine(s: Settings, out: Path | None = None) -> list[Finding]:
     """Loads everything, tries one forward, one decode and every reward, and weighs what the run needs. Raises SettingsError."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     findings = [Finding("versions", True, versions)]
-    run = Run(s, out)
+    try:
+        run = Run(s, out)
+    except torch.OutOfMemoryError as error:
+        advice = "try lora_rank=32, a smaller dtype, or more GPUs"
+        return [*findings, Finding("memory", False, f"the model does not even load: {str(error).splitlines()[0]}; {advice}")]
     findings.append(Finding("device", True, f"{run.device}, computing in {run.policy.dtype}"))
     findings.append(_prompts_finding(run))
     prompts = run.prompts[:1]
@@ -105,11 +111,14 @@ def examine(s: Settings, out: Path | None = None) -> list[Finding]:
     trial("decode", decode)
     for name, reward in run.eval_rewards.items():
 
-        def one(reward=reward) -> str:
-            found = score(reward, images[0], prompts)
-            if found.failed:
+        def one(reward=reward, name=name) -> str:
+            if not images:
+                raise ValueError("there is no image to score: decoding failed")
+            tried = run.prompts[:1] if name in run.rewards else run.eval_prompts[:1]
+            found = score(reward, images[0], tried)
+            if found.failed and found.reason != MASKED:
                 raise ValueError(found.reason or "no score")
-            return f"{float(found.values[0]):.3f} on an image of noise"
+            return "does not apply to the first prompt" if found.failed else f"{float(found.values[0]):.3f} on an image of noise"
 
         trial(f"reward {name}", one)
     findings += [_memory_finding(run), _disk_finding(run), _cost_finding(run, rate[0] if rate else None)]

@@ -37,14 +37,14 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
 
 
-def load_dtypes(s: Settings) -> Dtypes:
+def load_dtypes(s: Settings, train: bool = True) -> Dtypes:
     """The dtypes in which a model's parts are loaded. Raises SettingsError for a device that this machine lacks.
 
     Under LoRA the frozen transformer is read in the computing dtype and never exists in fp32; a full fine-tune reads fp32 master
     weights. auto is fp32 for the VAE, whose rounding the images would show, and the computing dtype for the text encoders.
     """
     device = compute_device(s.device)
-    transformer = compute_dtype(s.dtype, device) if s.lora_rank else torch.float32
+    transformer = compute_dtype(s.dtype, device) if s.lora_rank or not train else torch.float32
     vae = torch.bfloat16 if s.vae_dtype == "bfloat16" else torch.float32
     return Dtypes(transformer, vae, compute_dtype(s.encoder_dtype, device))
 
@@ -294,9 +294,16 @@ def load_export(backbone: Backbone, path: Path, kind: Literal["lora", "transform
     """
     try:
         if kind == "lora":
+            layers = [name for name in backbone.lora_format.lora_state_dict(path) if "lora_A" in name or "lora_B" in name]
+            foreign = [name for name in layers if name.startswith("text_encoder")]
+            if foreign:
+                raise ValueError(f"it also adapts text encoders ({foreign[0]}), which are not trained here")
             backbone.load_lora(path)
+            taken = sum("lora_A" in name or "lora_B" in name for name, _ in backbone.transformer.named_parameters())
+            if not layers or taken != len(layers):
+                raise ValueError(f"the model takes {taken} of its {len(layers)} tensors: it is another model's")
         else:
             found = type(backbone.transformer).from_pretrained(path, torch_dtype=backbone.transformer.dtype)
             backbone.transformer.load_state_dict(found.state_dict())
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise SettingsError(f"{path}: cannot be loaded into this model ({error})") from error

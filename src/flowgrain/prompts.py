@@ -35,7 +35,7 @@ def read_prompts(setting: str, path: str) -> list[Prompt]:
             numbered = list(_from_parquet(file))
         else:
             kind = {".jsonl": _from_jsonl, ".json": _from_json, ".csv": _from_csv}.get(file.suffix.lower(), _from_lines)
-            numbered = list(kind(file.read_text(encoding="utf-8-sig")))
+            numbered = list(kind(file.read_bytes().decode("utf-8-sig")))  # not read_text, which ends lines at a bare CR too
     except UnicodeDecodeError as error:
         raise SettingsError(f"{setting}={path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except (ValueError, csv.Error) as error:
@@ -43,6 +43,8 @@ def read_prompts(setting: str, path: str) -> list[Prompt]:
     if not numbered:
         raise SettingsError(f"{setting}={path}: the file is empty; write a prompt on each line")
     for number, prompt in numbered:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise SettingsError(f"{setting}={path}: line {number} holds half a character (a lone surrogate); mend it")
         if not prompt.strip():
             raise SettingsError(f"{setting}={path}: line {number} is blank; write a prompt there or delete the line")
     return [Prompt(prompt.strip(), fields_of(prompt)) for _, prompt in numbered]

@@ -141,7 +141,10 @@ def _weights(value: Any) -> Any:
         for part in value:
             name, _, weight = str(part).rpartition(":")
             numeric = bool(name) and re.fullmatch(r"[-+.\deE]+", weight) is not None
-            weights[name if numeric else str(part)] = float(weight) if numeric else 1.0
+            name = name if numeric else str(part)
+            if name in weights:
+                raise ValueError(f"names {name} twice; give it once")
+            weights[name] = float(weight) if numeric else 1.0
         return weights
     return value
 
@@ -151,6 +154,9 @@ def _named(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     pairs = [part.partition("=") for part in value.split(",") if part]
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"names {max(names, key=names.count)} twice; give it once")
     return {name: rest for name, _, rest in pairs}
 
 
@@ -235,7 +241,9 @@ class Settings(BaseModel):
         {}, description="weights of a reward: clip=FOLDER,hps=FOLDER#CHECKPOINT; default: its hub name"
     )
     reward_device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where reward models run: cpu, cuda or cuda:1")
-    judge_template: str | None = Field(None, description="file with the question to a judge; {prompt} stands for the prompt")
+    judge_template: Annotated[dict[str, str], BeforeValidator(_named)] = Field(
+        {}, description="file with the question to a judge: unifiedreward=FILE; {prompt} stands for the prompt"
+    )
     reward_pickles: bool = Field(False, description="read the tensors of pickled reward checkpoints")
     reward_batch: int = Field(256, ge=1, description="images of one reward call")
     max_failed_rewards: float = Field(0.2, ge=0, le=1, description="share of failed rewards in a step at which the run stops")

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from flowgrain.checkpoint import write_atomically
 from flowgrain.evaluate import Evaluation, evaluate, mean
 from flowgrain.policy import Policy, compute_device, load_export
 from flowgrain.published import Published, published
-from flowgrain.recipes import DEFAULT, recipe
+from flowgrain.recipes import DEFAULT, MODELS, recipe
 from flowgrain.record import read_saved, read_settings, to_pixels
-from flowgrain.rewards import Explains, Reward
-from flowgrain.settings import Settings, SettingsError
+from flowgrain.rewards import Explains, Reward, fields_of
+from flowgrain.settings import FIXED, Settings, SettingsError, existing_file, settings
 from flowgrain.train import load_model, load_prompts, load_rewards
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class Target:
     path: str
     kind: str
     identity: str
+    checkpoint: Path | None = None
+    """Of a run, the one that is evaluated: the run may go on meanwhile."""
 
 
 def targets(words: Sequence[str]) -> list[Target]:
@@ -61,13 +63,13 @@ def targets(words: Sequence[str]) -> list[Target]:
     for number, one in enumerate(found):
         if (one.kind, one.identity) in [(other.kind, other.identity) for other in found[:number]]:
             raise SettingsError(f"{one.path}: stands there twice; name each model once")
-    names = [one.label for one in found]
-    return [
-        one
-        if names.count(one.label) == 1
-        else Target(re.sub(r"[^\w.+-]+", "-", one.path).strip("-"), one.path, one.kind, one.identity)
-        for one in found
-    ]
+    labels: list[Target] = []
+    for one in found:
+        if [other.label for other in found].count(one.label) > 1:
+            path = re.sub(r"[^\w.+-]+", "-", one.path).strip("-")
+            one = replace(one, label=f"{path}-{hashlib.sha256(one.identity.encode()).hexdigest()[:6]}")
+        labels.append(one)
+    return labels
 
 
 def _target(word: str) -> Target:
@@ -75,15 +77,23 @@ def _target(word: str) -> Target:
     if word == "base" or word in BACKBONES:
         return Target(word, word, "base", word)
     if (path / "run.yaml").exists():
-        newest = checkpoint.checkpoints(path / "checkpoints")[-1:]
-        return Target(path.resolve().name, word, "run", f"{path.resolve()} {newest[0].name if newest else 'step-0'}")
+        newest, _, damaged = checkpoint.load_last_good(path / "checkpoints")
+        for message in damaged:
+            log.warning("%s; an older one is evaluated", message)
+        step = newest.name if newest is not None else "step-0"
+        return Target(path.resolve().name, str(path), "run", f"{path.resolve()} {step}", newest)
     for part, kind in (("lora", "lora"), ("transformer", "transformer"), ("", "lora"), ("", "transformer")):
         folder = path / part
         files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path] if path.suffix == ".safetensors" else []
         if files and (kind == "lora") != (folder / "config.json").exists():
             stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-            name = path.resolve().parent.name if path.name in ("export", "lora", "transformer") else path.stem
-            return Target(name, str(folder if path.is_dir() else path), kind, f"{path.resolve()} {stamp}")
+            parents = [
+                one for one in (path.resolve(), *path.resolve().parents) if one.name not in ("export", "lora", "transformer")
+            ]
+            name = parents[0].stem if path.suffix == ".safetensors" else parents[0].name
+            return Target(
+                re.sub(r"[^\w.+-]+", "-", name), str(folder if path.is_dir() else path), kind, f"{path.resolve()} {stamp}"
+            )
     raise SettingsError(
         f"{word}: there is no such model; name a run's folder, its export, a LoRA file or folder, `base`, or one of "
         f"{', '.join(BACKBONES)}"
@@ -119,6 +129,9 @@ def survey(
     retry: bool = False,
 ) -> Survey:
     """The survey of the models that `words` name, with settings `changes` for all of them. Raises SettingsError."""
+    for setting, option in (("eval_num_steps", "--steps"), ("seed", "--seeds")):
+        if setting in changes:
+            raise SettingsError(f"{setting}={changes[setting]}: here it is {option} that says so")
     found = targets(words)
     for first in [one for one in found if one.kind == "run"][:1]:  # its prompts and metrics are everybody's
         given = read_saved(Path(first.path)).get("given", [])
@@ -134,7 +147,13 @@ def base_settings(found: Sequence[Target], changes: Mapping[str, Any]) -> Settin
     if runs:
         return read_settings(Path(runs[0].path), **changes)
     named = next((one.path for one in found if one.path in BACKBONES), None)
-    return recipe(DEFAULT, **({"model": named} if named else {}), **changes)
+    return settings(
+        {
+            **MODELS.get(named or str(changes.get("model")), recipe(DEFAULT).model_dump()),
+            **({"model": named} if named else {}),
+            **changes,
+        }
+    )
 
 
 def open_model(target: Target, base: Settings, changes: Mapping[str, Any]) -> tuple[Policy, Settings]:
@@ -142,20 +161,23 @@ def open_model(target: Target, base: Settings, changes: Mapping[str, Any]) -> tu
     if target.kind == "run":
         folder = Path(target.path)
         s = read_settings(folder, **changes)
+        own = [name for name in (*FIXED, "weights", "ema_decay") if getattr(s, name) != getattr(read_settings(folder), name)]
+        if own:
+            raise SettingsError(
+                f"{own[0]}={changes[own[0]]}: {folder} was trained with {getattr(read_settings(folder), own[0])} and keeps it"
+            )
         if "backbone" in read_saved(folder).get("given", []):
             raise SettingsError(
                 f"{folder}: this run was given its backbone in Python; load it there with Run(..., backbone=...).restore()"
             )
         policy = Policy(load_model(s), s, compute_device(s.device))
-        path, state, damaged = checkpoint.load_last_good(folder / "checkpoints")
-        for message in damaged:
-            log.warning("%s; an older one is evaluated", message)
-        if path is not None:
-            checkpoint.read(path, policy.tensors())
+        if target.checkpoint is not None:
+            state = checkpoint.load(target.checkpoint)
+            checkpoint.read(target.checkpoint, policy.tensors())
             policy.restored(state["policy"])
         return policy, s
     s = base if target.path not in BACKBONES else base.model_copy(update={"model": target.path})
-    backbone = load_model(s)
+    backbone = load_model(s, train=False)
     if target.kind != "base":
         load_export(backbone, Path(target.path), target.kind)
     if s.shift == "auto":
@@ -207,17 +229,22 @@ def run_survey(survey: Survey, folder: Path, show: Callable[[State], None] | Non
     if survey.settings.threads:
         torch.set_num_threads(survey.settings.threads)
     s, current = survey.settings, survey.targets[0]
-    model: tuple[Policy, Settings] | None = open_model(current, s, survey.changes)
-    chosen = load_prompts(s, model[0].backbone, "eval")
-    prompts = [chosen[i % len(chosen)] for i in range(s.eval_prompts)]
+    if s.eval_prompts_file is not None:
+        existing_file("eval_prompts_file", s.eval_prompts_file)  # before a large model is loaded
     try:
         metrics = load_rewards(s)[1]
     except ValueError as error:
         raise SettingsError(str(error)) from error
+    model: tuple[Policy, Settings] | None = open_model(current, s, survey.changes)
+    chosen = load_prompts(s, model[0].backbone, "eval")
+    prompts = [chosen[i % len(chosen)] for i in range(s.eval_prompts)]
     _agree(survey, folder, prompts, metrics)
     everything = list(pieces(survey, folder, len(prompts)))
     for piece in everything[rank::size]:
-        if piece.file.exists() and not (survey.retry and _lacks_scores(piece, list(metrics))):
+        count = len(prompts[piece.first : piece.first + PIECE])
+        there = _read_piece(piece) if piece.file.exists() else None
+        shown = not survey.keep_images or _image_of(folder, piece, count - 1).exists()
+        if there is not None and shown and not (survey.retry and any(np.isnan(there[name]).any() for name in metrics)):
             continue
         if piece.target != current:
             model = None  # one at a time in memory
@@ -225,6 +252,9 @@ def run_survey(survey: Survey, folder: Path, show: Callable[[State], None] | Non
         found = _evaluate(piece, *model, prompts[piece.first : piece.first + PIECE], metrics)
         if survey.keep_images:
             _keep_images(found, piece, folder)
+        if there is not None:  # what was scored before stays so, whatever fails now
+            kept = {name: np.where(np.isnan(values), there.get(name, values), values) for name, values in found.scores.items()}
+            found = replace(found, scores=kept)
         _keep_scores(found, piece)
         if show is not None:
             show(_state(everything))
@@ -249,11 +279,17 @@ def _evaluate(piece: Piece, policy: Policy, s: Settings, prompts: Sequence[str],
     )
 
 
-def _lacks_scores(piece: Piece, metrics: list[str]) -> bool:
+def _read_piece(piece: Piece) -> dict[str, NDArray[Any]] | None:
+    """The columns of a finished piece; None if its file is damaged, and the piece is then made again."""
+    import pyarrow
     from pyarrow import parquet
 
-    columns = parquet.read_table(piece.file, columns=metrics).columns
-    return any(np.isnan(column.to_numpy()).any() for column in columns)
+    try:
+        table = parquet.read_table(piece.file)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        log.warning("%s is damaged (%s) and is made again", piece.file, error)
+        return None
+    return {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
 
 
 def image_path(folder: Path, label: str, steps: int, seed: int, place: int) -> Path:
@@ -261,9 +297,13 @@ def image_path(folder: Path, label: str, steps: int, seed: int, place: int) -> P
     return folder / "images" / label / f"{steps:04d}-{seed}" / f"{place:06d}.png"
 
 
+def _image_of(folder: Path, piece: Piece, offset: int) -> Path:
+    return image_path(folder, piece.target.label, piece.steps, piece.seed, piece.first + offset)
+
+
 def _keep_images(found: Evaluation, piece: Piece, folder: Path) -> None:
     for offset, pixels in enumerate(to_pixels(found.images)):
-        file = image_path(folder, piece.target.label, piece.steps, piece.seed, piece.first + offset)
+        file = _image_of(folder, piece, offset)
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
 
@@ -292,14 +332,25 @@ def _keep_scores(found: Evaluation, piece: Piece) -> None:
 _WEIGHT = "#weight"
 
 
-_OF_BASE = ("weights", "revision", "height", "width", "shift", "shift_terminal", "eval_guidance", "dtype")
+_OF_BASE = (
+    "reward_models",
+    "judge_template",
+    "weights",
+    "revision",
+    "height",
+    "width",
+    "shift",
+    "shift_terminal",
+    "eval_guidance",
+    "dtype",
+)
 """What else than its weights decides the images of a model that is no run."""
 
 
 def _agree(survey: Survey, folder: Path, prompts: Sequence[str], metrics: Mapping[str, Reward]) -> None:
     """Writes what the folder holds, or checks that it is this: the same prompts, metrics, models and settings."""
     fixed = {
-        "prompts": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+        "prompts": hashlib.sha256(repr([(str(p), dict(fields_of(p))) for p in prompts]).encode()).hexdigest(),
         "metrics": list(metrics),
         "settings": _plain(survey.changes),
         "model": survey.settings.model,
@@ -308,10 +359,12 @@ def _agree(survey: Survey, folder: Path, prompts: Sequence[str], metrics: Mappin
     }
     models = {one.label: one.identity for one in survey.targets}
     file = folder / "survey.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"--out {folder}: is a file; name a folder")
     if file.exists():
-        saved = yaml.safe_load(file.read_text())
+        saved = _read_spec(folder)
         for name, value in fixed.items():
-            if saved[name] != value:
+            if saved.get(name) != value:
                 raise SettingsError(f"--out {folder}: holds an evaluation with other {name}; give another folder")
         for label, identity in models.items():
             if saved["models"].get(label, identity) != identity:
@@ -321,6 +374,17 @@ def _agree(survey: Survey, folder: Path, prompts: Sequence[str], metrics: Mappin
         models = {**saved["models"], **models}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, yaml.safe_dump({**fixed, "models": models}, sort_keys=False))
+
+
+def _read_spec(folder: Path) -> dict[str, Any]:
+    """What survey.yaml says. Raises SettingsError if it cannot be read."""
+    try:
+        saved = yaml.safe_load((folder / "survey.yaml").read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or not isinstance(saved.get("models"), dict):
+            raise ValueError("it holds no models")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"{folder / 'survey.yaml'}: cannot be read ({error}); give another folder") from None
+    return saved
 
 
 def _plain(changes: Mapping[str, Any]) -> dict[str, str]:
@@ -411,12 +475,16 @@ def tabulate(
     folder: Path, models: Sequence[str] | None = None, steps: Sequence[int] | None = None, seeds: Sequence[int] | None = None
 ) -> Table:
     """The table of a survey's folder, of all that is there or of some of it. The bootstrap is over prompts: seeds are averaged."""
-    saved = yaml.safe_load((folder / "survey.yaml").read_text())
+    saved = _read_spec(folder)
     data = read_scores(folder)
     models = list(saved["models"]) if models is None else models
     steps = sorted(set(data["steps"].tolist())) if steps is None else steps
     metrics = saved["metrics"]
-    texts, text = np.unique(data["prompt"].astype(str), return_inverse=True)
+    number = {text: i for i, text in enumerate(dict.fromkeys(data["prompt"].tolist()))}
+    text = np.array([number[one] for one in data["prompt"].tolist()])
+    keys = np.unique(np.stack([data["place"], data["seed"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
+    prompt_of_key = np.zeros(keys.max() + 1, dtype=np.int64)
+    prompt_of_key[keys] = text
     rows = []
     for count in steps:
         first: dict[str, NDArray[np.floating]] | None = None
@@ -426,26 +494,29 @@ def tabulate(
                 there &= np.isin(data["seed"], list(seeds))
             if not there.any():
                 continue
-            of_prompt = {m: _by_prompt(data[m][there].astype(float), text[there], len(texts)) for m in metrics}
+            of_image = {m: np.full(len(prompt_of_key), np.nan) for m in metrics}  # by place and seed, the same for every model
+            for m in metrics:
+                of_image[m][keys[there]] = data[m][there]
             cells = {
                 m: Cell(
-                    bootstrap(values),
-                    bootstrap(values - first[m]) if first is not None else None,
+                    bootstrap(_by_prompt(values, prompt_of_key)),
+                    # Image by image: what one side lacks is left out of the other too.
+                    bootstrap(_by_prompt(values - first[m], prompt_of_key)) if first is not None else None,
                     scored=int(np.isfinite(data[m][there]).sum()),
                     failed=int(np.isnan(data[m][there]).sum()),
                 )
-                for m, values in of_prompt.items()
+                for m, values in of_image.items()
             }
-            first = first or of_prompt
+            first = first or of_image
             rows.append(Row(model, count, cells, _parts(data, there, metrics, saved["mean_of_parts"])))
     names = [*metrics, *(f"{m}/{part}" for m in metrics for part in (rows[0].parts.get(m, {}) if rows else {}))]
     return Table(metrics, rows, published(saved["model"], names, steps), saved["mean_of_parts"])
 
 
-def _by_prompt(values: NDArray[np.floating], text: NDArray[np.integer], count: int) -> NDArray[np.floating]:
-    """Mean of each prompt's finite values [count], NaN where there is none."""
-    there = np.isfinite(values)
-    total, images = (np.bincount(text[there], weights=w, minlength=count) for w in (values[there], None))
+def _by_prompt(values: NDArray[np.floating], prompt: NDArray[np.integer]) -> NDArray[np.floating]:
+    """Mean of each prompt's finite values, NaN where there is none; `prompt` numbers the prompt of every value."""
+    there, count = np.isfinite(values), int(prompt.max()) + 1
+    total, images = (np.bincount(prompt[there], weights=w, minlength=count) for w in (values[there], None))
     return np.divide(total, images, out=np.full(count, np.nan), where=images > 0)
 
 

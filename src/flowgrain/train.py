@@ -428,7 +428,7 @@ class Run:
             "settings": self.settings.model_dump(mode="json"),
             "policy": self.policy.plain(),
             "psi": list(self.method.kernel.psi) if isinstance(self.method.kernel, CalibratedSDE) and self._calibrated else None,
-            "stepped": bool(self.optimizer.state),
+            "stepped": [name for name, p in self.policy.trained.items() if self.optimizer.state.get(p)],
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         score = None
@@ -444,7 +444,7 @@ class Run:
         return {
             f"optimizer.{kind}.{name}": value
             for name, parameter in self.policy.trained.items()
-            for kind, value in self.optimizer.state[parameter].items()
+            for kind, value in self.optimizer.state.get(parameter, {}).items()
         }
 
     def restore(self) -> list[str]:
@@ -468,10 +468,10 @@ class Run:
             raise SettingsError(
                 f"ema_decay={s.ema_decay}: the run in {self.out} has {saved['ema_decay']}; EMA can't be turned on or off"
             )
-        if state["stepped"]:
-            for parameter in self.policy.trained.values():
-                zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
+        for name in state["stepped"]:  # the others had no gradient yet
+            parameter = self.policy.trained[name]
+            zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
         checkpoint.read(path, {**self.policy.tensors(), **self._optimizer_tensors()}, self.group)
         self.policy.restored(state["policy"])
         if state["psi"] is not None:
@@ -544,11 +544,11 @@ class Run:
         return metrics | {f"eval/{name}": value for name, value in evaluation.part_means().items()}
 
 
-def load_model(s: Settings) -> Backbone:
-    """The backbone that the settings name. Raises SettingsError."""
+def load_model(s: Settings, train: bool = True) -> Backbone:
+    """The backbone that the settings name, to be trained or only sampled. Raises SettingsError."""
     try:
         named = {field.name: getattr(s, field.name) for field in fields(Source) if field.name != "dtypes"}
-        return load_backbone(Source(**named, dtypes=load_dtypes(s)))
+        return load_backbone(Source(**named, dtypes=load_dtypes(s, train)))
     except ValueError as error:
         raise SettingsError(str(error)) from error
 
@@ -557,10 +557,16 @@ def load_rewards(s: Settings, given: Mapping[str, Reward] | None = None) -> tupl
     """The trained rewards, those given or those that the settings name, and with them all that evaluate. Raises ValueError."""
 
     def load(name: str) -> Reward:
-        return load_reward(name, RewardSource(s.reward_models.get(name), s.reward_device, s.reward_pickles, s.judge_template))
+        return load_reward(
+            name, RewardSource(s.reward_models.get(name), s.reward_device, s.reward_pickles, s.judge_template.get(name))
+        )
 
-    trained = dict(given) if given is not None else {name: load(name) for name in s.rewards}
     others = s.eval_rewards if s.eval_rewards is not None else (OF_SHAPES if s.model == "shapes" else ())
+    for setting, values in (("reward_models", s.reward_models), ("judge_template", s.judge_template)):
+        for name in values:
+            if name not in (*s.rewards, *others):
+                raise ValueError(f"{setting}: {name} is none of the rewards ({', '.join([*s.rewards, *others])})")
+    trained = dict(given) if given is not None else {name: load(name) for name in s.rewards}
     return trained, {**trained, **{name: load(name) for name in others if name not in trained}}
 
 

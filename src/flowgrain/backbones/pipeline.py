@@ -133,19 +133,22 @@ class PipelineBackbone(ABC):
             self._tokenizer = self._load_tokenizer()
         if self._tokenizer is None:
             return
-        limit = self.source.max_prompt_tokens
+        limit = min(self.source.max_prompt_tokens, self._most_tokens)
         distinct = list(dict.fromkeys(prompts))
         counts = dict(zip(distinct, map(len, self._tokenizer(distinct)["input_ids"]), strict=True))
         long = [number for number, prompt in enumerate(prompts, 1) if counts[prompt] > limit]
         if long and self.source.long_prompts == "refuse":
             count = counts[prompts[long[0] - 1]]
             others = f" (as do {len(long) - 1:,} others)" if len(long) > 1 else ""
+            way = f"raise max_prompt_tokens={self.source.max_prompt_tokens}" if limit < self._most_tokens else "have T5"
             raise ValueError(
-                f"prompt {long[0]} has {count} tokens, more than max_prompt_tokens={limit}{others}; shorten it, raise that, or set "
-                "long_prompts=cut"
+                f"prompt {long[0]} has {count} tokens, more than {limit}{others}; shorten it, {way}, or set long_prompts=cut"
             )
         if long:
-            log.warning("%d of %d prompts are cut to max_prompt_tokens=%d", len(long), len(prompts), limit)
+            log.warning("%d of %d prompts are cut to %d tokens", len(long), len(prompts), limit)
+
+    _most_tokens = 2**31
+    """What the encoder whose tokenizer counts can read at most, whatever is set."""
 
     @abstractmethod
     def _load_tokenizer(self) -> Any:

@@ -29,14 +29,13 @@ class SD3Backbone(PipelineBackbone):
         return list(self.transformer.transformer_blocks)
 
     def _load_tokenizer(self) -> Any:
-        for part in (
-            ("tokenizer_3", "tokenizer") if self.source.t5 else ("tokenizer",)
-        ):  # T5 is optional; without it CLIP's 77 tokens are all there is
+        if self.source.t5:
             try:
-                return self._tokenizer_in(part)
+                return self._tokenizer_in("tokenizer_3")
             except (OSError, ValueError):
-                continue
-        return None
+                pass  # T5 is optional
+        self._most_tokens = 77  # CLIP's, which are then all there is
+        return self._tokenizer_in("tokenizer")
 
     def _encode(self, pipe: Any, prompt: str) -> Conditioning:
         embeds, _, pooled, _ = pipe.encode_prompt(

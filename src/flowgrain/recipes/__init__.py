@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrain.algorithms import METHODS
-from flowgrain.recipes._models import one_gpu
+from flowgrain.recipes._models import FLUX, SD35, one_gpu
 from flowgrain.record import read_settings
 from flowgrain.settings import Settings, SettingsError, canonical, settings
 
@@ -19,6 +19,8 @@ DEFAULT = "demo"
 
 
 LORA = "_lora"
+MODELS = {"flux": FLUX, "sd3": SD35}
+"""What the recipes of a real model share, by its backbone."""
 
 
 def bundled() -> list[str]:

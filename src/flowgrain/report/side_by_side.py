@@ -57,10 +57,11 @@ def write_side_by_side(folder: Path, table: Table, seeds: Sequence[int]) -> Path
         section(folder, data, metric, models[0], model, count, seeds)
         for metric in table.metrics
         for model in models[1:]
-        for count in steps[-1:]  # the finest is where images are at their best
+        for count in [max(steps)]  # where images are at their best
     ]
     kept = next((folder / "images").glob("*/*/*.png"), None)
     page = template("side_by_side.html").render(
+        kept=kept is not None,
         small=kept is not None and Image.open(kept).width < 128,
         table=table,
         models=models,
@@ -69,7 +70,7 @@ def write_side_by_side(folder: Path, table: Table, seeds: Sequence[int]) -> Path
         cell_text=cell_text,
         parts=list(part_tables(table)),
         sections=[one for one in sections if one.losses or one.gains],
-        contact=contact(folder, data, models[0], steps[-1], seeds) if len(models) == 1 else [],
+        contact=contact(folder, data, models[0], max(steps), seeds) if len(models) == 1 else [],
     )
     write_atomically(folder / "index.html", page)
     return folder / "index.html"

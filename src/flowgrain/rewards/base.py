@@ -132,6 +132,10 @@ class Scores:
         return cls(torch.cat([part.values for part in parts]), sum(part.failed for part in parts), reason)
 
 
+MASKED = "NaN or infinity in the scores or the images"
+"""The reason of a sample that the reward itself, or a broken image, left without a score."""
+
+
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], batch: int = 256) -> Scores:
     """Calls `reward` on `batch` images at a time. A failure is a NaN for the images of its call and a count, never a 0."""
     return Scores.joined(
@@ -182,6 +186,9 @@ def explained(
     def remember(images: Tensor, prompts: list[str]) -> Any:
         calls.append((len(images), None))
         found = whole.explain(images, prompts)
+        for name, values in (*found.parts.items(), *found.weights.items()):
+            if len(values) != len(images):
+                raise ValueError(f"its part {name} has {len(values)} values for {len(images)} images")
         calls[-1] = (len(images), found)
         return found.scores
 
@@ -215,4 +222,4 @@ def _score_once(reward: Reward, images: Tensor, prompts: list[str]) -> Scores:
     whole = images.isfinite().flatten(1).all(1).cpu()  # no reward is asked to notice a broken image
     values = torch.where(values.isfinite() & whole, values, torch.nan)
     failed = int(values.isnan().sum())
-    return Scores(values, failed, "NaN or infinity in the scores or the images" if failed else None)
+    return Scores(values, failed, MASKED if failed else None)

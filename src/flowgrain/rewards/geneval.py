@@ -65,11 +65,11 @@ def judge_boxes(demand: Mapping[str, Any], boxes: Sequence[Box]) -> Verdict:
         fault, found = _fault(one, demand["include"], boxes, matched)
         matched.append(None if fault else found)
         wrong += [fault] if fault else []
-    for one in demand.get("exclude", ()):
+    for one in demand.get("exclude") or ():
         found = [box for box in boxes if box.name == one["class"]]
         if len(found) >= one["count"]:
             wrong.append(f"{one['class']}: {len(found)}, fewer than {one['count']} wanted")
-    demands = len(demand.get("include", ())) + len(demand.get("exclude", ()))
+    demands = len(demand.get("include", ())) + len(demand.get("exclude") or ())
     return Verdict(not wrong, 1 - len(wrong) / max(demands, 1), tuple(wrong))
 
 
@@ -81,9 +81,9 @@ def _fault(
     found = [box for box in boxes if box.name == name][:count]
     if len(found) < count:
         return f"{name}: {len(found)} of {count}", found
-    if "color" in one and any(box.colour != one["color"] for box in found):
+    if one.get("color") is not None and any(box.colour != one["color"] for box in found):
         return f"{name}: not {one['color']}", found
-    if "position" in one:
+    if one.get("position") is not None:
         relation, other = one["position"]
         others = matched[other] if other < len(matched) else None
         if others is None or not all(relation in relations(box, there) for box in found for there in others):
@@ -98,7 +98,7 @@ Detector = Callable[[Tensor, Sequence[str]], list[Box]]
 def read_demands(path: Path) -> dict[str, dict[str, Any]]:
     """GenEval's prompt file (JSON lines) by prompt. Raises ValueError naming the line that is none of its kind."""
     demands = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             one = json.loads(line)
             demands[one["prompt"]] = one
@@ -146,7 +146,7 @@ class GenEval:
     def _judge(self, image: Tensor, demand: Mapping[str, Any] | None) -> Verdict | None:
         if demand is None:
             return None
-        coloured = [one["class"] for one in demand["include"] if "color" in one]
+        coloured = [one["class"] for one in demand["include"] if one.get("color") is not None]
         return judge_boxes(demand, self.detector(image, coloured))
 
 

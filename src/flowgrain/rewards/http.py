@@ -22,7 +22,13 @@ def address(source: RewardSource, reward: str, example: str) -> tuple[str, str]:
 
 def session(token: str, retries: int, backoff: float, connections: int = 1) -> requests.Session:
     """Tries `retries` more times, with back-off, on a lost connection, 429 or 5xx; bears the token of the variable `token`."""
-    retry = Retry(retries, backoff_factor=backoff, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+    retry = Retry(
+        retries,
+        backoff_factor=backoff,
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods=None,
+        respect_retry_after_header=False,
+    )  # a server does not say how long a trainer waits
     made = requests.Session()
     for scheme in ("http://", "https://"):
         made.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=retry))

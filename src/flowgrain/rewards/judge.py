@@ -21,13 +21,23 @@ log = logging.getLogger(__name__)
 
 
 def parse_score(answer: str, low: float = 0, high: float = 5) -> float:
-    """The number behind the last "score" in `answer`, or the only number there is; NaN if there is none within low..high."""
-    number = r"(-?\d+(?:\.\d+)?)"
-    named = re.findall(rf"score\W{{0,12}}?{number}", answer, flags=re.IGNORECASE)
-    every = named[-1:] or re.findall(number, answer)
-    if len(every) != 1:
+    """The number behind the last "score" in `answer`, or the only number there is; NaN if there is none within low..high.
+
+    A scale in brackets, (1-5), is no score, and 4/5 is 4. Scores of several names, each on a line, are averaged. NaN if it is
+    given out of another number than `high`.
+    """
+    plain = re.sub(r"\(\s*[\d.]+\s*(?:-|to|\u2013)\s*[\d.]+\s*\)", "", answer)
+    number = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?"
+    named = re.findall(rf"^[^\S\n]*\W*((?:\w+[^\S\n]+)*?)score\W{{0,12}}?{number}", plain, flags=re.IGNORECASE | re.MULTILINE)
+    if len({name.strip().lower() for name, _, _ in named}) > 1:
+        found = [(value, scale) for _, value, scale in named]
+    else:
+        found = re.findall(rf"score\W{{0,12}}?{number}", plain, flags=re.IGNORECASE)[-1:] or re.findall(number, plain)
+        found = found if len(found) == 1 else []
+    values = [float(value) for value, scale in found if not scale or float(scale) == high]
+    if not values or len(values) < len(found):
         return float("nan")
-    value = float(every[0])
+    value = sum(values) / len(values)
     return value if low <= value <= high else float("nan")
 
 
@@ -40,6 +50,7 @@ class Judge:
 
     name = "judge"
     low, high = 0.0, 5.0
+    places: tuple[str, ...] = ("{prompt}",)
     template = (
         "You judge pictures made from a text. Text: {prompt}\n"
         "Rate from 0 (nothing fits) to 5 (all of it is there, and the picture is good). Answer with one line, `Score: ` and the "
@@ -62,9 +73,10 @@ class Judge:
             try:
                 self.template = Path(source.template).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"judge_template={source.template}: cannot be read ({error})") from error
-            if "{prompt}" not in self.template:
-                raise ValueError(f"judge_template={source.template}: has no {{prompt}}; write it where the prompt belongs")
+                raise ValueError(f"judge_template: {source.template} cannot be read ({error})") from error
+            for place in self.places:
+                if place not in self.template:
+                    raise ValueError(f"judge_template: {source.template} has no {place}; write it where that belongs")
         self.session = session("FLOWGRAIN_JUDGE_TOKEN", retries, backoff, concurrency)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -73,8 +85,12 @@ class Judge:
             return torch.tensor(list(pool.map(self._ask, images, prompts)))
 
     def _ask(self, image: Tensor, prompt: str) -> float:
-        answer = self._answer(image, self.template.replace("{prompt}", prompt))
+        answer = self._answer(image, self._question(prompt=prompt))
         return parse_score(answer, self.low, self.high) if answer is not None else float("nan")
+
+    def _question(self, **parts: str) -> str:
+        # In one go: a prompt may hold {points}, and a template other braces.
+        return re.sub(r"\{(prompt|points)\}", lambda found: parts.get(found[1], found[0]), self.template)
 
     def _answer(self, image: Tensor, text: str) -> str | None:
         """What the model says of `image` when asked `text`; None, and a note in the log, if it says nothing."""
@@ -142,6 +158,7 @@ class UniGenBench(Judge):
 
     name = "unigenbench"
     mean_of_parts = True
+    places = ("{prompt}", "{points}")
     template = (
         "Check an image against the text it was made from, point by point. Text: {prompt}\n{points}\n"
         "A point counts as met only if the image plainly shows it. Give a sentence on each point, and then one last line: a list "
@@ -154,7 +171,7 @@ class UniGenBench(Judge):
 
     def explain(self, images: Tensor, prompts: list[str]) -> Explained:
         """The scores, and by primary dimension the share of points met, weighted by their number."""
-        points = [points_of(prompt) for prompt in prompts]
+        points = [self._points(prompt) for prompt in prompts]
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
             met = list(pool.map(self._points_met, images, prompts, points))
         dimensions = [[name.partition("-")[0].strip() for name, _ in of_image] for of_image in points]
@@ -171,9 +188,16 @@ class UniGenBench(Judge):
                 parts[name][i], weights[name][i] = sum(values) / len(values), len(values)
         return Explained(scores, parts, weights)
 
+    def _points(self, prompt: str) -> list[tuple[str, str]]:
+        try:
+            return points_of(prompt)
+        except ValueError as error:  # of one prompt: the others are scored
+            log.warning("%s", error)
+            return []
+
     def _points_met(self, image: Tensor, prompt: str, points: list[tuple[str, str]]) -> list[float] | None:
         if not points:
             return None
         listed = "\n".join(f"{number}. {name}: {what}" for number, (name, what) in enumerate(points, 1))
-        answer = self._answer(image, self.template.replace("{prompt}", prompt).replace("{points}", listed))
+        answer = self._answer(image, self._question(prompt=prompt, points=listed))
         return None if answer is None else parse_points(answer, len(points))
