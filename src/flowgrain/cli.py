@@ -127,10 +127,16 @@ class _ProgressBar:
 
 
 @app.command()
-def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", help="for machines, per prompt")] = False) -> None:
+def plan(
+    words: Words = None,
+    gpus: Annotated[int, typer.Option(min=0, help="also say what a step should take on so many cards")] = 0,
+    gpu: Annotated[str, typer.Option(help="a100, h100 or h200")] = "h200",
+    as_json: Annotated[bool, typer.Option("--json", help="for machines, per prompt")] = False,
+) -> None:
     """Plan: the tree of one prompt and its exact cost, without running anything.
 
-    Examples: `flowgrain plan g2rpo` · `flowgrain plan g2rpo granularities=1,2 --json` · `flowgrain plan flow_grpo num_steps=8`
+    Examples: `flowgrain plan g2rpo` · `flowgrain plan g2rpo granularities=1,2 --json` · `flowgrain plan flow_grpo num_steps=8` ·
+    `flowgrain plan flux_g2rpo --gpus 16 --gpu h200`
     """
     from flowgrain.algorithms import build, changes_with_step, plan_tree, price
     from flowgrain.calibrate import calibration_price
@@ -141,7 +147,7 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
     s = recipe(name or DEFAULT, **changes)
     method = build(s)
     tree = plan_tree(method, s)
-    found = {"method": s.method, **vars(price(method, s))}
+    found: dict[str, Any] = {"method": s.method, **vars(price(method, s))}
     if method.published_passes:
         found["published_forward_passes"] = method.published_passes
     found["peak_latents"] = schedule(tree, s.rows_per_pass).num_slots
@@ -151,6 +157,12 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
     of_steps = [price(method, s, step).forward_passes for step in range(1, s.max_steps + 1)] if changes_with_step(s) else []
     if of_steps:
         found["mean_forward_passes"] = sum(of_steps) / len(of_steps)
+    if gpus:
+        quieten()
+        from flowgrain.simulate import forecast, told
+
+        expected = forecast(s, gpus, gpu)
+        found["forecast"] = {**vars(expected), "total": expected.total}
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -159,13 +171,18 @@ def plan(words: Words = None, as_json: Annotated[bool, typer.Option("--json", he
     out.print(draw_tree(tree, s))
     table = Table("per prompt", "", title=f"cost of {s.method}", title_justify="left")
     for key, value in found.items():
-        if key != "method":
+        if key not in ("method", "forecast"):
             table.add_row(_MEANING.get(key, key.replace("_", " ")), f"{value:,.1f}".removesuffix(".0"))
     out.print(table)
     total = (sum(of_steps) or found["forward_passes"] * s.max_steps) * s.prompts_per_step
     out.print(
         f"{s.prompts_per_step} prompts a step, {s.max_steps} steps: {total:,} sampling forward passes in all", highlight=False
     )
+    if gpus:
+        table = Table("a forecast", "", title_justify="left")
+        for what, how_much in told(expected, gpus, gpu):
+            table.add_row(what, how_much)
+        out.print(table)
 
 
 _MEANING = {

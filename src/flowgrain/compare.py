@@ -253,7 +253,8 @@ def run_comparison(c: Comparison, folder: Path, jobs: int = 1, progress: Callabl
 
 def _run_in_processes(pending: list[Job], jobs: int, note: Callable[[str, str | None, str | None], None]) -> None:
     """Works through `pending`, `jobs` at a time. Raises KeyboardInterrupt once every process has saved and stopped."""
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    context = multiprocessing.get_context("forkserver")  # torch's threads do not survive a fork of this process
+    context.set_forkserver_preload([__name__])  # what takes seconds to import is imported once
     stop = context.Event()
 
     def ask(*_: object) -> None:
@@ -357,7 +358,7 @@ def _run_one(job: Job) -> tuple[str, str | None, str | None]:
         diverged = out / "diverged.txt"
         try:
             if not diverged.exists():
-                run.train(_watch())
+                run.train(_watch(), report=False)
         except Interrupted:
             raise
         except Diverged as error:

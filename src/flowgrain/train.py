@@ -323,10 +323,10 @@ class Run:
 
     # ------------------------------------------------------------------ the loop
 
-    def train(self, progress: Callable[[Metrics], None] | None = None) -> list[Metrics]:
-        """Trains to `max_steps`, writing metrics, images, checkpoints, the export and the report. Returns all metrics.
+    def train(self, progress: Callable[[Metrics], None] | None = None, report: bool = True) -> list[Metrics]:
+        """Trains to `max_steps`, writing metrics, images, checkpoints, the export and, unless told not to, the report.
 
-        progress is called with the metrics of every step. A step that cannot go on raises RunStopped, SIGINT and SIGTERM
+        Returns all metrics. progress is called with the metrics of every step. A step that cannot go on raises RunStopped, SIGINT and SIGTERM
         raise Interrupted after the step in hand; in both cases a checkpoint is there to resume from.
         """
         self._stop_signal = None
@@ -337,7 +337,7 @@ class Run:
             with self._signals():
                 self._train(progress)
             self.export()
-            if self.group.first:
+            if report and self.group.first:
                 self.report()
         except OSError as error:
             # Where several processes run, only this one knows of it, and a checkpoint takes all.

@@ -53,19 +53,23 @@ class Question(BaseModel):
             raise ValueError(f"{len(self.fields)} fields for {len(self.prompts)} prompts")
         return [Prompt(text, of_it) for text, of_it in zip(self.prompts, self.fields or [{}] * len(self.prompts), strict=True)]
 
-    def images(self) -> Tensor:
-        """[I, 3, H, W] in 0..1. Raises ValueError for what cannot be read."""
+    def images(self, max_bytes: int) -> Tensor:
+        """[I, 3, H, W] in 0..1. Raises ValueError for what cannot be read, or would take more than `max_bytes`."""
         if (self.png is None) == (self.raw is None):
             raise ValueError("give either png or raw")
         try:
             if self.png is not None:
-                pixels = [np.array(Image.open(io.BytesIO(base64.b64decode(one, validate=True))).convert("RGB")) for one in self.png]
+                # PNG alone: of other formats some run programs. Sizes are known before anything is decoded.
+                opened = [Image.open(io.BytesIO(base64.b64decode(one, validate=True)), formats=["PNG"]) for one in self.png]
+                if 12 * sum(one.width * one.height for one in opened) > max_bytes:
+                    raise ValueError(f"they would take more than {max_bytes} bytes")
+                pixels = [np.array(one.convert("RGB")) for one in opened]
                 found = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
             else:
                 assert self.raw is not None
                 values = np.frombuffer(base64.b64decode(self.raw.data, validate=True), dtype="<f4")
                 found = torch.from_numpy(values.reshape(self.raw.shape).copy())
-        except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
+        except (binascii.Error, UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"the images cannot be read: {error}") from error
         if len(found) != len(self.prompts) or found.shape[1] != 3:
             raise ValueError(f"{len(found)} images of {found.shape[1]} channels for {len(self.prompts)} prompts")
@@ -109,7 +113,7 @@ def service(rewards: Mapping[str, Reward], token: str | None = None, max_images:
             raise fastapi.HTTPException(413, f"{len(question.prompts)} images are more than {max_images}")
         try:
             prompts = question.asked()
-            images = await run_in_threadpool(question.images)
+            images = await run_in_threadpool(question.images, max_bytes)
         except ValueError as error:
             raise fastapi.HTTPException(422, str(error)) from error
 
