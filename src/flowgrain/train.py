@@ -326,8 +326,8 @@ class Run:
     def train(self, progress: Callable[[Metrics], None] | None = None, report: bool = True) -> list[Metrics]:
         """Trains to `max_steps`, writing metrics, images, checkpoints, the export and, unless told not to, the report.
 
-        Returns all metrics. progress is called with the metrics of every step. A step that cannot go on raises RunStopped, SIGINT and SIGTERM
-        raise Interrupted after the step in hand; in both cases a checkpoint is there to resume from.
+        Returns all metrics. progress is called with the metrics of every step. A step that cannot go on raises RunStopped, SIGINT
+        and SIGTERM raise Interrupted after the step in hand; in both cases a checkpoint is there to resume from.
         """
         self._stop_signal = None
         try:
