@@ -1,11 +1,11 @@
-# make demo | compare | test | lint | types | bench | weights
+# make demo | compare | test | lint | types | bench | soak | weights
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 export MALLOC_MMAP_MAX_ ?= 0
 
-.PHONY: demo compare test lint types unit bench weights
+.PHONY: demo compare test lint types unit bench soak weights
 demo: .venv/ready
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
@@ -26,6 +26,9 @@ types: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/executor.py
+
+soak: .venv/ready
+	$(BIN)/python scripts/soak.py --minutes 60
 
 weights: .venv/ready
 	$(BIN)/python scripts/train_autoencoder.py

@@ -1,4 +1,4 @@
-"""The command line: flowgrain train | plan | evaluate | sample | report | compare | doctor | encode | serve."""
+"""The command line: flowgrain train | plan | evaluate | sample | report | compare | fidelity | doctor | encode | serve."""
 
 import contextlib
 import json
@@ -409,6 +409,52 @@ def _tell_plan(name: str, planned: list[Any], jobs: int, as_json: bool) -> None:
     out.print(table)
     total = f"in all {sum(row['units'] for row in rows):,.0f} units"
     out.print(f"{total}; about {seconds / 60:.0f} minutes with {jobs} processes on this machine", highlight=False)
+
+
+@app.command("fidelity")
+def fidelity_command(
+    words: Words = None,
+    cheap: Annotated[list[str] | None, typer.Option(help="key=value of the cheaper rollout; may be given several times")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="training steps whose groups are sampled both ways")] = 3,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Fidelity: how well a cheaper rollout ranks the groups of a recipe, and what it saves. Nothing is trained.
+
+    Examples: `flowgrain fidelity mixgrpo --cheap tail_order=2 --cheap tail_ratio=0.4` ·
+    `flowgrain fidelity g2rpo --cheap granularities=1`
+    """
+    quieten()
+    import numpy as np
+
+    from flowgrain.fidelity import fidelity
+    from flowgrain.recipes import DEFAULT, recipe
+
+    name, changes = _read_words(words)
+    rest = _read_words(cheap)[1] if cheap and all("=" in one for one in cheap) else {}
+    if not rest:
+        raise SettingsError(f"--cheap {' '.join(cheap or ())}: say what is cheaper, as key=value")
+    found = fidelity(recipe(name or DEFAULT, **changes), recipe(name or DEFAULT, **{**changes, **rest}), steps)
+    low, middle, high = (
+        (float(v) for v in np.quantile(found.correlation, (0.1, 0.5, 0.9))) if len(found.correlation) else (float("nan"),) * 3
+    )
+    told = {
+        "spearman": middle,
+        "spearman_10": low,
+        "spearman_90": high,
+        "flipped": found.flipped,
+        "seconds": found.seconds,
+        "passes": found.passes,
+    }
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    out.print(
+        f"Spearman of a group {middle:.2f} (from {low:.2f} to {high:.2f} in 8 of 10 of {len(found.correlation)} groups), "
+        f"{found.flipped:.0%} of the advantages with the other sign, "
+        f"{found.seconds:.2f} of the time, {found.passes:.2f} of the passes",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -8,7 +8,8 @@ import flowgrain
 ORDER = [
     "process", "published", "shapes", "sde", "tree", "parallel", "rollout", "credit", "objective", "settings", "window",
     "algorithms", "calibrate", "backbones", "rewards", "checkpoint", "policy", "prompts", "evaluate", "record", "recipes",
-    "sampled", "forward", "train", "survey", "simulate", "comparisons", "compare", "doctor", "report", "cli", "__main__",
+    "sampled", "forward", "train", "survey", "simulate", "fidelity", "comparisons", "compare", "doctor", "report", "cli",
+    "__main__",
 ]  # fmt: skip
 ROOT = Path(flowgrain.__file__).parent
 LATE = {("train", "report"), ("cli", "report"), ("compare", "comparisons"), ("backbones", "shapes"), ("rewards", "shapes")}
