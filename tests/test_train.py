@@ -366,3 +366,15 @@ def test_embedded_guidance_goes_into_the_conditioning(tiny, tmp_path):
     metrics = run.step(1)
     assert all((scale == 3.5).all() for scale in seen)
     assert sum(len(scale) for scale in seen) == metrics["forward_passes"] + metrics["train_forward_passes"]
+
+
+def test_every_setting_can_be_written_as_text():
+    """As on the command line: what a field's own value looks like there is that value again."""
+    own = {"method": "mixgrpo", "window_size": 2, "psi": None}
+    usual = settings(own)
+    for name, value in usual.model_dump(mode="json").items():
+        if isinstance(value, dict) or value is None or value == []:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        assert getattr(settings({**own, name: text}), name) == getattr(usual, name), name
+    assert settings({**own, "tail_order": "2"}).tail_order == 2

@@ -127,6 +127,11 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _number(value: Any) -> Any:
+    """A whole number as it is written on the command line; a Literal takes no text for one."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 IntList = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 FloatList = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_listed)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -212,7 +217,9 @@ class Settings(BaseModel):
     window_schedule: WindowSchedule = Field("progressive", description="how the window moves; frozen: it stays at the start")
     window_region: Literal["all", "first_half"] = Field("all", description="the part of the grid that the window visits")
     window_end: Literal["roll_back", "stay"] = Field("roll_back", description="after the last position: back to the start, or stay")
-    tail_order: Literal[1, 2] = Field(1, description="2: second-order multistep ODE steps (DPM-Solver++ 2M)")
+    tail_order: Annotated[Literal[1, 2], BeforeValidator(_number)] = Field(
+        1, description="2: second-order multistep ODE steps (DPM-Solver++ 2M)"
+    )
     tail_ratio: float = Field(1.0, gt=0, le=1, description="share of the steps after the window that are taken")
     look_steps: int | Literal["all"] = Field("all", description="ODE steps of a look from a state: all of the grid's rest, or n")
     dense_reward: Literal["gain", "state"] = Field("gain", description="a step earns R_next - R, or R_next itself")
