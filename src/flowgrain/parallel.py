@@ -116,6 +116,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], group: Group) -> None:
     """
     if group.mesh is None:
         return
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # that its output is a view: nobody here writes into it
     for module in (*blocks, model):
         fully_shard(module, mesh=group.mesh, reshard_after_forward=True)
     for module in model.modules():
