@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import diffusers.training_utils  # noqa: F401  imported before the fork, and not after each
+import diffusers.training_utils  # noqa: F401  this and the next are imported before the fork, and not after each
 import psutil
 import torch
 from safetensors.torch import load_file
 
+import flowgrain.backbones.shapes  # noqa: F401
 from flowgrain import Run, checkpoint
 from flowgrain.process import keep_memory, quieten
 from flowgrain.rewards.shapes import Oracle
@@ -39,13 +40,13 @@ PEACE, STOPPED, INTERRUPTED = 0, 3, 4
 
 
 class Faulty:
-    """The oracle, with a fault at its call number `when`; every call notes the process's memory."""
+    """The oracle, with a fault at its call number `when` in training; every call notes the process's memory."""
 
     def __init__(self, fault: str, when: int, memory: Path) -> None:
         self.oracle, self.fault, self.when, self.memory, self.calls = Oracle(), fault, when, memory, 0
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> Any:
-        self.calls += 1
+        self.calls += len(images) > SMALL["eval_prompts"]  # what fails in an evaluation is only missing there, and stops nothing
         with self.memory.open("a") as file:
             file.write(f"{os.getpid()} {psutil.Process().memory_info().rss}\n")
         if self.calls == self.when and self.fault == "raise":
@@ -114,7 +115,7 @@ def soak(folder: Path, steps: int, seed: int, faults: int) -> dict[str, Any]:
     """The undisturbed run, the disturbed one with `faults` faults, and whether they are the same. Raises AssertionError if not."""
     s = settings({**SMALL, "max_steps": steps, "seed": seed})
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__] if __name__ != "__main__" else ["flowgrain.train", "diffusers.training_utils"])
+    context.set_forkserver_preload([__name__, "flowgrain.backbones.shapes", "diffusers.training_utils"])
     chance = random.Random(seed)
     whole, cut = folder / "whole", folder / "cut"
     folder.mkdir(parents=True, exist_ok=True)

@@ -254,7 +254,8 @@ def run_comparison(c: Comparison, folder: Path, jobs: int = 1, progress: Callabl
 def _run_in_processes(pending: list[Job], jobs: int, note: Callable[[str, str | None, str | None], None]) -> None:
     """Works through `pending`, `jobs` at a time. Raises KeyboardInterrupt once every process has saved and stopped."""
     context = multiprocessing.get_context("forkserver")  # torch's threads do not survive a fork of this process
-    context.set_forkserver_preload([__name__])  # what takes seconds to import is imported once
+    # What takes seconds to import is imported once.
+    context.set_forkserver_preload([__name__, "flowgrain.backbones.shapes", "diffusers.training_utils"])
     stop = context.Event()
 
     def ask(*_: object) -> None:
