@@ -116,15 +116,18 @@ def test_a_process_that_is_killed_ends_them_all(tmp_path):
     script, folder = group_run.__file__, tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, str(folder)]
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 100
-    while time.time() < deadline and launcher.poll() is None and not list(folder.glob("checkpoints/step-000003")):
-        time.sleep(0.05)
-    assert launcher.poll() is None, launcher.stderr.read()
-    os.kill(int((tmp_path / "run-1.pid").read_text()), signal.SIGKILL)
-    begin = time.time()
-    assert launcher.wait(timeout=60) != 0
-    assert time.time() - begin < 60
-    assert "SIGKILL" in launcher.stderr.read()
+    try:
+        deadline = time.time() + 100
+        while time.time() < deadline and launcher.poll() is None and not list(folder.glob("checkpoints/step-000003")):
+            time.sleep(0.05)
+        assert launcher.poll() is None, launcher.stderr.read()
+        os.kill(int((tmp_path / "run-1.pid").read_text()), signal.SIGKILL)
+        begin = time.time()
+        assert launcher.wait(timeout=60) != 0
+        assert time.time() - begin < 60
+        assert "SIGKILL" in launcher.stderr.read()
+    finally:
+        launcher.terminate()  # and it ends its own
     run = make(folder, checkpoint_every=1, max_steps=8 + len(list((folder / "checkpoints").glob("step-*"))))
     run.resume()
     done = run.steps_done
