@@ -88,13 +88,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def disturb(folder: Path, s: Settings, fault: str, chance: random.Random, context: Any) -> str:
-    """Runs one process with `fault` until it ends; what came of it in a word. Raises AssertionError if the fault was silent."""
-    process = context.Process(target=work, args=(folder, s, fault, chance.randint(1, 3)))
-    before = len(lines(folder))
+def disturb(folder: Path, s: Settings, fault: str, chance: random.Random, context: Any, steps: int) -> str:
+    """Runs one process until `fault` ends it, within about `steps` steps; what came of it. AssertionError if it was silent."""
+    process = context.Process(target=work, args=(folder, s, fault, chance.randint(1, 1 + steps)))
+    before, after = len(lines(folder)), chance.randint(0, steps)
     process.start()
     if fault in ("kill", "stop", "truncate"):
-        while process.is_alive() and len(lines(folder)) <= before + chance.randint(0, 2):
+        while process.is_alive() and len(lines(folder)) <= before + after:
             time.sleep(0.01)
         time.sleep(chance.random() * 0.5)
         if process.is_alive():
@@ -128,9 +128,9 @@ def soak(folder: Path, steps: int, seed: int, faults: int) -> dict[str, Any]:
     came: list[tuple[str, str]] = []
     for fault in schedule:
         if fault == "stall":  # it ends nothing: the run would go on to its end, and no fault be left for it
-            came.append((fault, disturb(folder / "stalled", s.model_copy(update={"max_steps": 2}), fault, chance, context)))
+            came.append((fault, disturb(folder / "stalled", s.model_copy(update={"max_steps": 2}), fault, chance, context, 0)))
             continue
-        came.append((fault, disturb(cut, s, fault, chance, context)))
+        came.append((fault, disturb(cut, s, fault, chance, context, max(1, steps // faults))))
         print(f"{fault}: {came[-1][1]} after {len(lines(cut))} lines", flush=True)
     process = context.Process(target=work, args=(cut, s, "none", 0))
     process.start()
