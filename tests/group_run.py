@@ -1,6 +1,7 @@
 """Runs of a small model by several processes on gloo: what each process of a test does."""
 
 import os
+import signal
 from pathlib import Path
 
 import diffusers.training_utils  # noqa: F401  imported before the fork, and not after each
@@ -9,7 +10,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 from toy import PROMPTS, Toy, red
 
-from flowgrain import Run
+from flowgrain import Run, RunStopped
 from flowgrain.parallel import leave, whole
 from flowgrain.settings import PAPER, settings
 
@@ -114,6 +115,27 @@ def train(folder, changes):
     kept = ("seconds", "seconds/sample", "seconds/update")
     lines = [{k: v for k, v in line.items() if k not in kept} for line in run.record.read()] if run.group.first else []
     return {"lines": lines, "weights": {name: whole(p.detach()) for name, p in run.policy.trained.items()}}
+
+
+def stopped(folder, how):
+    """What ends a run of which only the second process has a reason, and after which step; the same in all of them."""
+    run = make(folder, checkpoint_every=1, max_steps=5)
+    calls = []
+
+    def troubled(images, prompts):
+        calls.append(1)
+        if len(calls) == 2 and run.group.rank == 1:
+            if how == "reward":
+                raise OSError("gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return red(images, prompts)
+
+    run.rewards["red"] = troubled
+    try:
+        run.train()
+    except RunStopped as error:
+        return run.group.collect((type(error).__name__, run.steps_done, str(error)))
+    return None
 
 
 if __name__ == "__main__":  # under torchrun: a run that is slow enough to be killed

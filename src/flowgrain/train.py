@@ -127,7 +127,7 @@ class Run:
             metrics[f"failed/{name}"] = scores.failed
         metrics["advantage/std"] = float(sampled.advantage.std())
         metrics["advantage/zero"] = float((sampled.advantage == 0).float().mean())
-        metrics |= {"forward_passes": sum(self.group.collect(sampled.result.forward_passes)), "decodes": len(sampled.whole.leaves)}
+        metrics |= {"forward_passes": sampled.result.forward_passes * self.group.size, "decodes": len(sampled.whole.leaves)}
         metrics |= {"seconds": now - begin, "seconds/sample": after_rollout - begin, "seconds/update": now - after_rollout}
         values = {name: scores.values for name, scores in sampled.scores.items()}
         if self.group.first:
@@ -238,7 +238,8 @@ class Run:
             norm, was_skipped = self.optimise([part.loss for part in done])
             norms.append(norm)
             skipped += was_skipped
-        found = self._mean_of_all({name: [getattr(part, name) for part in losses] for name in ("loss", "ratio", "clipped", "kl")})
+        values = {name: [getattr(part, name) for part in losses] for name in ("loss", "ratio", "clipped", "kl")}
+        found = self._mean_of_all({**values, "clipped later": [part.clipped for part in later]})
         gradient = sum(len(share) for share in shares)
         metrics: Metrics = {
             "loss": found["loss"],
@@ -252,7 +253,7 @@ class Run:
             "frozen_forward_passes": gradient - len(shares[0]) + (gradient if s.kl_weight else 0),
         }
         if len(shares) > 1:  # the clip can only bite where the policy has moved on from the one that sampled
-            metrics["clip_fraction/later_updates"] = self._mean_of_all({"clipped": [part.clipped for part in later]})["clipped"]
+            metrics["clip_fraction/later_updates"] = found["clipped later"]
         if s.kl_weight:
             metrics["kl"] = found["kl"]
         return metrics

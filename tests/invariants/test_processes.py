@@ -100,6 +100,14 @@ def test_checkpoints_go_on_with_another_number_of_processes(tmp_path, changes):
     assert len(kept["sha256"]) == 2
 
 
+@pytest.mark.parametrize(("how", "error", "step"), [("reward", "RunStopped", 1), ("signal", "Interrupted", 2)])
+def test_what_concerns_one_process_stops_all_after_the_same_step(tmp_path, how, error, step):
+    found = together(2, group_run.stopped, tmp_path, tmp_path / "run", how)
+    assert [one[:2] for one in found] == [(error, step)] * 2
+    assert found[0][2] == found[1][2]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+
+
 def test_an_export_of_sharded_weights(tmp_path):
     """It is what one process writes, and loads in diffusers; nobody but the first process writes."""
     from diffusers import SD3Transformer2DModel

@@ -102,6 +102,12 @@ class PipelineBackbone(ABC):
         """Rows and columns of image tokens."""
         return self.source.height // self._token_side, self.source.width // self._token_side
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """A grid of the VAE's latents; models that take it packed say otherwise."""
+        scale = self.pipe.vae_scale_factor
+        return self.transformer.config.in_channels, self.source.height // scale, self.source.width // scale
+
     def load_lora(self, path: Path) -> None:
         self.pipe.load_lora_weights(path)
 

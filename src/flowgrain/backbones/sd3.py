@@ -19,11 +19,6 @@ class SD3Backbone(PipelineBackbone):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        scale = self.pipe.vae_scale_factor
-        return self.transformer.config.in_channels, self.source.height // scale, self.source.width // scale
-
-    @property
     def blocks(self) -> list[nn.Module]:
         """The repeated layers, to shard or compile one by one."""
         return list(self.transformer.transformer_blocks)

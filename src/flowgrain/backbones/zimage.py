@@ -19,11 +19,6 @@ class ZImageBackbone(PipelineBackbone):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        scale = self.pipe.vae_scale_factor
-        return self.transformer.config.in_channels, self.source.height // scale, self.source.width // scale
-
-    @property
     def blocks(self) -> list[nn.Module]:
         """The repeated layers, to shard or compile one by one."""
         model = self.transformer

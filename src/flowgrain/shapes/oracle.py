@@ -12,7 +12,6 @@ from scipy import ndimage
 from flowgrain.shapes.grammar import COLOURS, SHAPES, parse
 from flowgrain.shapes.render import GROUND, PALETTE
 
-FAILURES = ("missing", "extra", "wrong colour", "wrong shape", "wrong relation")
 _MIN_AREA = 9.0  # pixels; a smaller spot is an artefact, not an object (the smallest drawn shape covers 32)
 _MIN_COVERAGE = 0.3
 _COLOUR_CREDIT = 0.4  # right colour, wrong shape
