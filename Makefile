@@ -28,7 +28,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/executor.py
 
 soak: .venv/ready
-	$(BIN)/python scripts/soak.py --minutes 60
+	$(BIN)/python scripts/soak.py --minutes 45
+	$(BIN)/python scripts/soak.py --minutes 15 --processes 2 --out runs/soak-two
 
 weights: .venv/ready
 	$(BIN)/python scripts/train_autoencoder.py

@@ -1,10 +1,11 @@
 """A long run under injected faults: it must end as the undisturbed one, to the bit, and no fault may pass in silence.
 
-    python scripts/soak.py --minutes 60 [--seed 0] [--out runs/soak]          (or: make soak)
+    python scripts/soak.py --minutes 60 [--processes 2] [--seed 0] [--out runs/soak]          (or: make soak)
 
-The bundled model is trained twice with the same settings: once in peace, and once while a seeded schedule kills the process
-(SIGKILL), asks it to stop (SIGTERM), makes its reward raise, give NaN or stall, lets its files hit a size limit as on a full disk,
-and cuts its last checkpoint short. Then curves and weights are compared, and the memory of the process over its steps.
+The bundled model, scored by a reward server, is trained twice with the same settings: once in peace, and once while a seeded
+schedule kills the run or one of its processes (SIGKILL), stops it (SIGTERM), makes its reward raise, give NaN or stall, kills
+the reward server and starts it again, lets the run's files hit a size limit as on a full disk, and cuts its last checkpoint short.
+Then curves and weights are compared, and the memory of the processes over their steps.
 """
 
 import argparse
@@ -14,7 +15,10 @@ import os
 import random
 import resource
 import signal
+import socket
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +30,91 @@ from safetensors.torch import load_file
 import flowgrain.backbones.shapes  # noqa: F401
 from flowgrain import Run, checkpoint
 from flowgrain.process import keep_memory, quieten
+from flowgrain.rewards import RewardSource
+from flowgrain.rewards.service import Remote, service
 from flowgrain.rewards.shapes import Oracle
 from flowgrain.settings import Settings, settings
 from flowgrain.train import Interrupted, RunStopped
 
-FAULTS = ("kill", "stop", "raise", "nan", "stall", "disk", "truncate")
+FAULTS = ("kill", "rank", "stop", "raise", "nan", "stall", "server", "disk", "truncate")
 SMALL = {
     "num_steps": 6, "granularities": (1, 2), "group_size": 4, "prompts_per_step": 4, "checkpoint_every": 1, "keep_checkpoints": 3,
     "eval_rewards": (), "eval_prompts": 8, "eval_every": 5, "ema_decay": 0.9, "learning_rate": 1e-4, "threads": 1,
     "max_failed_rewards": 0.0,
 }  # fmt: skip
 PEACE, STOPPED, INTERRUPTED = 0, 3, 4
+EXPECTED = {
+    "none": (PEACE,), "stall": (PEACE,), "kill": (-signal.SIGKILL,), "rank": (-signal.SIGKILL,), "truncate": (-signal.SIGKILL,),
+    "stop": (INTERRUPTED,), "raise": (STOPPED,), "nan": (STOPPED,), "disk": (STOPPED, 1), "server": (PEACE, STOPPED),
+}  # fmt: skip
+"""How the struck process may end. A server may be back before its client gives up; of several processes with full disks the first
+tells, and the others find it gone."""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def serve(port: int) -> None:
+    """The reward server's process."""
+    import uvicorn
+
+    torch.set_num_threads(1)
+    uvicorn.run(service({"oracle": Oracle()}), host="127.0.0.1", port=port, log_level="error")
+
+
+class Server:
+    """A reward server that can be killed and started again at the same address."""
+
+    def __init__(self, context: Any) -> None:
+        self.context, self.port = context, free_port()
+        self.start()
+
+    def start(self) -> None:
+        self.process = self.context.Process(target=serve, args=(self.port,), daemon=True)
+        self.process.start()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
 
 
 class Faulty:
-    """The oracle, with a fault at its call number `when` in training; every call notes the process's memory."""
+    """The oracle, in training as a service and with a fault at call number `when`; every call notes the process's memory.
 
-    def __init__(self, fault: str, when: int, memory: Path) -> None:
-        self.oracle, self.fault, self.when, self.memory, self.calls = Oracle(), fault, when, memory, 0
+    What fails in an evaluation is only missing there, and stops nothing: evaluations are spared.
+    """
+
+    def __init__(self, port: int, fault: str, when: int, memory: Path) -> None:
+        self.here, self.served = Oracle(), Remote(RewardSource(f"http://127.0.0.1:{port}#oracle"), batch=256)
+        self.fault, self.when, self.memory, self.calls = fault, when, memory, 0
 
     def __call__(self, images: torch.Tensor, prompts: list[str]) -> Any:
-        self.calls += len(images) > SMALL["eval_prompts"]  # what fails in an evaluation is only missing there, and stops nothing
+        evaluating = len(images) <= SMALL["eval_prompts"]
+        self.calls += not evaluating
         with self.memory.open("a") as file:
             file.write(f"{os.getpid()} {psutil.Process().memory_info().rss}\n")
+        if evaluating:
+            return self.here(images, prompts)
         if self.calls == self.when and self.fault == "raise":
             raise OSError("the reward's server is gone")
         if self.calls == self.when and self.fault == "stall":
             time.sleep(1.0)
-        scores = self.oracle(images, prompts)
+        scores = self.served(images, prompts)
         return [float("nan"), *scores[1:]] if self.calls == self.when and self.fault == "nan" else scores
 
 
-def work(folder: Path, s: Settings, fault: str, when: int) -> None:
-    """A process of the run: from its last checkpoint on, with one fault."""
+def work(folder: Path, s: Settings, port: int, fault: str, when: int, place: dict[str, str]) -> None:
+    """A process of the run: from its last checkpoint on, with one fault. place: what torchrun tells each of several."""
+    os.environ |= place
     keep_memory()
     quieten()
     if fault == "disk":  # writing beyond this many bytes of a file fails, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 + 10_000 * when, resource.RLIM_INFINITY))
-    run = Run(s, folder, rewards={"oracle": Faulty(fault, when, folder.with_suffix(".memory"))})
+    run = Run(s, folder, rewards={"oracle": Faulty(port, fault, when, folder.with_suffix(".memory"))})
     try:
         run.resume()
         run.train(report=False)
@@ -73,6 +123,46 @@ def work(folder: Path, s: Settings, fault: str, when: int) -> None:
     except (RunStopped, checkpoint.CheckpointError) as error:
         folder.with_suffix(".told").open("a").write(f"{error}\n")
         os._exit(STOPPED)
+    os._exit(PEACE)
+
+
+class Job:
+    """The processes of one run, of which one has a fault. When one has ended for a reason of its own, the others are ended too, as
+    torchrun does."""
+
+    def __init__(self, context: Any, folder: Path, s: Settings, port: int, size: int, fault: str, when: int, struck: int) -> None:
+        meeting = {
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        self.struck = struck
+        self.processes = []
+        for rank in range(size):
+            place = {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
+            own = fault if rank == struck or fault == "disk" else "none"
+            self.processes.append(context.Process(target=work, args=(folder, s, port, own, when, place)))
+            self.processes[-1].start()
+
+    def alive(self) -> bool:
+        return self.processes[self.struck].is_alive()
+
+    def signal(self, number: int, everybody: bool) -> None:
+        for process in self.processes if everybody else [self.processes[self.struck]]:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def ended(self) -> int:
+        """How the struck process ended; nobody is left."""
+        while all(process.is_alive() for process in self.processes):
+            time.sleep(0.05)
+        for process in self.processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return self.processes[self.struck].exitcode
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -88,60 +178,73 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def disturb(folder: Path, s: Settings, fault: str, chance: random.Random, context: Any, steps: int) -> str:
-    """Runs one process until `fault` ends it, within about `steps` steps; what came of it. AssertionError if it was silent."""
-    process = context.Process(target=work, args=(folder, s, fault, chance.randint(1, 1 + steps)))
-    before, after = len(lines(folder)), chance.randint(0, steps)
-    process.start()
-    if fault in ("kill", "stop", "truncate"):
-        while process.is_alive() and len(lines(folder)) <= before + after:
+def saved(folder: Path) -> list[Path]:
+    return checkpoint.checkpoints(folder / "checkpoints")
+
+
+def disturb(
+    job: Callable[..., Job], folder: Path, until: int, fault: str, chance: random.Random, server: Server, steps: int
+) -> str:
+    """Runs one job until `fault` ends it, within about `steps` steps; what came of it. AssertionError if it was silent."""
+    left = until - max((line["step"] for line in lines(folder)), default=0)
+    when, told = chance.randint(1, 1 + steps), folder.with_suffix(".told")
+    said = told.stat().st_size if told.exists() else 0
+    running = job(fault=fault, when=when, struck=chance.random())
+    before, after, too_late = len(lines(folder)), chance.randint(0, steps), left < (1 if fault == "disk" else when)
+    if fault in ("kill", "rank", "stop", "truncate", "server"):
+        spare = fault != "truncate"  # which needs an older checkpoint to fall back on
+        while running.alive() and (len(lines(folder)) <= before + after or not (spare or len(saved(folder)) > 1)):
             time.sleep(0.01)
         time.sleep(chance.random() * 0.5)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGTERM if fault == "stop" else signal.SIGKILL)
-    process.join()
-    if fault == "truncate" and (newest := checkpoint.checkpoints(folder / "checkpoints")[-1:]):
-        file = next(newest[0].glob("*.safetensors"))
+        too_late = not running.alive()
+        if fault == "server":
+            server.kill()
+            time.sleep(chance.random() * 6)  # longer than the client's patience, or shorter
+            server.start()
+        else:
+            running.signal(signal.SIGTERM if fault == "stop" else signal.SIGKILL, everybody=fault in ("kill", "truncate"))
+    code = running.ended()
+    if fault == "truncate" and len(saved(folder)) > 1:
+        file = next(saved(folder)[-1].glob("*.safetensors"))
         os.truncate(file, file.stat().st_size // 2)
-    expected = {
-        "kill": (-signal.SIGKILL, PEACE), "truncate": (-signal.SIGKILL, PEACE), "stop": (INTERRUPTED, PEACE), "stall": (PEACE,),
-        "raise": (STOPPED, PEACE), "nan": (STOPPED, PEACE), "disk": (STOPPED, PEACE),
-    }[fault]  # fmt: skip
-    assert process.exitcode in expected, f"{fault}: ended with {process.exitcode}"
-    return "ran to its end" if process.exitcode == PEACE else "stopped"
+    assert code in EXPECTED[fault] or (code == PEACE and too_late), f"{fault}: ended with {code}"
+    assert code not in (STOPPED, 1) or told.stat().st_size > said, f"{fault}: nothing was told"
+    return "ran to its end" if code == PEACE else "stopped"
 
 
-def soak(folder: Path, steps: int, seed: int, faults: int) -> dict[str, Any]:
+def soak(folder: Path, steps: int, seed: int, faults: int, processes: int = 1) -> dict[str, Any]:
     """The undisturbed run, the disturbed one with `faults` faults, and whether they are the same. Raises AssertionError if not."""
     s = settings({**SMALL, "max_steps": steps, "seed": seed})
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "flowgrain.backbones.shapes", "diffusers.training_utils"])
+    context.set_forkserver_preload([__name__, "flowgrain.backbones.shapes", "diffusers.training_utils", "uvicorn", "fastapi"])
     chance = random.Random(seed)
     whole, cut = folder / "whole", folder / "cut"
     folder.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=work, args=(whole, s, "none", 0))
-    process.start()
-    process.join()
-    assert process.exitcode == PEACE
-    schedule = [*FAULTS, *(chance.choice(FAULTS) for _ in range(faults))][:faults]
+    server = Server(context)
+
+    def job(folder: Path, s: Settings = s, fault: str = "none", when: int = 0, struck: float = 0.0) -> Job:
+        return Job(context, folder, s, server.port, processes, fault, when, int(struck * processes))
+
+    assert job(whole).ended() == PEACE
+    possible = [fault for fault in FAULTS if fault != "rank" or processes > 1]
+    schedule = [*possible, *(chance.choice(possible) for _ in range(faults))][:faults]
     chance.shuffle(schedule)
     came: list[tuple[str, str]] = []
     for fault in schedule:
         if fault == "stall":  # it ends nothing: the run would go on to its end, and no fault be left for it
-            came.append((fault, disturb(folder / "stalled", s.model_copy(update={"max_steps": 2}), fault, chance, context, 0)))
+            aside, few = folder / "stalled", s.model_copy(update={"max_steps": 2})
+            came.append((fault, disturb(partial(job, aside, few), aside, few.max_steps, fault, chance, server, 0)))
             continue
-        came.append((fault, disturb(cut, s, fault, chance, context, max(1, steps // faults))))
+        came.append((fault, disturb(partial(job, cut), cut, steps, fault, chance, server, max(1, steps // faults))))
         print(f"{fault}: {came[-1][1]} after {len(lines(cut))} lines", flush=True)
-    process = context.Process(target=work, args=(cut, s, "none", 0))
-    process.start()
-    process.join()
-    assert process.exitcode == PEACE, process.exitcode
+    assert job(cut).ended() == PEACE
+    server.kill()
     assert lines(cut) == lines(whole), "the curves differ"
-    a, b = (checkpoint.checkpoints(one / "checkpoints")[-1] for one in (whole, cut))
-    one, other = ({name: v for f in path.glob("*.safetensors") for name, v in load_file(f).items()} for path in (a, b))
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), f"{name} differs by {(value - other[name]).abs().max()}"
+    a, b = (saved(one)[-1] for one in (whole, cut))
+    files = [{(f.name, name): v for f in path.glob("*.safetensors") for name, v in load_file(f).items()} for path in (a, b)]
+    assert files[0].keys() == files[1].keys()
+    for name, value in files[0].items():
+        assert torch.equal(value, files[1][name]), f"{name} differs by {(value - files[1][name]).abs().max()}"
     memory = [int(line.split()[1]) for line in whole.with_suffix(".memory").read_text().splitlines()]
     third = max(len(memory) // 3, 1)
     growth = max(memory[-third:]) / max(memory[third : 2 * third] or memory)
@@ -151,12 +254,13 @@ def soak(folder: Path, steps: int, seed: int, faults: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--processes", type=int, default=1, help="of the run; one thread each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
-    steps = max(10, int(given.minutes * 60 / 2 / 0.6))  # half of the time in peace, at about 0.6 s a step
+    steps = max(10, int(given.minutes * 60 / 2 / 0.9))  # half of the time in peace, at about 0.9 s a step
     begin = time.perf_counter()
-    found = soak(given.out, steps, given.seed, max(7, int(given.minutes)))
+    found = soak(given.out, steps, given.seed, max(len(FAULTS), int(given.minutes)), given.processes)
     stopped = sum(what == "stopped" for _, what in found["faults"])
     took = time.perf_counter() - begin
     print(f"{found['steps']} steps, {len(found['faults'])} faults ({stopped} ended the process), {took:.0f} s: the same to the bit")
