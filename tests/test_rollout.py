@@ -1,5 +1,7 @@
 """The executor on random plans: planned = executed passes, and the images of a naive executor that shares nothing."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -55,17 +57,41 @@ def naive(tree: Tree, row: int, noise, sigmas) -> torch.Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(tree=trees(), rows_per_pass=st.sampled_from([1, 3, 64]))
-def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass):
+@given(tree=trees(), rows_per_pass=st.sampled_from([1, 3, 64]), apart=st.booleans())
+def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass, apart):
     sigmas, noise = sigma_grid(tree.num_steps), keyed_noise(SHAPE, 0)
     seen = 0
+    of_tails, opened = [], []
 
     def counted(x, sigma, prompt):
         nonlocal seen
         seen += len(x)
         return velocity(x, sigma, prompt)
 
-    result = rollout(tree, counted, FlowSDE(), sigmas, noise, rows_per_pass)
+    @contextmanager
+    def tail():
+        opened.append(seen)
+
+        def finish(x, sigma, prompt, follows):
+            if follows:
+                sigma_before, prompt_before = of_tails[-1]
+                assert torch.equal(prompt, prompt_before)
+                assert (sigma < sigma_before).all()
+            of_tails.append((sigma, prompt))
+            return counted(x, sigma, prompt)
+
+        yield finish
+        opened.append(seen)
+
+    result = rollout(tree, counted, FlowSDE(), sigmas, noise, rows_per_pass, tail=tail if apart else None)
+    if apart:  # opened once, after all that a stochastic step depends on, and closed at the end
+        noisy = {int(row) for row in np.flatnonzero(tree.stochastic)}
+        above = set()
+        while noisy:
+            noisy = {int(tree.parent[row]) for row in noisy} - {ROOT}
+            above |= noisy
+        assert opened in ([], [len(above), seen])
+        assert sum(len(sigma) for sigma, _ in of_tails) == seen - len(above)
     assert seen == result.forward_passes == cost(tree).forward_passes
     expected = torch.cat([naive(tree, int(row), noise, sigmas) for row in tree.leaves])
     torch.testing.assert_close(result.at(tree.leaves), expected, atol=1e-5, rtol=1e-5)  # fp32, batched differently

@@ -83,6 +83,16 @@ def _spread(start: int, stop: int, steps: int) -> list[int]:
     return [round(level) for level in np.linspace(start, stop, steps + 1)[1:].tolist()]
 
 
+def _tail(s: Settings, level: int) -> list[int]:
+    """The grid indices of an ODE tail from `level`: all, or `tail_ratio` of them (MixGRPO-Flash)."""
+    return _spread(level, s.num_steps, max(1, int((s.num_steps - level) * s.tail_ratio)))
+
+
+def _finish(tree: Planner, node: int, level: int, s: Settings) -> None:
+    """The image of `node`, which stands at `level`, by the ODE tail that `s` asks for."""
+    tree.image(tree.ode(node, via=_tail(s, level), order=s.tail_order) if level < s.num_steps else node)
+
+
 # ---------------------------------------------------------------------- the methods
 
 
@@ -95,7 +105,7 @@ def g2rpo(s: Settings) -> Method:
         for k in range(s.num_steps):
             for branch in tree.sde(anchor, fan=s.group_size) if k in steps else ():
                 for channel, stride in enumerate(s.granularities):
-                    tree.image(tree.ode(branch, stride=stride), channel)
+                    tree.image(tree.ode(branch, stride=stride, order=s.tail_order), channel)
             anchor = tree.ode(anchor, to=k + 1)
         if s.anchor_image:
             tree.image(anchor)
@@ -115,7 +125,7 @@ def densegrpo(s: Settings) -> Method:
             for k in range(s.num_steps):
                 if k in looked:
                     look_steps = s.num_steps - k if s.look_steps == "all" else min(s.look_steps, s.num_steps - k)
-                    tree.image(tree.ode(node, via=_spread(k, s.num_steps, look_steps)), channel=k)
+                    tree.image(tree.ode(node, via=_spread(k, s.num_steps, look_steps), order=s.tail_order), channel=k)
                 node = tree.sde(node)[0] if k in steps else tree.ode(node, to=k + 1)
             tree.image(node, channel=s.num_steps)
 
@@ -129,8 +139,9 @@ def flow_grpo(s: Settings) -> Method:
 
     def plan(tree: Planner, step: int) -> None:
         steps = window(s, step) if s.window_size else every
+        end = max(steps) + 1
         for root in _roots(tree, s):
-            tree.image(_walk(tree, root, s.num_steps, steps, steps))
+            _finish(tree, _walk(tree, root, end, steps, steps), end, s)
 
     return Method(noise(s), plan, credit.outcome, _clipped(s), s.num_steps * s.group_size)
 
@@ -142,8 +153,9 @@ def dancegrpo(s: Settings) -> Method:
 
     def plan(tree: Planner, step: int) -> None:
         trained = np.random.default_rng([s.seed, step]).choice(steps, count, replace=False)
+        end = max(steps) + 1
         for root in _roots(tree, s):
-            tree.image(_walk(tree, root, s.num_steps, steps, trained))
+            _finish(tree, _walk(tree, root, end, steps, trained), end, s)
 
     return Method(noise(s), plan, credit.outcome, _clipped(s), s.num_steps * s.group_size)
 
@@ -151,17 +163,13 @@ def dancegrpo(s: Settings) -> Method:
 def mixgrpo(s: Settings) -> Method:
     """MixGRPO (arXiv 2507.21802) and its Flash variants: ODE trunk, a sliding stochastic window, an ODE tail, compressed or not."""
 
-    def tail(level: int) -> list[int]:
-        return _spread(level, s.num_steps, max(1, int((s.num_steps - level) * s.tail_ratio)))
-
     def plan(tree: Planner, step: int) -> None:
         steps = window(s, step)
         for root in _roots(tree, s):
-            branch = _walk(tree, root, steps.stop, steps, steps)
-            tree.image(tree.ode(branch, via=tail(steps.stop), order=s.tail_order))
+            _finish(tree, _walk(tree, root, steps.stop, steps, steps), steps.stop, s)
 
     first = window(s, 1).stop
-    return Method(noise(s), plan, credit.outcome, _clipped(s), s.group_size * (first + len(tail(first))))
+    return Method(noise(s), plan, credit.outcome, _clipped(s), s.group_size * (first + len(_tail(s, first))))
 
 
 def tempflow_grpo(s: Settings) -> Method:
@@ -172,7 +180,7 @@ def tempflow_grpo(s: Settings) -> Method:
         trunk = tree.root()
         for k in range(max(steps) + 1):
             for branch in tree.sde(trunk, fan=s.group_size) if k in steps else ():
-                tree.image(tree.ode(branch))
+                _finish(tree, branch, k + 1, s)
             trunk = tree.ode(trunk, to=k + 1)
 
     weighted = objective.weighted(_clipped(s), noise_weights(noise(s), s, steps))
@@ -191,12 +199,12 @@ def branchgrpo(s: Settings) -> Method:
     steps = _steps(s, s.num_steps - 1)
 
     def plan(tree: Planner, step: int) -> None:
-        nodes = [tree.root()]
-        for k in range(s.num_steps):
+        nodes, end = [tree.root()], max(steps) + 1
+        for k in range(end):
             fan = s.split_fan if k in s.split_steps else 1
             nodes = [b for n in nodes for b in (tree.sde(n, fan) if k in steps else [tree.ode(n, to=k + 1)])]
         for node in nodes:
-            tree.image(node)
+            _finish(tree, node, end, s)
 
     return Method(noise(s), plan, credit.outcome, _clipped(s))
 
@@ -206,7 +214,7 @@ def diffusionnft(s: Settings) -> Method:
 
     def plan(tree: Planner, step: int) -> None:
         for root in _roots(tree, s):
-            tree.image(tree.ode(root, order=s.tail_order))
+            _finish(tree, root, 0, s)
 
     times = max(1, int(s.num_steps * s.timestep_fraction))
     contrast = ForwardProcess(s.nft_beta, s.advantage_clip, times, s.nft_max_decay, s.nft_decay_rate)

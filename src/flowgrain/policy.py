@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from flowgrain.backbones import Backbone, Conditioning, Dtypes, GuidesItself
+from flowgrain.backbones import Backbone, Conditioning, Dtypes, GuidesItself, take
 from flowgrain.parallel import ALONE, Group, copy_into, full_state, shard, whole
 from flowgrain.settings import Settings, SettingsError
+from flowgrain.tails import Quantised, caching, check
 
 _LORA_METADATA = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")  # what loaders need beside the weights
 
@@ -80,14 +81,16 @@ class Policy:
             model.requires_grad_(True)
         several, coarse = group.size > 1 and train, self.dtype != torch.float32
         self.replica = several and _holds_replica(s, model, self.dtype, device, group)
+        if train:
+            check(s, model, device, sharded=several and not self.replica)
         # Copies are made while the model is whole, and on the CPU where it will be sharded: FSDP moves it block by block.
+        names = [name for name, module in model.named_modules() if any(module is block for block in backbone.blocks)]
         needs_copy = train and s.kl_weight > 0 and not self.lora
         self.frozen = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         own_sampler = train and not self.lora and (coarse or self.replica)
         self.sampler = copy.deepcopy(model).requires_grad_(False).to(self.dtype) if own_sampler else model
         self.old = copy.deepcopy(model).requires_grad_(False) if keep_old else None
         if several and not (self.lora and self.replica):
-            names = [name for name, module in model.named_modules() if any(module is block for block in backbone.blocks)]
             for one in (model, self.frozen, self.old, None if self.replica or self.sampler is model else self.sampler):
                 if one is not None:
                     shard(one, [one.get_submodule(name) for name in names], group)
@@ -95,6 +98,17 @@ class Policy:
         for one in (self.frozen, self.sampler, self.old):
             if one is not None:
                 one.to(device)
+        self.tail_cache = s.tail_cache if train else "none"
+        self.quantised = None
+        if train and s.tail_weights != "same":
+            self.quantised = Quantised(self.old or self.sampler, names, s.tail_weights, self.dtype)
+        self.static_rows = sorted({s.rows_per_pass, s.train_rows_per_pass or s.rows_per_pass}) if s.compile else []
+        if s.compile:
+            torch._dynamo.config.recompile_limit = 64  # kinds of blocks x sizes x with and without gradient
+            copies = (model, self.frozen, self.sampler, self.old, self.quantised.model if self.quantised else None)
+            for one in {id(copy): copy for copy in copies if copy is not None}.values():
+                for name in names:
+                    one.get_submodule(name).compile(backend=s.compile, dynamic=False)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = None
         if train and s.ema_decay:
@@ -131,8 +145,14 @@ class Policy:
     def velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         """v [B, *L] of `model`. Guidance is embedded where the backbone takes it so; else it is true CFG, unless it is 1.
 
-        True CFG is v_free + guidance (v - v_free), unless the backbone has a formula of its own.
+        True CFG is v_free + guidance (v - v_free), unless the backbone has a formula of its own. Of compiled blocks a batch is
+        filled up to a size that they know.
         """
+        rows = next((rows for rows in self.static_rows if rows > len(x)), len(x))
+        if len(x) not in self.static_rows and rows > len(x):
+            repeated = torch.arange(rows, device=x.device).clamp(max=len(x) - 1)
+            full = self.velocity(model, x[repeated], sigma[repeated], take(cond, repeated), guidance)
+            return full[: len(x)]
         if self.backbone.embedded_guidance:
             scale = torch.full((len(x),), guidance, device=x.device)
             return self.backbone.velocity(model, x, sigma, {**cond, "guidance": scale})
@@ -145,10 +165,33 @@ class Policy:
         return v_free + guidance * (v - v_free)
 
     @torch.no_grad()
-    def sample_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
-        """v [B, *L] without gradient, in the sampling dtype."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.lora and self.dtype != torch.float32):
-            return self.velocity(self.sampler, x.to(self.dtype), sigma, cond, guidance)
+    def sample_velocity(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, model: nn.Module | None = None
+    ) -> Tensor:
+        """v [B, *L] without gradient, in the sampling dtype; of another copy than the sampling one, if it is given."""
+        mixed = self.lora or (model is not None and model is self.old)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed and self.dtype != torch.float32):
+            return self.velocity(model or self.sampler, x.to(self.dtype), sigma, cond, guidance)
+
+    @property
+    def cheap_tails(self) -> bool:
+        """Whether a rollout's tails have a cheaper source of velocities."""
+        return self.tail_cache != "none" or self.quantised is not None
+
+    @contextlib.contextmanager
+    def tail(self) -> Iterator[Callable[..., Tensor]]:
+        """Inside, tail(x, sigma, cond, guidance, follows) gives cheaper velocities [B, *L]; nothing else may use the model there.
+
+        follows: the rows are those of the call before, a step on.
+        """
+        model = self.quantised.model if self.quantised else self.old or self.sampler
+        with caching(model, self.tail_cache) as around:
+
+            def velocity(x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, follows: bool) -> Tensor:
+                with around(follows):
+                    return self.sample_velocity(x, sigma, cond, guidance, model)
+
+            yield velocity
 
     def train_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
         """v [B, *L] with gradient where grad is enabled, in fp32 or under autocast."""
@@ -188,6 +231,7 @@ class Policy:
         if self.old is not None:
             for slow, parameter in zip(self._trained_of(self.old), self.trained.values(), strict=True):
                 slow.lerp_(parameter, 1 - decay)
+            self._requantise()
 
     def updated(self) -> None:
         """To be called after every optimizer step: moves the EMA and refreshes the sampling copy."""
@@ -195,6 +239,13 @@ class Policy:
         if self.ema is not None and self.updates % self.ema_every == 0:
             self.ema.step(self.trained.values())
         self.refresh()
+        if self.old is None:
+            self._requantise()
+
+    def _requantise(self) -> None:
+        if self.quantised is not None:
+            source = self.trained if self.old is None else dict(zip(self.trained, self._trained_of(self.old), strict=True))
+            self.quantised.take(source)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -236,6 +287,7 @@ class Policy:
         if self.ema is not None:
             self.ema.optimization_step = plain["ema_steps"]
         self.refresh()
+        self._requantise()
 
     def export(self, folder: Path) -> None:
         """Writes `folder`/transformer for diffusers' from_pretrained, or `folder`/lora for load_lora_weights; EMA weights."""

@@ -4,6 +4,7 @@ Shapes: N rows, B rows of a pass, K children, S slots, *L latent.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from flowgrain.sde import ODE, Kernel, Step, multistep, per_row
-from flowgrain.tree import ROOT, Ints, Tree, schedule
+from flowgrain.tree import ROOT, Ints, Pass, Tree, schedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x [B, *L], sigma [B] fp32, prompt [B] index) -> v [B, *L]."""
+
+Tail = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+"""tail(x [B, *L], sigma [B] fp32, prompt [B] index, follows) -> v [B, *L]; follows: these rows are the last call's, a step on."""
 
 Noise = Callable[[Ints, Ints], Tensor]
 """noise(prompt [K], draw [K]) -> standard normal [K, *L], a function of its arguments alone."""
@@ -60,16 +64,18 @@ def rollout(
     noise: Noise,
     rows_per_pass: int = 64,
     dtype: torch.dtype = torch.float32,
+    tail: Callable[[], AbstractContextManager[Tail]] | None = None,
 ) -> Rollout:
     """Runs `tree` on the grid `sigmas` [T + 1]: every evaluated row exactly once, `rows_per_pass` rows at a time.
 
     Latents are stored as `dtype`; a stochastic step is rounded to it when stored, so a log-probability taken from the
-    stored latent is that of what was fed onward. Raises ValueError if the grid's length is not the tree's.
+    stored latents is that of what was fed onward. tail, if given, opens another source of velocities for the tree's tails, which
+    then come last. Raises ValueError if the grid's length is not the tree's.
     """
     if len(sigmas) != tree.num_steps + 1:
         raise ValueError(f"the tree has {tree.num_steps} steps, the grid {len(sigmas) - 1}")
     device = sigmas.device
-    plan = schedule(tree, rows_per_pass)
+    plan = schedule(tree, rows_per_pass, tail is not None)
 
     def index(values: Ints) -> Tensor:
         return torch.from_numpy(values).to(device)
@@ -80,12 +86,8 @@ def rollout(
     latents[index(plan.slot[roots])] = first.to(device, dtype)
     memories = torch.empty(plan.num_memories, *first.shape[1:], device=device)
     kinds = {"sde": tree.stochastic, "multistep": tree.multistep, "ode": ~tree.stochastic & ~tree.multistep}
-    evaluated = 0
-    for batch in plan.passes:
-        x = latents[index(batch.slot)]  # (B, *L)
-        sigma = sigmas[index(tree.level[batch.rows])]
-        v = velocity(x, sigma, index(tree.prompt[batch.rows]))
-        evaluated += len(x)
+
+    def make_children(batch: Pass, x: Tensor, sigma: Tensor, v: Tensor) -> None:
         for kind, rows_of_kind in kinds.items():
             of_kind = rows_of_kind[batch.child]
             if not of_kind.any():
@@ -106,4 +108,16 @@ def rollout(
         if remembering.any():
             x0_hat = x.float() - per_row(sigma, x) * v.float()
             memories[index(plan.memory[batch.child[remembering]])] = x0_hat[index(batch.child_of[remembering])]
-    return Rollout(tree, latents, plan.slot, evaluated, len(plan.passes))
+
+    with ExitStack() as stack:
+        cheap: Tail | None = None
+        for batch in plan.passes:
+            x = latents[index(batch.slot)]  # (B, *L)
+            sigma, prompt = sigmas[index(tree.level[batch.rows])], index(tree.prompt[batch.rows])
+            if batch.tail and tail is not None:
+                cheap = cheap or stack.enter_context(tail())
+                v = cheap(x, sigma, prompt, batch.follows)
+            else:
+                v = velocity(x, sigma, prompt)
+            make_children(batch, x, sigma, v)
+    return Rollout(tree, latents, plan.slot, sum(len(batch.rows) for batch in plan.passes), len(plan.passes))

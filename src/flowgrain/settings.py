@@ -74,8 +74,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "window_schedule": _WINDOWED,
     "window_region": _WINDOWED,
     "window_end": _WINDOWED,
-    "tail_order": ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star", "diffusionnft"),
-    "tail_ratio": ("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"),
+    "tail_ratio": tuple(m for m in PAPER if m not in ("g2rpo", "densegrpo")),  # those have granularities, look_steps
     "look_steps": ("densegrpo",),
     "dense_reward": ("densegrpo",),
     "split_steps": ("branchgrpo",),
@@ -192,6 +191,9 @@ class Settings(BaseModel):
         False, description="compute activations again in the backward pass: less memory, more time"
     )
     attention_backend: str | None = Field(None, description="as diffusers names them: native, flash, ...")
+    compile: Literal["inductor", "aot_eager"] | None = Field(
+        None, description="backend of torch.compile for the repeated blocks; short passes are then filled up, not compiled anew"
+    )
     seed: int = Field(0, ge=0, description="all randomness of the run follows from it")
 
     # the grid and the tree
@@ -218,9 +220,18 @@ class Settings(BaseModel):
     window_region: Literal["all", "first_half"] = Field("all", description="the part of the grid that the window visits")
     window_end: Literal["roll_back", "stay"] = Field("roll_back", description="after the last position: back to the start, or stay")
     tail_order: Annotated[Literal[1, 2], BeforeValidator(_number)] = Field(
-        1, description="2: second-order multistep ODE steps (DPM-Solver++ 2M)"
+        1, description="2: second-order multistep ODE steps (DPM-Solver++ 2M) after the last stochastic one"
     )
-    tail_ratio: float = Field(1.0, gt=0, le=1, description="share of the steps after the window that are taken")
+    tail_ratio: float = Field(1.0, gt=0, le=1, description="share of the steps after the last stochastic one that are taken")
+    tail_cache: str = Field(
+        "none",
+        pattern=r"^(none|first_block:0?\.\d+|taylorseer:[2-9])$",
+        description="features that these steps take from earlier ones, by diffusers: none, first_block:THRESHOLD (.05 to .2), "
+        "or taylorseer:INTERVAL (of whole steps)",
+    )
+    tail_weights: Literal["same", "int8", "float8"] = Field(
+        "same", description="weights of these steps: the policy's own, or a copy quantised by torchao, activations too"
+    )
     look_steps: int | Literal["all"] = Field("all", description="ODE steps of a look from a state: all of the grid's rest, or n")
     dense_reward: Literal["gain", "state"] = Field("gain", description="a step earns R_next - R, or R_next itself")
     split_steps: IntList = Field((0, 3, 6, 9), description="grid steps at which BranchGRPO's tree splits")
@@ -422,6 +433,10 @@ class Settings(BaseModel):
         if self.method == "diffusionnft" and self.updates_per_rollout == "per_step":
             raise ValueError(
                 "updates_per_rollout=per_step means nothing to method=diffusionnft, which trains no step; give a number"
+            )
+        if self.compile and self.tail_cache != "none":
+            raise ValueError(
+                f"compile={self.compile}: tail_cache={self.tail_cache} changes the blocks while they run; leave one of them out"
             )
         if self.noise == "cps" and self.eta > 1:
             raise ValueError(f"eta={self.eta}: noise=cps turns by eta * 90 degrees; give at most 1")

@@ -29,7 +29,7 @@ from flowgrain.policy import Policy, compute_device, load_dtypes
 from flowgrain.prompts import keyed_noise, prompts_of_step, read_prompts
 from flowgrain.record import SHOWN, Record
 from flowgrain.rewards import OF_SHAPES, Reward, RewardSource, Scores, Scoring, load_reward
-from flowgrain.rollout import Noise, Rollout, rollout
+from flowgrain.rollout import Noise, Rollout, Tail, rollout
 from flowgrain.rollout import join as join_rollouts
 from flowgrain.sampled import Metrics, Sampled
 from flowgrain.sde import CalibratedSDE, Gaussian, Kernel, Step
@@ -176,7 +176,15 @@ class Run:
                 def own_noise(prompt: Ints, draw: Ints, first: int = first) -> Tensor:
                     return noise(dealt[first + prompt], draw)
 
-                results.append(rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass))
+                @contextmanager
+                def tail(first: int = first) -> Iterator[Tail]:
+                    with self.policy.tail() as finish:
+                        yield lambda x, sigma, prompt, follows: finish(
+                            x, sigma, take(cond, first + prompt), s.guidance_scale, follows
+                        )
+
+                cheap = tail if self.policy.cheap_tails else None
+                results.append(rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass, tail=cheap))
                 images.append(decode(self.policy, results[-1].at(part.leaves), s.rows_per_pass))
                 scoring.ask(images[-1], [mine[first + p] for p in part.prompt[part.leaves]])
             scores = scoring.answers()

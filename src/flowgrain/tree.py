@@ -6,7 +6,7 @@ and drawn before anything runs. Letters: P prompts, N rows, E trained edges, T s
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
@@ -99,6 +99,15 @@ class Tree:
     def remembering(self) -> Ints:
         """Rows that keep their parent's x0_hat beside their latent, because a multistep child will want it."""
         return np.unique(self.parent[self.multistep])
+
+    @cached_property
+    def tail(self) -> NDArray[np.bool_]:
+        """Rows [N] from which no stochastic step descends: how they are finished changes rewards, but no log-probability."""
+        noisy_below = np.zeros(len(self), dtype=bool)
+        for row in range(len(self) - 1, -1, -1):
+            if self.parent[row] != ROOT and (self.stochastic[row] or noisy_below[row]):
+                noisy_below[self.parent[row]] = True
+        return ~noisy_below
 
     @property
     def num_channels(self) -> int:
@@ -227,13 +236,16 @@ class Planner:
 class Pass:
     """One batch of the model: which rows it evaluates and which children it makes.
 
-    rows, slot [B]; child [K] rows with child_of [K], the position of its parent in `rows`.
+    rows, slot [B]; child [K] rows with child_of [K], the position of its parent in `rows`. In a schedule whose tails stand apart,
+    tail: whether these rows are of tails, and follows: whether each is the child of the row at its place in the pass before.
     """
 
     rows: Ints
     slot: Ints
     child: Ints
     child_of: Ints
+    tail: bool = False
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,53 +280,87 @@ class _Slots:
 
 
 @lru_cache(maxsize=4)
-def schedule(tree: Tree, rows_per_pass: int) -> Schedule:
+def schedule(tree: Tree, rows_per_pass: int, tails_apart: bool = False) -> Schedule:
     """Orders the evaluations into batches of `rows_per_pass` rows, as few as possible, and gives every latent a slot.
 
     All ready rows compete whatever their noise level; those with the longest way to go first (highest level first is
-    optimal for trees: Hu 1961). A latent's slot is free again once its children exist, unless the update or the decoder
-    still wants it.
+    optimal for trees: Hu 1961). With tails_apart the tails come after everything else, each chain of steps with the same
+    companions from its first step to its last, for what is kept from one step of a row to the next (feature caching).
+    A latent's slot is free again once its children exist, unless the update or the decoder still wants it.
     """
     n = len(tree)
     has_parent = np.flatnonzero(tree.parent != ROOT)
     order = has_parent[np.argsort(tree.parent[has_parent], kind="stable")]
     first = np.searchsorted(tree.parent[order], np.arange(n + 1))
+    children_of = [order[first[row] : first[row + 1]] for row in range(n)]
     height = np.zeros(n, dtype=np.int64)
     for row in range(n - 1, -1, -1):
         if tree.parent[row] != ROOT:
             height[tree.parent[row]] = max(height[tree.parent[row]], height[row] + 1)
+    apart = tree.tail & (height > 0) & tails_apart
+    batches = [(rows, False, False) for rows in _highest_first(tree, children_of, np.where(apart, 0, height), rows_per_pass)]
+    batches += [(rows, True, follows) for rows, follows in _in_company(tree, children_of, height, apart, rows_per_pass)]
+
     kept = np.zeros(n, dtype=bool)
     kept[tree.leaves] = kept[tree.edges] = kept[tree.trained_parents] = True
-
     remembers = np.zeros(n, dtype=bool)
     remembers[tree.remembering] = True
-
     slot, memory = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
     slots, memories = _Slots(), _Slots()
-    roots = np.flatnonzero(tree.parent == ROOT)
-    for row in roots.tolist():
+    for row in np.flatnonzero(tree.parent == ROOT).tolist():
         slot[row] = slots.take()
-    ready = [(-int(height[root]), int(root)) for root in roots if height[root]]
-    heapq.heapify(ready)
     passes = []
-    while ready:
-        rows = np.array([heapq.heappop(ready)[1] for _ in range(min(rows_per_pass, len(ready)))])
+    for rows, tail, follows in batches:
         for row in rows:
             if not kept[row]:
                 slots.give(int(slot[row]))
-        children = [order[first[row] : first[row + 1]] for row in rows]
+        children = [children_of[row] for row in rows]
         child = np.concatenate(children)
         for row in child.tolist():
             slot[row] = slots.take()
             if remembers[row]:
                 memory[row] = memories.take()
-            if height[row]:
-                heapq.heappush(ready, (-int(height[row]), int(row)))
         for row in rows[remembers[rows]]:  # only now: a child's memory must not overwrite what its parent still reads
             memories.give(int(memory[row]))
         child_of = np.repeat(np.arange(len(rows)), [len(c) for c in children])
-        passes.append(Pass(rows, slot[rows], child, child_of))
+        passes.append(Pass(rows, slot[rows], child, child_of, tail, follows))
     return Schedule(tuple(passes), slot, slots.count, memory, memories.count)
+
+
+def _highest_first(tree: Tree, children_of: Sequence[Ints], height: Ints, rows_per_pass: int) -> Iterator[Ints]:
+    """Batches of the rows with a height, whichever are ready, the highest first."""
+    ready = [(-int(height[root]), int(root)) for root in np.flatnonzero(tree.parent == ROOT) if height[root]]
+    heapq.heapify(ready)
+    while ready:
+        rows = np.array([heapq.heappop(ready)[1] for _ in range(min(rows_per_pass, len(ready)))])
+        for row in np.concatenate([children_of[row] for row in rows]).tolist():
+            if height[row]:
+                heapq.heappush(ready, (-int(height[row]), int(row)))
+        yield rows
+
+
+def _in_company(
+    tree: Tree, children_of: Sequence[Ints], height: Ints, apart: NDArray[np.bool_], rows_per_pass: int
+) -> Iterator[tuple[Ints, bool]]:
+    """Batches of the rows `apart`, chain by chain, and whether each continues the batch before it.
+
+    A row's chain goes on with its highest child; another child begins one of its own, which waits for the first to be done.
+    """
+    chains: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
+    begins = [(0, int(row)) for row in np.flatnonzero(apart) if tree.parent[row] == ROOT or not apart[tree.parent[row]]]
+    while begins:
+        after, row = begins.pop()
+        chain = [row]
+        while following := [child for child in children_of[chain[-1]].tolist() if apart[child]]:
+            heir = max(following, key=lambda child: (height[child], -child))
+            begins += [(after + 1, child) for child in following if child != heir]
+            chain.append(heir)
+        chains.setdefault((after, tuple(tree.level[chain].tolist())), []).append(chain)
+    for key in sorted(chains):
+        alike = np.array(sorted(chains[key]))
+        for i in range(0, len(alike), rows_per_pass):
+            for place, rows in enumerate(alike[i : i + rows_per_pass].T):
+                yield rows, place > 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import flowgrain
 
 ORDER = [
     "process", "published", "shapes", "sde", "tree", "parallel", "rollout", "credit", "objective", "settings", "window",
-    "algorithms", "calibrate", "backbones", "rewards", "checkpoint", "policy", "prompts", "evaluate", "record", "recipes",
+    "algorithms", "calibrate", "backbones", "rewards", "checkpoint", "tails", "policy", "prompts", "evaluate", "record", "recipes",
     "sampled", "forward", "train", "survey", "simulate", "fidelity", "comparisons", "compare", "doctor", "report", "cli",
     "__main__",
 ]  # fmt: skip

@@ -1,0 +1,145 @@
+"""Cheaper tails: fewer operations, the same stochastic steps; and compiled blocks, the same images."""
+
+import pytest
+import torch
+import twins
+
+from flowgrain import Run, SettingsError
+from flowgrain.backbones import take
+from flowgrain.policy import Policy
+from flowgrain.settings import Settings, settings
+
+MORE = {"num_steps": 8, "sde_steps": (0, 1), "granularities": (1, 2), "rows_per_pass": 8, "learning_rate": 1e-3}
+
+
+def changed(s: Settings, **changes) -> Settings:
+    return settings({**s.model_dump(), **MORE, **changes})
+
+
+def calls(run: Run, place: int) -> list[int]:
+    """The rows of every call of the feed-forward part of block `place` from now on."""
+    found = []
+    run.backbone.blocks[place].ff.net[0].register_forward_hook(lambda _, args, __: found.append(len(args[0])))
+    return found
+
+
+def alike(full, cheap, tolerance=1e-4):
+    """Whether two rollouts have the same trained edges and parents, up to the order in which rows were batched."""
+    for rows in (full.whole.edges, full.whole.trained_parents):
+        torch.testing.assert_close(full.result.at(rows), cheap.result.at(rows), atol=tolerance, rtol=tolerance)
+    images = (full.images - cheap.images).abs().mean()
+    assert 1e-6 < images < 0.05
+    assert full.result.forward_passes == cheap.result.forward_passes
+
+
+def test_taylorseer_in_the_tails_alone(tiny, tmp_path):
+    full, cheap = (Run(changed(tiny, tail_cache=kind), tmp_path / kind[:4]) for kind in ("none", "taylorseer:3"))
+    of_full, of_cheap = calls(full, 1), calls(cheap, 1)
+    before, after = full.sample_tree(1), cheap.sample_tree(1)
+    assert sum(of_cheap) < 0.8 * sum(of_full)
+    alike(before, after)
+    assert after.result.batches >= before.result.batches
+    torch.testing.assert_close(cheap.sample_tree(1).images, after.images)  # nothing is kept from one rollout to the next
+    # The update is the full model's again, and takes a gradient through it.
+    of_cheap.clear()
+    metrics = cheap.update(after)
+    assert metrics["ratio/max"] == 1
+    assert sum(of_cheap) == metrics["train_forward_passes"]
+
+
+@pytest.mark.parametrize("model", ["flux", "qwen_image"])
+def test_first_block_in_the_tails_alone(tmp_path, model):
+    getattr(twins, model)(tmp_path / model)
+    base = settings(
+        {"model": model, "weights": str(tmp_path / model), "height": 32, "width": 48, "max_prompt_tokens": 32, "group_size": 3,
+         "prompts_per_step": 2, "eval_rewards": (), "rewards": "brightness"} | MORE
+    )  # fmt: skip
+    prompts = ["a red cat", "two dogs"]
+
+    def run(kind):
+        rewards = {"brightness": lambda images, prompts: images.mean((1, 2, 3))}
+        s = settings({**base.model_dump(), "tail_cache": kind})
+        return Run(s, tmp_path / kind[-2:], prompts=prompts, eval_prompts=prompts, rewards=rewards)
+
+    full, cheap, never = (run(kind) for kind in ("none", "first_block:0.9", "first_block:0.0"))
+    inner = [one.backbone.blocks[-1].norm if model == "flux" else one.backbone.blocks[-1].img_mlp for one in (full, cheap)]
+    worked = [[], []]
+    for module, found in zip(inner, worked, strict=True):
+        module.register_forward_hook(lambda _, args, __, found=found: found.append(len(args[0])))
+    before, after = full.sample_tree(1), cheap.sample_tree(1)
+    assert sum(worked[1]) < 0.8 * sum(worked[0])
+    for rows in (before.whole.edges, before.whole.trained_parents):
+        torch.testing.assert_close(before.result.at(rows), after.result.at(rows), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(never.sample_tree(1).images, before.images, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"dtype": "bfloat16"}, {"method": "diffusionnft"}])
+def test_quantised_tails_follow_the_policy(tiny, tmp_path, changes):
+    if changes.get("method"):
+        kept = {k: v for k, v in tiny.model_dump().items() if k in ("eval_rewards", "prompts_per_step", "eval_prompts")}
+        s = settings({**kept, **changes, "num_steps": 4, "group_size": 3, "learning_rate": 1e-2, "tail_weights": "int8"})
+    else:
+        s = changed(tiny, tail_weights="int8", **changes, learning_rate=1e-2)
+    run = Run(s, tmp_path)
+    policy = run.policy
+    cond = policy.encode(run.prompts[:1])
+    x, sigma, cond = torch.randn(3, *run.backbone.latent_shape), torch.tensor([0.9, 0.5, 0.1]), take(cond, torch.zeros(3).long())
+
+    def difference(policy: Policy, expected: torch.Tensor) -> float:
+        with policy.tail() as tail:
+            found = tail(x, sigma, cond, 1.0, False).float()
+        return float((found - expected).norm() / expected.norm())
+
+    def whole() -> torch.Tensor:
+        return (policy.sample_velocity if policy.old is None else policy.old_velocity)(x, sigma, cond, 1.0).float()
+
+    first = whole()
+    assert 0 < difference(policy, first) < 0.05
+    assert type(policy.quantised.model.get_submodule(min(policy.quantised.layers)).weight).__name__ != "Parameter"
+    for step in (1, 2):
+        assert run.step(step)["updates/skipped"] == 0
+    moved = float((whole() - first).norm() / first.norm())
+    assert moved > 0.05
+    assert difference(policy, whole()) < min(0.05, moved / 2)
+    run.save(None)
+    again = Run(s, tmp_path)
+    again.steps_done = 0
+    again.restore()
+    assert difference(again.policy, whole()) == pytest.approx(difference(policy, whole()), abs=1e-6)
+
+
+def test_quantised_tails_change_no_stochastic_step(tiny, tmp_path):
+    full, cheap = (Run(changed(tiny, tail_weights=kind), tmp_path / kind) for kind in ("same", "int8"))
+    alike(full.sample_tree(1), cheap.sample_tree(1))
+
+
+def test_compiled_blocks(tiny, tmp_path):
+    """aot_eager traces as inductor does, and runs what it traced as it is."""
+    torch._dynamo.reset()
+    own = {"rows_per_pass": 8, "train_rows_per_pass": 4}
+    plain, compiled = (Run(changed(tiny, compile=kind, **own), tmp_path / str(kind)) for kind in (None, "aot_eager"))
+    for step in (1, 2):
+        if step == 2:
+            torch._dynamo.utils.counters.clear()
+        a, b = plain.sample_tree(step), compiled.sample_tree(step)
+        torch.testing.assert_close(a.images, b.images, atol=1e-3, rtol=1e-3)
+        found = [run.update(one) for run, one in ((plain, a), (compiled, b))]
+        assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-3)
+        assert found[1]["ratio/max"] == 1
+    assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")  # a ragged pass is compiled once and never again
+    exported = compiled.export()
+    assert (exported / "transformer" / "config.json").exists()
+
+
+def test_what_cannot_be_cheaper(tiny, monkeypatch, tmp_path):
+    with pytest.raises(SettingsError, match="compile=inductor: tail_cache=taylorseer:3 changes the blocks"):
+        changed(tiny, compile="inductor", tail_cache="taylorseer:3")
+    with pytest.raises(SettingsError, match=r"tail_cache='magic'.*none, first_block:THRESHOLD"):
+        changed(tiny, tail_cache="magic")
+    with pytest.raises(SettingsError, match=r"tail_weights=float8: needs a GPU of compute capability 8\.9 or more, not cpu"):
+        Run(changed(tiny, tail_weights="float8"), tmp_path)
+    with pytest.raises(SettingsError, match=r"tail_cache=first_block:0\.1: the last block of SD3Transformer2DModel gives no text"):
+        Run(changed(tiny, tail_cache="first_block:0.1"), tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"pip install 'flowgrain\[quantize\]'"):
+        Run(changed(tiny, tail_weights="int8"), tmp_path)
