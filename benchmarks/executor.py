@@ -10,12 +10,12 @@ python benchmarks/executor.py [--rounds 5] [--prompts 2] [--branches 12]
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import time
 
 import torch
+from published import Published
 
 from flowgrain import recipe
 from flowgrain.algorithms import build, plan_tree
@@ -23,33 +23,8 @@ from flowgrain.backbones import take
 from flowgrain.process import keep_memory
 from flowgrain.prompts import keyed_noise
 from flowgrain.rollout import rollout
-from flowgrain.sde import ODE, FlowSDE, Step
+from flowgrain.sde import FlowSDE
 from flowgrain.train import Run
-from flowgrain.tree import coarse_levels
-
-
-def published_loop(run: Run, cond: dict, steps: int, sigmas: torch.Tensor, branches: int) -> int:
-    """`branches` branches of the noise steps of one prompt, one row at a time, nothing shared. Returns the number of images."""
-    s, backbone, model = run.settings, run.backbone, run.policy.transformer
-    one = take(cond, torch.tensor([0]))
-
-    def go(x: torch.Tensor, start: int, end: int, kernel) -> torch.Tensor:
-        v = backbone.velocity(model, x, sigmas[[start]], one)
-        law = kernel(x, v, Step.on(sigmas, torch.tensor([start]), torch.tensor([end])))
-        return law.sample(torch.randn_like(x))
-
-    images = 0
-    x = torch.randn(1, *backbone.latent_shape)
-    for k in range(steps):
-        for _ in range(branches):
-            branch = go(x, k, k + 1, FlowSDE())
-            for stride in s.granularities:
-                levels, y = coarse_levels(k + 1, s.num_steps, stride), branch
-                for start, end in itertools.pairwise(levels):
-                    y = go(y, start, end, ODE())
-                images += 1
-        x = go(x, k, k + 1, ODE())
-    return images
 
 
 @torch.no_grad()
@@ -71,6 +46,7 @@ def main() -> None:
     def velocity(x, sigma, prompt):
         return run.policy.sample_velocity(x, sigma, take(cond, prompt), 1.0)
 
+    loop_of = Published(run, branches=args.branches)
     noise = keyed_noise(run.backbone.latent_shape, 0)
     bare_x, bare_sigma = torch.randn(size, *run.backbone.latent_shape), torch.rand(size)
     bare_cond = take(cond, torch.zeros(size, dtype=torch.long))
@@ -86,7 +62,7 @@ def main() -> None:
             run.backbone.velocity(run.policy.transformer, bare_x, bare_sigma, bare_cond)
         bare = calls * size / (time.perf_counter() - begin)
         begin = time.perf_counter()
-        loop = published_loop(run, cond, 8, run.sigmas, args.branches) / (time.perf_counter() - begin)
+        loop = sum(len(one) for step in loop_of.sample() for one in step.finished) / (time.perf_counter() - begin)
         if number:  # the first round warms up
             of_bare.append(ours / bare)
             of_loop.append(images / loop)

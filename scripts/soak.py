@@ -45,7 +45,7 @@ SMALL = {
 PEACE, STOPPED, INTERRUPTED = 0, 3, 4
 EXPECTED = {
     "none": (PEACE,), "stall": (PEACE,), "kill": (-signal.SIGKILL,), "rank": (-signal.SIGKILL,), "truncate": (-signal.SIGKILL,),
-    "stop": (INTERRUPTED,), "raise": (STOPPED,), "nan": (STOPPED,), "disk": (STOPPED, 1), "server": (PEACE, STOPPED),
+    "stop": (INTERRUPTED,), "raise": (STOPPED,), "nan": (STOPPED,), "disk": (STOPPED, 1), "server": (INTERRUPTED, STOPPED),
 }  # fmt: skip
 """How the struck process may end. A server may be back before its client gives up; of several processes with full disks the first
 tells, and the others find it gone."""
@@ -201,8 +201,11 @@ def disturb(
             server.kill()
             time.sleep(chance.random() * 6)  # longer than the client's patience, or shorter
             server.start()
-        else:
-            running.signal(signal.SIGTERM if fault == "stop" else signal.SIGKILL, everybody=fault in ("kill", "truncate"))
+            now = len(lines(folder))
+            while running.alive() and len(lines(folder)) <= now + 2:  # it goes on, and is stopped for the next fault to come
+                time.sleep(0.01)
+        gently = fault in ("stop", "server")
+        running.signal(signal.SIGTERM if gently else signal.SIGKILL, everybody=fault in ("kill", "truncate"))
     code = running.ended()
     if fault == "truncate" and len(saved(folder)) > 1:
         file = next(saved(folder)[-1].glob("*.safetensors"))

@@ -112,8 +112,8 @@ def train(folder, changes):
     run = make(folder, **changes)
     run.resume()
     run.train()
-    kept = ("seconds", "seconds/sample", "seconds/update")
-    lines = [{k: v for k, v in line.items() if k not in kept} for line in run.record.read()] if run.group.first else []
+    kept = run.record.read() if run.group.first else []
+    lines = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in kept]
     return {"lines": lines, "weights": {name: whole(p.detach()) for name, p in run.policy.trained.items()}}
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from flowgrain.process import keep_memory, quieten
+from flowgrain.process import cores, keep_memory, quieten
 from flowgrain.settings import SettingsError
 
 app = typer.Typer(
@@ -345,7 +345,7 @@ def compare(
     `flowgrain compare full --methods g2rpo,densegrpo --rewards towers --seeds 1,2 --budget 40000 --out comparisons/two`
     """
     quieten()
-    from flowgrain.compare import cpu_jobs, entries, load_comparison, method_names, run_comparison
+    from flowgrain.compare import entries, load_comparison, method_names, run_comparison
     from flowgrain.report.comparison import write_comparison
     from flowgrain.train import RunStopped
 
@@ -360,7 +360,7 @@ def compare(
         changes["rewards"] = {one.replace(",", "+"): one for one in rewards}
     c = load_comparison(name or "full", changes)
     planned = entries(c)
-    jobs = jobs or cpu_jobs()
+    jobs = jobs or cores()
     if dry_run:
         _tell_plan(c.name, planned, jobs, as_json)
         return

@@ -460,11 +460,6 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*/result.json"))]
 
 
-def cpu_jobs() -> int:
-    """One process a core."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def by_seed(found: Iterable[Mapping[str, Any]], label: str, reward_set: str, num_steps: int, metric: str) -> dict[int, float]:
     """A metric of one method and reward set, by seed."""
     return {

@@ -57,6 +57,7 @@ def memory(run: Run) -> Memory:
         "sampling copy": sum(p.numel() * p.element_size() for p in policy.sampler.parameters())
         if policy.sampler is not policy.transformer
         else 0,
+        "quantised copy": policy.quantised.size if policy.quantised is not None else 0,
         "VAE": sum(p.numel() * p.element_size() for p in run.backbone.vae.parameters()),
         "old policy": weights if policy.old is not None else 0,
         "latents kept for the update": of_latent

@@ -2,8 +2,11 @@
 
 import ctypes
 import logging
+import os
 import sys
 import warnings
+
+import torch
 
 
 def keep_memory() -> None:
@@ -17,6 +20,21 @@ def keep_memory() -> None:
             libc.mallopt(mmap_max, 0)
         except (OSError, AttributeError):
             pass
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(count: int) -> None:
+    """The threads of this process: `count`, or for 0 its share of the machine's cores, where torchrun has started several.
+
+    torchrun gives each of them one, unless OMP_NUM_THREADS is set; alone a process keeps torch's choice.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if count or processes > 1:
+        torch.set_num_threads(count or max(1, cores() // processes))
 
 
 def quieten() -> None:

@@ -296,7 +296,7 @@ class Settings(BaseModel):
         "auto", description="of the text encoders; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice, or of several processes each its share of the cores")
     prompts_per_rollout: int | None = Field(
         None, ge=1, description="prompts sampled together, while the rewards of those before are computed; default: all at once"
     )

@@ -91,6 +91,12 @@ class Quantised:
         self.model = copy.deepcopy(model).requires_grad_(False).to(dtype)
         self._quantise(self.layers)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the copy: a byte a quantised weight, without its scales."""
+        quantised = {f"{name}.weight" for name in self.layers}
+        return sum(p.numel() * (1 if name in quantised else p.element_size()) for name, p in self.model.named_parameters())
+
     @torch.no_grad()
     def take(self, trained: Mapping[str, Tensor]) -> None:
         """Takes the policy's trained weights, as they are now."""

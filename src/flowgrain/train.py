@@ -6,6 +6,7 @@ Letters: P prompts of a step, N rows of the tree, E trained edges, I images, M r
 import math
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -26,6 +27,7 @@ from flowgrain.forward import contrast
 from flowgrain.objective import EdgeLoss, Edges, ForwardProcess
 from flowgrain.parallel import join, reduce_gradients_now, whole
 from flowgrain.policy import Policy, compute_device, load_dtypes
+from flowgrain.process import set_threads
 from flowgrain.prompts import keyed_noise, prompts_of_step, read_prompts
 from flowgrain.record import SHOWN, Record
 from flowgrain.rewards import OF_SHAPES, Reward, RewardSource, Scores, Scoring, load_reward
@@ -75,8 +77,7 @@ class Run:
             weights = {name: settings.rewards.get(name, 1.0) for name in rewards}
             settings = Settings.model_validate({**settings.model_dump(), "rewards": weights})
         self.settings = s = settings
-        if s.threads:
-            torch.set_num_threads(s.threads)
+        set_threads(s.threads)
         self.device = compute_device(s.device)
         self.group = join(self.device)
         self.out = Path(out) if out is not None else Path("runs") / s.name
@@ -95,8 +96,8 @@ class Run:
         self.eval_prompts = load_prompts(s, self.backbone, "eval", eval_prompts)
         keeps_old = self.method.forward_process is not None
         self.policy = Policy(self.backbone, s, self.device, keep_old=keeps_old, group=self.group)
-        self.optimizer = torch.optim.AdamW(
-            self.policy.trained.values(), lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay
+        self.optimizer = torch.optim.AdamW(  # fused: without whole copies of the weights on the way
+            self.policy.trained.values(), lr=s.learning_rate, betas=s.adam_betas, weight_decay=s.weight_decay, fused=True
         )
         self.sigmas = s.grid().to(self.device)
         self.steps_done = 0
@@ -105,6 +106,7 @@ class Run:
         self.record = Record(self.out, s, [name for name, value in own.items() if value is not None])
         self._calibrated = method is not None or not needs_calibration(s)
         self._stop_signal: int | None = None
+        self._spent: defaultdict[str, float] = defaultdict(float)
 
     # ------------------------------------------------------------------ the step
 
@@ -114,27 +116,36 @@ class Run:
         Raises RunStopped, before anything is updated, if too many rewards failed.
         """
         begin = time.perf_counter()
+        self._spent.clear()
         if not self._calibrated:
             self.calibrate()
         sampled = self.sample_tree(step)
         self._stop_if_rewards_fail(sampled.scores)
-        after_rollout = time.perf_counter()
         process = self.method.forward_process
-        metrics = self.update(sampled) if process is None else self._contrast(sampled, process)
-        now = time.perf_counter()
+        with self._timed("update"):
+            metrics = self.update(sampled) if process is None else self._contrast(sampled, process)
         for name, scores in sampled.scores.items():
             metrics[f"reward/{name}"] = float(scores.values.nanmean())
             metrics[f"failed/{name}"] = scores.failed
         metrics["advantage/std"] = float(sampled.advantage.std())
         metrics["advantage/zero"] = float((sampled.advantage == 0).float().mean())
         metrics |= {"forward_passes": sampled.result.forward_passes * self.group.size, "decodes": len(sampled.whole.leaves)}
-        metrics |= {"seconds": now - begin, "seconds/sample": after_rollout - begin, "seconds/update": now - after_rollout}
+        metrics |= {"seconds": time.perf_counter() - begin, **self._spent}
         values = {name: scores.values for name, scores in sampled.scores.items()}
         if self.group.first:
             self.record.keep_tree(
                 step, sampled.whole, sampled.prompts[0], sampled.images, values, sampled.credited, sampled.advantage
             )
         return metrics
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Adds the time inside to the step's "seconds/stage"; on a GPU it waits for what was asked of it there."""
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._spent[f"seconds/{stage}"] += time.perf_counter() - begin
 
     def sample_tree(self, step: int) -> Sampled:
         """Grows the tree of step `step` for its prompts, scores its images and gives every trained edge its advantage."""
@@ -162,7 +173,8 @@ class Run:
         s = self.settings
         dealt = self.group.deal(len(prompts))
         mine = [prompts[i % len(prompts)] for i in dealt]
-        cond = self.policy.encode(mine)
+        with self._timed("encode"):
+            cond = self.policy.encode(mine)
         model = self.policy.sample_velocity if self.policy.old is None else self.policy.old_velocity
         size = s.prompts_per_rollout or len(mine)
         results, images = [], []
@@ -184,10 +196,14 @@ class Run:
                         )
 
                 cheap = tail if self.policy.cheap_tails else None
-                results.append(rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass, tail=cheap))
-                images.append(decode(self.policy, results[-1].at(part.leaves), s.rows_per_pass))
-                scoring.ask(images[-1], [mine[first + p] for p in part.prompt[part.leaves]])
-            scores = scoring.answers()
+                with self._timed("sample"):
+                    results.append(rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass, tail=cheap))
+                with self._timed("decode"):
+                    images.append(decode(self.policy, results[-1].at(part.leaves), s.rows_per_pass))
+                with self._timed("score"):  # or, where rewards work in the background, the wait for them
+                    scoring.ask(images[-1], [mine[first + p] for p in part.prompt[part.leaves]])
+            with self._timed("score"):
+                scores = scoring.answers()
         result = results[0] if len(results) == 1 else join_rollouts(one.repeat(len(mine)), results)
         return cond, result, torch.cat(images), self._scores_of_all(scores, len(prompts), len(dealt))
 
@@ -480,7 +496,7 @@ class Run:
         for name in state["stepped"]:  # the others had no gradient yet
             parameter = self.policy.trained[name]
             zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
         checkpoint.read(path, {**self.policy.tensors(), **self._optimizer_tensors()}, self.group)
         self.policy.restored(state["policy"])
         if state["psi"] is not None:
