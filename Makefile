@@ -39,7 +39,8 @@ weights: .venv/ready
 	$(BIN)/python scripts/train_features.py
 
 # RapidOCR, for the tests of the reward `ocr`, asks for opencv-python, which needs libGL: the headless build does without. Where
-# there is none for this Python, those tests skip.
+# there is none for this Python, those tests skip. torchao lies aside, where its tests find it: with it in the environment diffusers
+# takes 4 seconds longer to import, in each of the tests' many processes.
 # Torch first, pinned: whichever build your pip is set up for (on Linux without a GPU, point pip at PyTorch's CPU builds).
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -47,4 +48,5 @@ weights: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	-$(BIN)/pip install --quiet --constraint constraints.txt onnxruntime opencv-python-headless pyclipper shapely six tqdm
 	-$(BIN)/pip install --quiet --constraint constraints.txt --no-deps rapidocr-onnxruntime
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/aside torchao
 	touch $@

@@ -1,5 +1,8 @@
 """Cheaper tails: fewer operations, the same stochastic steps; and compiled blocks, the same images."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import twins
@@ -9,11 +12,19 @@ from flowgrain.backbones import take
 from flowgrain.policy import Policy
 from flowgrain.settings import Settings, settings
 
+ASIDE = Path(sys.prefix) / "aside"
 MORE = {"num_steps": 8, "sde_steps": (0, 1), "granularities": (1, 2), "rows_per_pass": 8, "learning_rate": 1e-3}
 
 
 def changed(s: Settings, **changes) -> Settings:
     return settings({**s.model_dump(), **MORE, **changes})
+
+
+@pytest.fixture
+def torchao(monkeypatch):
+    """torchao, from where the Makefile has put it aside."""
+    monkeypatch.syspath_prepend(ASIDE)
+    return pytest.importorskip("torchao")
 
 
 def calls(run: Run, place: int) -> list[int]:
@@ -74,7 +85,7 @@ def test_first_block_in_the_tails_alone(tmp_path, model):
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"dtype": "bfloat16"}, {"method": "diffusionnft"}])
-def test_quantised_tails_follow_the_policy(tiny, tmp_path, changes):
+def test_quantised_tails_follow_the_policy(tiny, tmp_path, torchao, changes):
     if changes.get("method"):
         kept = {k: v for k, v in tiny.model_dump().items() if k in ("eval_rewards", "prompts_per_step", "eval_prompts")}
         s = settings({**kept, **changes, "num_steps": 4, "group_size": 3, "learning_rate": 1e-2, "tail_weights": "int8"})
@@ -108,7 +119,7 @@ def test_quantised_tails_follow_the_policy(tiny, tmp_path, changes):
     assert difference(again.policy, whole()) == pytest.approx(difference(policy, whole()), abs=1e-6)
 
 
-def test_quantised_tails_change_no_stochastic_step(tiny, tmp_path):
+def test_quantised_tails_change_no_stochastic_step(tiny, tmp_path, torchao):
     full, cheap = (Run(changed(tiny, tail_weights=kind), tmp_path / kind) for kind in ("same", "int8"))
     alike(full.sample_tree(1), cheap.sample_tree(1))
 
@@ -136,6 +147,7 @@ def test_what_cannot_be_cheaper(tiny, monkeypatch, tmp_path):
         changed(tiny, compile="inductor", tail_cache="taylorseer:3")
     with pytest.raises(SettingsError, match=r"tail_cache='magic'.*none, first_block:THRESHOLD"):
         changed(tiny, tail_cache="magic")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(SettingsError, match=r"tail_weights=float8: needs a GPU of compute capability 8\.9 or more, not cpu"):
         Run(changed(tiny, tail_weights="float8"), tmp_path)
     with pytest.raises(SettingsError, match=r"tail_cache=first_block:0\.1: the last block of SD3Transformer2DModel gives no text"):

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 from flowgrain.parallel import whole
@@ -50,6 +49,7 @@ def caching(model: nn.Module, setting: str) -> Iterator[Callable[[bool], Abstrac
         yield lambda follows: contextlib.nullcontext()  # noqa: ARG005
         return
     from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+    from diffusers.models.cache_utils import CacheMixin
 
     if kind == "first_block":
         config: Any = FirstBlockCacheConfig(threshold=float(number))
