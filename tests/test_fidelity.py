@@ -27,6 +27,13 @@ def test_a_cheaper_one_costs_less_and_ranks_less_well():
     assert np.mean(more.correlation) < np.mean(some.correlation) + 0.05 <= 1.05
 
 
+def test_the_cheap_side_has_the_tails_it_asks_for():
+    s = settings({"method": "g2rpo", "granularities": (1,), **SMALL})
+    cheap = fidelity(s, s.model_copy(update={"tail_cache": "taylorseer:4"}), 1)
+    assert cheap.passes == 1
+    assert 0.5 < np.mean(cheap.correlation) < 1 - 1e-6
+
+
 def test_what_cannot_be_compared():
     full = settings({"method": "mixgrpo", "window_size": 2, **SMALL})
     with pytest.raises(SettingsError, match="do not train the same edges"):

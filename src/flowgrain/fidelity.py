@@ -14,7 +14,7 @@ from flowgrain.sampled import Sampled
 from flowgrain.settings import Settings, SettingsError
 from flowgrain.train import Run
 
-_OF_THE_POLICY = ("model", "weights", "revision", "dtype", "lora_rank", "height", "width", "method")
+_OF_THE_POLICY = ("model", "weights", "revision", "dtype", "lora_rank", "compile", "height", "width", "method")
 """What another rollout of the same policy cannot change; the method, because its plan must train the same edges."""
 
 
@@ -46,6 +46,7 @@ def fidelity(full: Settings, cheap: Settings, steps: int = 3) -> Fidelity:
     run = Run(full)
     other = copy.copy(run)
     other.settings, other.method, other.sigmas = cheap, algorithms.build(cheap), cheap.grid().to(run.device)
+    other.policy = run.policy.with_tails(cheap)
     how = Normalisation(full.std_scope, full.std_unbiased, full.std_epsilon, full.peers)
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     shares = []

@@ -81,8 +81,9 @@ class Policy:
             model.requires_grad_(True)
         several, coarse = group.size > 1 and train, self.dtype != torch.float32
         self.replica = several and _holds_replica(s, model, self.dtype, device, group)
+        self._sampler_sharded = several and not self.replica
         if train:
-            check(s, model, device, sharded=several and not self.replica)
+            check(s, model, device, self._sampler_sharded)
         # Copies are made while the model is whole, and on the CPU where it will be sharded: FSDP moves it block by block.
         names = [name for name, module in model.named_modules() if any(module is block for block in backbone.blocks)]
         needs_copy = train and s.kl_weight > 0 and not self.lora
@@ -98,10 +99,9 @@ class Policy:
         for one in (self.frozen, self.sampler, self.old):
             if one is not None:
                 one.to(device)
-        self.tail_cache = s.tail_cache if train else "none"
-        self.quantised = None
-        if train and s.tail_weights != "same":
-            self.quantised = Quantised(self.old or self.sampler, names, s.tail_weights, self.dtype)
+        self._block_names, self.tail_cache, self.quantised = names, "none", None
+        if train:
+            self._set_tails(s)
         self.static_rows = sorted({s.rows_per_pass, s.train_rows_per_pass or s.rows_per_pass}) if s.compile else []
         if s.compile:
             torch._dynamo.config.recompile_limit = 64  # kinds of blocks x sizes x with and without gradient
@@ -118,6 +118,18 @@ class Policy:
         self.ema_every = s.ema_every
         self.updates = 0
         self.unconditional: Conditioning = {}
+
+    def _set_tails(self, s: Settings) -> None:
+        self.tail_cache, self.quantised = s.tail_cache, None
+        if s.tail_weights != "same":
+            self.quantised = Quantised(self.old or self.sampler, self._block_names, s.tail_weights, self.dtype)
+
+    def with_tails(self, s: Settings) -> "Policy":
+        """This policy, the same weights, with the tails that `s` asks for. Raises SettingsError for some that cannot be had."""
+        check(s, self.transformer, self.device, self._sampler_sharded)
+        other = copy.copy(self)
+        other._set_tails(s)
+        return other
 
     def _add_adapter(self, s: Settings) -> None:
         # peft and EMAModel take seconds to import, which a plan or a refused setting should not cost.
