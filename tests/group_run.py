@@ -91,6 +91,36 @@ def every_method(folder, cases):
     return {name: three_steps(Path(folder) / name, method, **changes) for name, (method, changes) in cases.items()}
 
 
+def held(folder, cases):
+    """For each case (name -> settings) the bytes that all processes hold after a step, by part; all weights, and trained ones."""
+    found = {}
+    for case, changes in cases.items():
+        run = make(Path(folder) / case, **changes)
+        run.step(1)
+        policy = run.policy
+        parts = {
+            "transformer": policy.transformer.parameters(),
+            "AdamW": [v for state in run.optimizer.state.values() for name, v in state.items() if name != "step"],
+            "EMA": policy.ema.shadow_params if policy.ema else [],
+            "reference": policy.frozen.parameters() if policy.frozen else [],
+            "sampling copy": policy.sampler.parameters() if policy.sampler is not policy.transformer else [],
+            "old": policy.old.parameters() if policy.old else [],
+        }
+        counted, mine = set(), {}
+        for name, tensors in parts.items():
+            local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+            mine[name] = sum(one.numel() * one.element_size() for one in local if one.data_ptr() not in counted)
+            counted |= {one.data_ptr() for one in local}
+        every = run.group.collect(mine)
+        total = {name: sum(one[name] for one in every) for name in mine}
+        found[case] = (
+            total,
+            sum(p.numel() for p in policy.transformer.parameters()),
+            sum(p.numel() for p in policy.trained.values()),
+        )
+    return found
+
+
 def export_shapes(folder):
     """A step of the bundled model and its export; the whole weights."""
     values = {

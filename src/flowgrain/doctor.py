@@ -59,7 +59,7 @@ def memory(run: Run) -> Memory:
         else 0,
         "quantised copy": policy.quantised.size if policy.quantised is not None else 0,
         "VAE": sum(p.numel() * p.element_size() for p in run.backbone.vae.parameters()),
-        "old policy": weights if policy.old is not None else 0,
+        "old policy": 0 if policy.old is None else 4 * trained if policy.lora else weights,
         "latents kept for the update": of_latent
         * s.prompts_per_step
         * (tree.decodes + tree.trained_edges + tree.train_forward_passes),

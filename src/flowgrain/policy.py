@@ -90,8 +90,11 @@ class Policy:
         self.frozen = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         own_sampler = train and not self.lora and (coarse or self.replica)
         self.sampler = copy.deepcopy(model).requires_grad_(False).to(self.dtype) if own_sampler else model
-        self.old = copy.deepcopy(model).requires_grad_(False) if keep_old else None
-        if several and not (self.lora and self.replica):
+        sharded = several and not (self.lora and self.replica)
+        # Of a LoRA's slow copy only the adapter is a copy, but where shards are taken from each.
+        shared = {} if sharded else {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.old = copy.deepcopy(model, shared).requires_grad_(False) if keep_old else None
+        if sharded:
             for one in (model, self.frozen, self.old, None if self.replica or self.sampler is model else self.sampler):
                 if one is not None:
                     shard(one, [one.get_submodule(name) for name in names], group)
@@ -102,13 +105,9 @@ class Policy:
         self._block_names, self.tail_cache, self.quantised = names, "none", None
         if train:
             self._set_tails(s)
-        self.static_rows = sorted({s.rows_per_pass, s.train_rows_per_pass or s.rows_per_pass}) if s.compile else []
+        self.static_rows: list[int] = []
         if s.compile:
-            torch._dynamo.config.recompile_limit = 64  # kinds of blocks x sizes x with and without gradient
-            copies = (model, self.frozen, self.sampler, self.old, self.quantised.model if self.quantised else None)
-            for one in {id(copy): copy for copy in copies if copy is not None}.values():
-                for name in names:
-                    one.get_submodule(name).compile(backend=s.compile, dynamic=False)
+            self._compile_blocks(s)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = None
         if train and s.ema_decay:
@@ -118,6 +117,14 @@ class Policy:
         self.ema_every = s.ema_every
         self.updates = 0
         self.unconditional: Conditioning = {}
+
+    def _compile_blocks(self, s: Settings) -> None:
+        self.static_rows = sorted({s.rows_per_pass, s.train_rows_per_pass or s.rows_per_pass})
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks x sizes x with and without gradient
+        copies = (self.transformer, self.frozen, self.sampler, self.old, self.quantised.model if self.quantised else None)
+        for one in {id(model): model for model in copies if model is not None}.values():
+            for name in self._block_names:
+                one.get_submodule(name).compile(backend=s.compile, dynamic=False)
 
     def _set_tails(self, s: Settings) -> None:
         self.tail_cache, self.quantised = s.tail_cache, None

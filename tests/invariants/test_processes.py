@@ -1,6 +1,7 @@
 """One process, two and four are the same run: images, advantages, weights; checkpoints go from any number to any other."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import group_run
 import pytest
 import torch
-from group_run import as_rank, every_method, make, train
+from group_run import as_rank, every_method, held, make, train
 
 from flowgrain.settings import PAPER
 
@@ -74,6 +75,37 @@ def test_every_method_is_the_same_run(tmp_path, alone, size):
                 assert many["metrics"][step][key] == pytest.approx(value, rel=1e-3, abs=1e-6), (name, key)
         for key, value in one["weights"].items():
             torch.testing.assert_close(many["weights"][key], value, atol=1e-6, rtol=0, msg=lambda m, n=name, k=key: f"{n} {k} {m}")
+
+
+HELD = {
+    "full": ({"ema_decay": 0.9, "rollout_weights": "sharded"}, {"transformer": "4 w", "AdamW": "8 w", "EMA": "4 w"}),
+    "replica": ({"rollout_weights": "replica"}, {"transformer": "4 w", "AdamW": "8 w", "sampling copy": "4 w n"}),
+    "reference": (
+        {"method": "flow_grpo", "kl_weight": 0.1, "rollout_weights": "sharded"},
+        {"transformer": "4 w", "AdamW": "8 w", "reference": "4 w"},
+    ),
+    "lora": ({"lora_rank": 2}, {"transformer": "4 w n", "AdamW": "8 t n"}),
+    "slow adapter": (
+        {"lora_rank": 2, "method": "diffusionnft"},
+        {"transformer": "4 w n", "AdamW": "8 t n", "old": "4 t n"},
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_all_hold_together(tmp_path, size):
+    """The formulas of docs/scaling.md in bytes: n processes hold a sharded part once together, and a whole one n times."""
+    changes = {name: changes for name, (changes, _) in HELD.items()}
+    found = together(size, held, tmp_path, tmp_path / "run", changes) if size > 1 else held(tmp_path / "run", changes)
+    for name, (_, expected) in HELD.items():
+        parts, w, t = found[name]
+        letters = {"w": w, "t": t, "n": size}
+        wanted = {
+            part: math.prod(letters.get(letter) or int(letter) for letter in formula.split()) for part, formula in expected.items()
+        }
+        if size == 1:
+            wanted.pop("sampling copy", None)  # in fp32 one process samples with the model itself
+        assert {part: count for part, count in parts.items() if count} == wanted, name
 
 
 @pytest.mark.parametrize(
