@@ -4,6 +4,7 @@
 
 Without --against the other side is the published loop (G2RPO alone), of one prompt; with it, the same step under other settings
 (compile=inductor, say). Both run by turns in one process; seconds a prompt, medians, and the ratio within each round.
+rewards=iteration:distant is a reward that waits, as one behind a network does.
 """
 
 import argparse
@@ -30,6 +31,12 @@ USUAL = {
     "rewards": "towers",
     "eval_rewards": (),
 }
+
+
+def distant(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:  # noqa: ARG001
+    """The mean brightness, after a wait of 3 ms an image."""
+    time.sleep(0.003 * len(images))
+    return images.mean((1, 2, 3))
 
 
 def published_step(loop: Published) -> dict[str, float]:
