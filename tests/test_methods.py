@@ -102,6 +102,20 @@ class Naive:
                 x0_before, before = x0, c
         return x
 
+    def x0_hat(self, x, k):
+        with torch.no_grad():
+            return x - self.sigma[k] * self.v(x, k)
+
+    def steps(self, x, levels, x0_before, before):
+        """A deterministic way by `levels`, of second order if the settings say so; x0_before: the estimate at level `before`."""
+        return self.solver(x, levels, x0_before, before) if self.s.tail_order == 2 else self.ode(x, levels)
+
+    def finish(self, x, left, x0_before):
+        """From level `left`, just after a stochastic step, to sigma = 0."""
+        t = self.s.num_steps
+        count = max(1, int((t - left) * self.s.tail_ratio))
+        return self.steps(x, [left, *(round(left + (t - left) * j / count) for j in range(1, count + 1))], x0_before, left - 1)
+
     def score(self, x):
         """The rewards of a finished latent, which also counts as an image."""
         self.images.append(x)
@@ -120,8 +134,9 @@ class Naive:
 
     def chain(self, x, noisy, trained):
         """A trajectory from sigma = 1 to 0; one outcome for all its trained steps."""
-        todo = []
-        for k in range(self.s.num_steps):
+        todo, last = [], max(noisy)
+        for k in range(last + 1):
+            x0_hat = self.x0_hat(x, k)
             if k in noisy:
                 following, log_prob = self.sde(x, k)
                 if k in trained:
@@ -129,7 +144,7 @@ class Naive:
             else:
                 following = self.ode(x, [k, k + 1])
             x = following
-        rewards = {name: [value] for name, value in self.score(x).items()}
+        rewards = {name: [value] for name, value in self.score(self.finish(x, last + 1, x0_hat)).items()}
         for k, x_k, following, log_prob in todo:
             self.edge(k, x_k, following, log_prob, rewards, (self.prompt, k))
 
@@ -215,14 +230,14 @@ def grow_g2rpo(n):
                     levels = [*range(k + 1, t + 1)][: k + 2 - (k + 1)] + [*range(k + 2, t + 1)][
                         ::stride
                     ]  # sigma[:k+2] + sigma[k+2::stride]
-                    scores.append(n.score(n.ode(following, [*levels[:-1], t])))
+                    scores.append(n.score(n.steps(following, [*levels[:-1], t], n.x0_hat(x, k), k)))
                 n.edge(k, x, following, log_prob, {m: [s[m] for s in scores] for m in scores[0]}, (prompt, k))
             x = n.ode(x, [k, k + 1])
         n.score(n.ode(x, [*range(t // 2, t + 1)]))  # the anchor's own image
 
 
 def grow_mixgrpo(n):
-    s, t = n.s, n.s.num_steps
+    s = n.s
     window = range(s.window_size)  # the first position
     for prompt in range(P):
         n.begin(prompt)
@@ -230,16 +245,11 @@ def grow_mixgrpo(n):
         for _ in range(s.group_size):
             x, todo, x0_before = start, [], None
             for k in window:
-                with torch.no_grad():
-                    x0_before = x - n.sigma[k] * n.v(x, k)
+                x0_before = n.x0_hat(x, k)
                 following, log_prob = n.sde(x, k)
                 todo.append((k, x, following, log_prob))
                 x = following
-            left = window.stop
-            steps = max(1, int((t - left) * s.tail_ratio))
-            levels = [left, *(round(left + (t - left) * j / steps) for j in range(1, steps + 1))]
-            x = n.solver(x, levels, x0_before, left - 1) if s.tail_order == 2 else n.ode(x, levels)
-            rewards = {m: [v] for m, v in n.score(x).items()}
+            rewards = {m: [v] for m, v in n.score(n.finish(x, window.stop, x0_before)).items()}
             for k, x_k, following, log_prob in todo:
                 n.edge(k, x_k, following, log_prob, rewards, (prompt, k))
 
@@ -250,15 +260,16 @@ def grow_densegrpo(n):
         n.begin(prompt)
         for x in [n.noise() for _ in range(s.group_size)]:
 
-            def look(x, k):
-                if s.look_steps == "all" or k + s.look_steps > t:
-                    return n.score(n.ode(x, [*range(k, t + 1)]))
-                return n.score(n.ode(x, [k, *(round(k + (t - k) * j / s.look_steps) for j in range(1, s.look_steps + 1))]))
+            def look(x, k, x0_before=None):
+                steps = t - k if s.look_steps == "all" else min(s.look_steps, t - k)
+                return n.score(
+                    n.steps(x, [k, *(round(k + (t - k) * j / steps) for j in range(1, steps + 1))], x0_before, max(k - 1, 0))
+                )
 
             before = look(x, 0) if s.dense_reward == "gain" else None  # the baseline asks for R of the next state alone
             for k in range(t):
                 following, log_prob = n.sde(x, k)
-                after = look(following, k + 1) if k + 1 < t else n.score(following)
+                after = look(following, k + 1, n.x0_hat(x, k)) if k + 1 < t else n.score(following)
                 worth = after if s.dense_reward == "state" else {m: after[m] - before[m] for m in after}
                 n.edge(k, x, following, log_prob, {m: [v] for m, v in worth.items()}, (prompt, k))
                 x, before = following, after
@@ -272,7 +283,7 @@ def grow_tempflow_grpo(n):
         for k in range(t - 1):
             for _ in range(n.s.group_size):
                 following, log_prob = n.sde(x, k)
-                rewards = {m: [v] for m, v in n.score(n.ode(following, [*range(k + 1, t + 1)])).items()}
+                rewards = {m: [v] for m, v in n.score(n.finish(following, k + 1, n.x0_hat(x, k))).items()}
                 n.edge(k, x, following, log_prob, rewards, (prompt, k))
             x = n.ode(x, [k, k + 1])
 
@@ -326,6 +337,19 @@ CASES = {
         {"method": "densegrpo", "noise": "flow_sde", "calibration_rounds": 0, "peers": "prompt", "look_steps": 2},
     ),
     "tempflow_grpo": (grow_tempflow_grpo, {}),
+    "g2rpo-second-order": (grow_g2rpo, {"method": "g2rpo", "granularities": (1, 3), "num_steps": 7, "tail_order": 2}),
+    "flow_grpo_fast-short": (
+        grow_flow_grpo_fast,
+        {"method": "flow_grpo_fast", "num_steps": 8, "tail_order": 2, "tail_ratio": 0.6},
+    ),
+    "tempflow_grpo-short": (
+        grow_tempflow_grpo,
+        {"method": "tempflow_grpo", "num_steps": 6, "tail_order": 2, "tail_ratio": 0.5},
+    ),
+    "densegrpo-second-order": (
+        grow_densegrpo,
+        {"method": "densegrpo", "psi": (0.9, 0.7, 0.5, 0.5, 0.4), "look_steps": 3, "tail_order": 2},
+    ),
     "grpo_guard": (grow_flow_grpo, {}),
     "branchgrpo": (grow_branchgrpo, {"split_steps": (0, 2), "group_size": 4}),
 }
