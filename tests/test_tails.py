@@ -58,30 +58,37 @@ def test_taylorseer_in_the_tails_alone(tiny, tmp_path):
     assert sum(of_cheap) == metrics["train_forward_passes"]
 
 
-@pytest.mark.parametrize("model", ["flux", "qwen_image"])
-def test_first_block_in_the_tails_alone(tmp_path, model):
+@pytest.mark.parametrize(
+    ("model", "cache"),
+    [(model, "taylorseer:2") for model in ("sd3", "flux", "flux2", "qwen_image", "zimage")]
+    + [(model, "first_block:0.9") for model in ("flux", "qwen_image")],
+)
+def test_caches_of_every_backbone(tmp_path, model, cache):
     getattr(twins, model)(tmp_path / model)
-    base = settings(
-        {"model": model, "weights": str(tmp_path / model), "height": 32, "width": 48, "max_prompt_tokens": 32, "group_size": 3,
-         "prompts_per_step": 2, "eval_rewards": (), "rewards": "brightness"} | MORE
-    )  # fmt: skip
+    base = {
+        "model": model, "weights": str(tmp_path / model), "height": 32, "width": 48, "max_prompt_tokens": 32, "group_size": 3,
+        "prompts_per_step": 2, "eval_rewards": (), "rewards": "brightness", **MORE,
+    }  # fmt: skip
     prompts = ["a red cat", "two dogs"]
-
-    def run(kind):
+    found, rows = {}, {}
+    for kind in ("none", cache, "first_block:0.0"):
+        if kind == "first_block:0.0" and cache.startswith("taylor"):
+            continue
         rewards = {"brightness": lambda images, prompts: images.mean((1, 2, 3))}
-        s = settings({**base.model_dump(), "tail_cache": kind})
-        return Run(s, tmp_path / kind[-2:], prompts=prompts, eval_prompts=prompts, rewards=rewards)
-
-    full, cheap, never = (run(kind) for kind in ("none", "first_block:0.9", "first_block:0.0"))
-    inner = [one.backbone.blocks[-1].norm if model == "flux" else one.backbone.blocks[-1].img_mlp for one in (full, cheap)]
-    worked = [[], []]
-    for module, found in zip(inner, worked, strict=True):
-        module.register_forward_hook(lambda _, args, __, found=found: found.append(len(args[0])))
-    before, after = full.sample_tree(1), cheap.sample_tree(1)
-    assert sum(worked[1]) < 0.8 * sum(worked[0])
-    for rows in (before.whole.edges, before.whole.trained_parents):
-        torch.testing.assert_close(before.result.at(rows), after.result.at(rows), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(never.sample_tree(1).images, before.images, atol=1e-4, rtol=1e-4)
+        run = Run(
+            settings({**base, "tail_cache": kind}), tmp_path / kind[-3:], prompts=prompts, eval_prompts=prompts, rewards=rewards
+        )
+        last = run.backbone.blocks[-1].named_modules()
+        attention = next(module for name, module in last if "att" in name and isinstance(module, torch.nn.Linear))
+        rows[kind] = []
+        attention.register_forward_hook(lambda _, args, __, of_kind=rows[kind]: of_kind.append(len(args[0])))
+        found[kind] = run.sample_tree(1)
+    full, cheap = found["none"], found[cache]
+    assert sum(rows[cache]) < 0.8 * sum(rows["none"])
+    for edges in (full.whole.edges, full.whole.trained_parents):
+        torch.testing.assert_close(full.result.at(edges), cheap.result.at(edges), atol=1e-4, rtol=1e-4)
+    if "first_block:0.0" in found:  # which keeps nothing
+        torch.testing.assert_close(found["first_block:0.0"].images, full.images, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"dtype": "bfloat16"}, {"method": "diffusionnft"}])
@@ -90,7 +97,8 @@ def test_quantised_tails_follow_the_policy(tiny, tmp_path, torchao, changes):
         kept = {k: v for k, v in tiny.model_dump().items() if k in ("eval_rewards", "prompts_per_step", "eval_prompts")}
         s = settings({**kept, **changes, "num_steps": 4, "group_size": 3, "learning_rate": 1e-2, "tail_weights": "int8"})
     else:
-        s = changed(tiny, tail_weights="int8", **changes, learning_rate=1e-2)
+        short = {"num_steps": 3, "sde_steps": (0,), "granularities": (1,)}  # a CPU multiplies int8 slowly
+        s = changed(tiny, tail_weights="int8", **changes, **short, learning_rate=1e-2)
     run = Run(s, tmp_path)
     policy = run.policy
     cond = policy.encode(run.prompts[:1])
@@ -120,15 +128,14 @@ def test_quantised_tails_follow_the_policy(tiny, tmp_path, torchao, changes):
 
 
 def test_quantised_tails_change_no_stochastic_step(tiny, tmp_path, torchao):
-    full, cheap = (Run(changed(tiny, tail_weights=kind), tmp_path / kind) for kind in ("same", "int8"))
+    full, cheap = (Run(changed(tiny, tail_weights=kind, num_steps=4), tmp_path / kind) for kind in ("same", "int8"))
     alike(full.sample_tree(1), cheap.sample_tree(1))
 
 
 def test_compiled_blocks(tiny, tmp_path):
     """aot_eager traces as inductor does, and runs what it traced as it is."""
     torch._dynamo.reset()
-    own = {"rows_per_pass": 8, "train_rows_per_pass": 4}
-    plain, compiled = (Run(changed(tiny, compile=kind, **own), tmp_path / str(kind)) for kind in (None, "aot_eager"))
+    plain, compiled = (Run(changed(tiny, compile=kind), tmp_path / str(kind)) for kind in (None, "aot_eager"))
     for step in (1, 2):
         if step == 2:
             torch._dynamo.utils.counters.clear()
@@ -150,7 +157,7 @@ def test_what_cannot_be_cheaper(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(SettingsError, match=r"tail_weights=float8: needs a GPU of compute capability 8\.9 or more, not cpu"):
         Run(changed(tiny, tail_weights="float8"), tmp_path)
-    with pytest.raises(SettingsError, match=r"tail_cache=first_block:0\.1: the last block of SD3Transformer2DModel gives no text"):
+    with pytest.raises(SettingsError, match=r"tail_cache=first_block:0\.1: diffusers' cache does not fit the blocks of SD3"):
         Run(changed(tiny, tail_cache="first_block:0.1"), tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'flowgrain\[quantize\]'"):

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from flowgrain.parallel import whole
 from flowgrain.settings import Settings, SettingsError
 
-_CACHED = (r".*blocks\.\d+\.(attn2?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)",)
+_CACHED = (r"(.*blocks|layers)\.\d+\.(attn2?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)",)
 """What TaylorSeer extrapolates in a block: its attention and feed-forward parts, as diffusers' transformers name them."""
+_FIRST_BLOCK = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
+"""Transformers whose first and last blocks return what the first-block cache subtracts; of SD3, FLUX.2 and Z-Image they do not."""
 _FLOAT8_SINCE = (8, 9)
 """Compute capability of the first GPUs that multiply float8."""
 
@@ -28,11 +30,9 @@ def check(s: Settings, model: nn.Module, device: torch.device, sharded: bool) ->
     for name, usual in (("tail_cache", "none"), ("tail_weights", "same")):
         if sharded and getattr(s, name) != usual:
             raise SettingsError(f"{name}={getattr(s, name)}: needs the weights whole; set rollout_weights=replica, or leave it out")
-    if s.tail_cache.startswith("first_block") and any(getattr(module, "context_pre_only", False) for module in model.modules()):
-        raise SettingsError(
-            f"tail_cache={s.tail_cache}: the last block of {type(model).__name__} gives no text features, which diffusers' cache "
-            "wants; use taylorseer:3"
-        )
+    name = type(model).__name__.removeprefix("FSDP")
+    if s.tail_cache.startswith("first_block") and name not in _FIRST_BLOCK:
+        raise SettingsError(f"tail_cache={s.tail_cache}: diffusers' cache does not fit the blocks of {name}; use taylorseer:3")
     if s.tail_weights == "same":
         return
     if importlib.util.find_spec("torchao") is None:
