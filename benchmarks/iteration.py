@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", nargs="*")
     parser.add_argument("--memory", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
 
     def values(words: list[str]) -> dict[str, str]:
         return dict(word.split("=", 1) for word in words)

@@ -74,9 +74,9 @@ def three_steps(folder, method, **changes):
     return found
 
 
-def as_rank(rank, size, port, work, out, arguments):
-    """Does `work(*arguments)` as one of `size` processes; the first one keeps what comes of it in `out`."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+def as_rank(rank, size, here, port, work, out, arguments):
+    """Does `work(*arguments)` as one of `size` processes, `here` on a machine; the first one keeps what comes of it in `out`."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % here), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(here)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     found = work(*arguments)

@@ -37,9 +37,13 @@ def _flush(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` so that a reader finds either the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -149,9 +149,10 @@ class Record:
         if (self.folder / "metrics.jsonl").exists():
             kept = [line for line in self.read() if 0 < line["step"] <= step or (line["step"] == 0 and step > 0)]
             write_atomically(self.folder / "metrics.jsonl", "".join(_json(line) + "\n" for line in kept))
-        for part in ("evaluations", "images"):
+        for part in ("", "evaluations", "images"):
             for path in (self.folder / part).glob(".*.tmp"):  # a kill came before it was whole
                 path.unlink()
+        for part in ("evaluations", "images"):
             for path in (self.folder / part).glob("*-[0-9]*"):
                 if int(path.stem.split("-")[-1]) > (step or -1):
                     path.unlink()

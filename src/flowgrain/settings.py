@@ -347,6 +347,11 @@ class Settings(BaseModel):
         return self.model_copy(update={"shift": shift, "shift_terminal": self.shift_terminal or terminal})
 
     @property
+    def cheap_tails(self) -> bool:
+        """Whether what follows the last stochastic step has another source of velocities than the rest."""
+        return self.tail_cache != "none" or self.tail_weights != "same"
+
+    @property
     def eval_guidance(self) -> float:
         """Guidance scale outside training."""
         return self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale

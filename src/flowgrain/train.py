@@ -507,16 +507,25 @@ class Run:
         return damaged
 
     def resume(self) -> list[str]:
-        """Like `restore`, and makes ready to go on from there: what the folder holds of later steps is dropped or set aside."""
-        if self.group.first:
-            checkpoint.mend(self.out / "checkpoints")
-        self.group.collect(None)
-        damaged = self.restore()
-        if self.group.first:
-            for path in checkpoint.checkpoints(self.out / "checkpoints"):
-                if int(path.name.removeprefix("step-")) > self.steps_done:
-                    checkpoint.set_aside(path)
-            self.record.forget_after(self.steps_done)
+        """Like `restore`, and makes ready to go on from there: what the folder holds of later steps is dropped or set aside.
+
+        Raises RunStopped, with everything still there, if the folder cannot be written.
+        """
+        try:
+            if self.group.first:
+                checkpoint.mend(self.out / "checkpoints")
+            self.group.collect(None)
+            damaged = self.restore()
+            if self.group.first:
+                for path in checkpoint.checkpoints(self.out / "checkpoints"):
+                    if int(path.name.removeprefix("step-")) > self.steps_done:
+                        checkpoint.set_aside(path)
+                self.record.forget_after(self.steps_done)
+        except OSError as error:
+            raise RunStopped(
+                f"the run in {self.out} cannot be resumed yet: {error}; nothing is lost: free some space or mend the disk, then "
+                f"resume with {self._resume()}"
+            ) from error
         return damaged
 
     def export(self) -> Path:

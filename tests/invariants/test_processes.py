@@ -39,15 +39,17 @@ def _search_path():
         yield
 
 
-def together(size, work, folder, *arguments):
-    """What `work` gives in the first of `size` processes. Their exit codes are checked."""
+def together(size, work, folder, *arguments, machines=1):
+    """What `work` gives in the first of `size` processes, on as many machines as they are told. Exit codes are checked."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["group_run"])
     out = Path(folder) / f"found-{size}.pt"
-    processes = [context.Process(target=as_rank, args=(rank, size, port, work, out, arguments)) for rank in range(size)]
+    processes = [
+        context.Process(target=as_rank, args=(rank, size, size // machines, port, work, out, arguments)) for rank in range(size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -61,11 +63,15 @@ def alone(tmp_path_factory):
     return every_method(tmp_path_factory.mktemp("one"), CASES)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_method_is_the_same_run(tmp_path, alone, size):
-    """Within 1e-6: sums over processes are taken in another order. Passes are made up of other rows, too."""
-    several = together(size, every_method, tmp_path, tmp_path / "several", CASES)
-    for name in CASES:
+@pytest.mark.parametrize(("size", "machines"), [(2, 1), (4, 1), (4, 2)])
+def test_every_method_is_the_same_run(tmp_path, alone, size, machines):
+    """Within 1e-6: sums over processes are taken in another order. Passes are made up of other rows, too.
+
+    On two machines weights are sharded within each and replicated across them.
+    """
+    cases = CASES if machines == 1 else {**MORE, **{name: FULL[name] for name in ("g2rpo-full", "diffusionnft-full")}}
+    several = together(size, every_method, tmp_path, tmp_path / "several", cases, machines=machines)
+    for name in cases:
         one, many = alone[name], several[name]
         assert many["sharded"] == ("lora" not in name or "adapter" in name), name
         for step in range(3):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -141,6 +142,27 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {}, None, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert tensor_in(tmp_path / "step-000001") == [1, 1, 1]
+
+
+def test_a_full_disk_at_a_resume_is_told_and_leaves_everything(tiny, tmp_path):
+    """A file-size limit stands in for it: metrics.jsonl is written anew when a run is resumed."""
+    s = tiny.model_copy(update={"max_steps": 2, "checkpoint_every": 1})
+    Run(s, tmp_path).train(report=False)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = Run(s, tmp_path)
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(
+            RunStopped, match=r"cannot be resumed yet: .*File too large; nothing is lost: free some space.*--resume"
+        ):
+            again.resume()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert Run(s, tmp_path).resume() == []
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
