@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import diffusers.training_utils  # noqa: F401  imported before the fork, and not after each
@@ -12,7 +13,7 @@ from toy import PROMPTS, Toy, red
 
 from flowgrain import Run, RunStopped
 from flowgrain.parallel import leave, whole
-from flowgrain.settings import PAPER, settings
+from flowgrain.settings import PAPER, SettingsError, settings
 
 THREE = [*PROMPTS, "zero", "two"]  # six prompts on four processes: two of them do work that counts for nothing
 
@@ -49,7 +50,8 @@ def make(folder, method="g2rpo", **changes):
     }.get(method, {"window_size": 2} if "window_size" in PAPER[method] else {})
     values = {
         "method": method, "num_steps": 4, "group_size": 3, "prompts_per_step": 6, "max_steps": 3, "learning_rate": 1e-2,
-        "eval_rewards": (), "eval_prompts": 5, "eval_num_steps": 3, "rows_per_pass": 7, "train_rows_per_pass": 3, **own, **changes,
+        "eval_rewards": (), "eval_prompts": 5, "eval_num_steps": 3, "rows_per_pass": 7, "train_rows_per_pass": 3, "threads": 1,
+        **own, **changes,
     }  # fmt: skip
     run = Run(settings(values), folder, backbone=Small(), prompts=THREE, eval_prompts=PROMPTS, rewards={"red": red})
     run.report = run.export = lambda: Path(folder)  # both are tested on the bundled model
@@ -121,6 +123,28 @@ def held(folder, cases):
     return found
 
 
+def cheap_tails(folder, aside):
+    """Advantages of the bundled model's second step with each kind of cheaper tail, and what is said where there can be none."""
+    sys.path.insert(0, aside)
+    base = {
+        "num_steps": 5, "sde_steps": (0,), "granularities": (1,), "group_size": 3, "prompts_per_step": 2, "eval_rewards": (),
+        "rollout_weights": "replica", "threads": 1, "learning_rate": 1e-3,
+    }  # fmt: skip
+    found = {}
+    for name, changes in (("cache", {"tail_cache": "taylorseer:2"}), ("weights", {"tail_weights": "int8"})):
+        run = Run(settings({**base, **changes}), Path(folder) / name)
+        run.step(1)
+        found[name] = run.sample_tree(2).advantage
+    if run.group.size > 1:
+        del base["sde_steps"], base["granularities"]
+        for changes in ({"method": "g2rpo", "rollout_weights": "sharded"}, {"method": "diffusionnft"}):
+            try:
+                Run(settings({**base, **changes, "tail_weights": "int8"}), Path(folder) / "refused")
+            except SettingsError as error:
+                found[changes["method"]] = str(error)
+    return found
+
+
 def export_shapes(folder):
     """A step of the bundled model and its export; the whole weights."""
     values = {
@@ -169,7 +193,6 @@ def stopped(folder, how):
 
 
 if __name__ == "__main__":  # under torchrun: a run that is slow enough to be killed
-    import sys
     import time
 
     torch.set_num_threads(1)

@@ -57,11 +57,11 @@ def naive(tree: Tree, row: int, noise, sigmas) -> torch.Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(tree=trees(), rows_per_pass=st.sampled_from([1, 3, 64]), apart=st.booleans())
-def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass, apart):
+@given(tree=trees(), rows_per_pass=st.sampled_from([1, 3, 64]), tails=st.sampled_from(["mixed", "last", "in_company"]))
+def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass, tails):
     sigmas, noise = sigma_grid(tree.num_steps), keyed_noise(SHAPE, 0)
     seen = 0
-    of_tails, opened = [], []
+    of_tails, opened, followed = [], [], []
 
     def counted(x, sigma, prompt):
         nonlocal seen
@@ -74,6 +74,7 @@ def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass, 
 
         def finish(x, sigma, prompt, follows):
             if follows:
+                followed.append(len(x))
                 sigma_before, prompt_before = of_tails[-1]
                 assert torch.equal(prompt, prompt_before)
                 assert (sigma < sigma_before).all()
@@ -83,8 +84,17 @@ def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass, 
         yield finish
         opened.append(seen)
 
-    result = rollout(tree, counted, FlowSDE(), sigmas, noise, rows_per_pass, tail=tail if apart else None)
-    if apart:  # opened once, after all that a stochastic step depends on, and closed at the end
+    result = rollout(
+        tree,
+        counted,
+        FlowSDE(),
+        sigmas,
+        noise,
+        rows_per_pass,
+        tail=None if tails == "mixed" else tail,
+        in_company=tails == "in_company",
+    )
+    if tails != "mixed":  # opened once, after all that a stochastic step depends on, and closed at the end
         noisy = {int(row) for row in np.flatnonzero(tree.stochastic)}
         above = set()
         while noisy:
@@ -92,6 +102,7 @@ def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass, 
             above |= noisy
         assert opened in ([], [len(above), seen])
         assert sum(len(sigma) for sigma, _ in of_tails) == seen - len(above)
+        assert tails == "in_company" or not followed
     assert seen == result.forward_passes == cost(tree).forward_passes
     expected = torch.cat([naive(tree, int(row), noise, sigmas) for row in tree.leaves])
     torch.testing.assert_close(result.at(tree.leaves), expected, atol=1e-5, rtol=1e-5)  # fp32, batched differently

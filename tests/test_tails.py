@@ -152,6 +152,12 @@ def test_compiled_blocks(tiny, tmp_path):
 def test_what_cannot_be_cheaper(tiny, monkeypatch, tmp_path):
     with pytest.raises(SettingsError, match="compile=inductor: tail_cache=taylorseer:3 changes the blocks"):
         changed(tiny, compile="inductor", tail_cache="taylorseer:3")
+    with pytest.raises(SettingsError, match="compile=inductor: prompts of model=zimage keep their own lengths"):
+        settings({"model": "zimage", "compile": "inductor"})
+    for name, value in (("tail_order", 2), ("tail_ratio", 0.5), ("tail_cache", "taylorseer:2")):
+        with pytest.raises(SettingsError, match=f"{name}={value} means nothing where only 1 of the steps comes after"):
+            settings({"method": "dancegrpo", name: value})
+        settings({"method": "dancegrpo", "sde_steps": (0, 1), name: value})
     with pytest.raises(SettingsError, match=r"tail_cache='magic'.*none, first_block:THRESHOLD"):
         changed(tiny, tail_cache="magic")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)

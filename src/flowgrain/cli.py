@@ -150,7 +150,7 @@ def plan(
     found: dict[str, Any] = {"method": s.method, **vars(price(method, s))}
     if method.published_passes:
         found["published_forward_passes"] = method.published_passes
-    found["peak_latents"] = schedule(tree, s.rows_per_pass, s.cheap_tails).num_slots
+    found["peak_latents"] = schedule(tree, s.rows_per_pass, s.order_of_tails).num_slots
     calibration = calibration_price(s).forward_passes
     if calibration:
         found["calibration_forward_passes"] = calibration

@@ -81,19 +81,22 @@ class Policy:
             model.requires_grad_(True)
         several, coarse = group.size > 1 and train, self.dtype != torch.float32
         self.replica = several and _holds_replica(s, model, self.dtype, device, group)
-        self._sampler_sharded = several and not self.replica
+        sharded = several and not (self.lora and self.replica)
+        self._tails_sharded = sharded if keep_old else several and not self.replica
         if train:
-            check(s, model, device, self._sampler_sharded)
+            check(s, model, device, self._tails_sharded)
         # Copies are made while the model is whole, and on the CPU where it will be sharded: FSDP moves it block by block.
         names = [name for name, module in model.named_modules() if any(module is block for block in backbone.blocks)]
         needs_copy = train and s.kl_weight > 0 and not self.lora
         self.frozen = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         own_sampler = train and not self.lora and (coarse or self.replica)
         self.sampler = copy.deepcopy(model).requires_grad_(False).to(self.dtype) if own_sampler else model
-        sharded = several and not (self.lora and self.replica)
         # Of a LoRA's slow copy only the adapter is a copy, but where shards are taken from each.
         shared = {} if sharded else {id(p): p for p in model.parameters() if not p.requires_grad}
         self.old = copy.deepcopy(model, shared).requires_grad_(False) if keep_old else None
+        self._block_names, self.tail_cache, self.quantised = names, "none", None
+        if train:
+            self._set_tails(s)
         if sharded:
             for one in (model, self.frozen, self.old, None if self.replica or self.sampler is model else self.sampler):
                 if one is not None:
@@ -102,12 +105,12 @@ class Policy:
         for one in (self.frozen, self.sampler, self.old):
             if one is not None:
                 one.to(device)
-        self._block_names, self.tail_cache, self.quantised = names, "none", None
-        if train:
-            self._set_tails(s)
+        if self.quantised is not None:
+            self.quantised.to(device)
         self.static_rows: list[int] = []
         if s.compile:
-            self._compile_blocks(s)
+            self.static_rows = sorted({s.rows_per_pass, s.train_rows_per_pass or s.rows_per_pass})
+            self._compile_blocks(s.compile, model, self.frozen, self.sampler, self.old, self._quantised_model)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = None
         if train and s.ema_decay:
@@ -118,13 +121,15 @@ class Policy:
         self.updates = 0
         self.unconditional: Conditioning = {}
 
-    def _compile_blocks(self, s: Settings) -> None:
-        self.static_rows = sorted({s.rows_per_pass, s.train_rows_per_pass or s.rows_per_pass})
+    @property
+    def _quantised_model(self) -> nn.Module | None:
+        return self.quantised.model if self.quantised is not None else None
+
+    def _compile_blocks(self, backend: str, *models: nn.Module | None) -> None:
         torch._dynamo.config.recompile_limit = 64  # kinds of blocks x sizes x with and without gradient
-        copies = (self.transformer, self.frozen, self.sampler, self.old, self.quantised.model if self.quantised else None)
-        for one in {id(model): model for model in copies if model is not None}.values():
+        for one in {id(model): model for model in models if model is not None}.values():
             for name in self._block_names:
-                one.get_submodule(name).compile(backend=s.compile, dynamic=False)
+                one.get_submodule(name).compile(backend=backend, dynamic=False)
 
     def _set_tails(self, s: Settings) -> None:
         self.tail_cache, self.quantised = s.tail_cache, None
@@ -133,9 +138,13 @@ class Policy:
 
     def with_tails(self, s: Settings) -> "Policy":
         """This policy, the same weights, with the tails that `s` asks for. Raises SettingsError for some that cannot be had."""
-        check(s, self.transformer, self.device, self._sampler_sharded)
+        check(s, self.transformer, self.device, self._tails_sharded)
         other = copy.copy(self)
         other._set_tails(s)
+        if other.quantised is not None:
+            other.quantised.to(self.device)
+        if s.compile:
+            other._compile_blocks(s.compile, other._quantised_model)
         return other
 
     def _add_adapter(self, s: Settings) -> None:
@@ -188,9 +197,10 @@ class Policy:
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, model: nn.Module | None = None
     ) -> Tensor:
         """v [B, *L] without gradient, in the sampling dtype; of another copy than the sampling one, if it is given."""
-        mixed = self.lora or (model is not None and model is self.old)
+        model = model or self.sampler
+        mixed = model is self.old or (self.lora and model is self.sampler)  # the other copies are of the computing dtype
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed and self.dtype != torch.float32):
-            return self.velocity(model or self.sampler, x.to(self.dtype), sigma, cond, guidance)
+            return self.velocity(model, x.to(self.dtype), sigma, cond, guidance)
 
     @property
     def cheap_tails(self) -> bool:
@@ -203,7 +213,10 @@ class Policy:
 
         follows: the rows are those of the call before, a step on.
         """
-        model = self.quantised.model if self.quantised else self.old or self.sampler
+        source = self.old or self.sampler
+        if self.quantised is not None and self.quantised.stale:
+            self.quantised.take(dict(zip(self.trained, self._trained_of(source), strict=True)))
+        model = self._quantised_model or source
         with caching(model, self.tail_cache) as around:
 
             def velocity(x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, follows: bool) -> Tensor:
@@ -250,7 +263,7 @@ class Policy:
         if self.old is not None:
             for slow, parameter in zip(self._trained_of(self.old), self.trained.values(), strict=True):
                 slow.lerp_(parameter, 1 - decay)
-            self._requantise()
+            self._outdate()
 
     def updated(self) -> None:
         """To be called after every optimizer step: moves the EMA and refreshes the sampling copy."""
@@ -258,13 +271,11 @@ class Policy:
         if self.ema is not None and self.updates % self.ema_every == 0:
             self.ema.step(self.trained.values())
         self.refresh()
-        if self.old is None:
-            self._requantise()
+        self._outdate()
 
-    def _requantise(self) -> None:
+    def _outdate(self) -> None:
         if self.quantised is not None:
-            source = self.trained if self.old is None else dict(zip(self.trained, self._trained_of(self.old), strict=True))
-            self.quantised.take(source)
+            self.quantised.stale = True
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -306,7 +317,7 @@ class Policy:
         if self.ema is not None:
             self.ema.optimization_step = plain["ema_steps"]
         self.refresh()
-        self._requantise()
+        self._outdate()
 
     def export(self, folder: Path) -> None:
         """Writes `folder`/transformer for diffusers' from_pretrained, or `folder`/lora for load_lora_weights; EMA weights."""

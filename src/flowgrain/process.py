@@ -30,10 +30,11 @@ def cores() -> int:
 def set_threads(count: int) -> None:
     """The threads of this process: `count`, or for 0 its share of the machine's cores, where torchrun has started several.
 
-    torchrun gives each of them one, unless OMP_NUM_THREADS is set; alone a process keeps torch's choice.
+    torchrun gives each of them one (OMP_NUM_THREADS=1); a larger number that the user has set there stays. Alone a process keeps
+    torch's choice.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if count or processes > 1:
+    if count or (processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1"):
         torch.set_num_threads(count or max(1, cores() // processes))
 
 

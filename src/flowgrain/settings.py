@@ -12,7 +12,7 @@ from torch import Tensor
 from flowgrain.credit import Mix, Peers, Scope
 from flowgrain.objective import KLForm
 from flowgrain.sde import sigma_grid
-from flowgrain.tree import CoarseGrid
+from flowgrain.tree import CoarseGrid, Tails
 
 NoiseKind = Literal["flow_sde", "dance_sde", "cps", "calibrated_sde"]
 WindowSchedule = Literal["progressive", "random", "decay", "exp_decay", "frozen"]
@@ -347,9 +347,9 @@ class Settings(BaseModel):
         return self.model_copy(update={"shift": shift, "shift_terminal": self.shift_terminal or terminal})
 
     @property
-    def cheap_tails(self) -> bool:
-        """Whether what follows the last stochastic step has another source of velocities than the rest."""
-        return self.tail_cache != "none" or self.tail_weights != "same"
+    def order_of_tails(self) -> Tails:
+        """When the rollout comes to what follows the last stochastic step."""
+        return "in_company" if self.tail_cache != "none" else "last" if self.tail_weights != "same" else "mixed"
 
     @property
     def eval_guidance(self) -> float:
@@ -439,6 +439,11 @@ class Settings(BaseModel):
             raise ValueError(
                 "updates_per_rollout=per_step means nothing to method=diffusionnft, which trains no step; give a number"
             )
+        self._possible_tails()
+        if self.compile and self.model == "zimage":
+            raise ValueError(
+                f"compile={self.compile}: prompts of model=zimage keep their own lengths, and each would be compiled; leave it out"
+            )
         if self.compile and self.tail_cache != "none":
             raise ValueError(
                 f"compile={self.compile}: tail_cache={self.tail_cache} changes the blocks while they run; leave one of them out"
@@ -446,6 +451,18 @@ class Settings(BaseModel):
         if self.noise == "cps" and self.eta > 1:
             raise ValueError(f"eta={self.eta}: noise=cps turns by eta * 90 degrees; give at most 1")
         return self
+
+    def _possible_tails(self) -> None:
+        if self.method not in ("flow_grpo", "grpo_guard", "dancegrpo", "branchgrpo"):
+            return
+        left = self.num_steps - 1 - max(self.sde_steps or (self.num_steps - 2,))
+        whole = 2 if self.tail_cache.startswith("taylorseer") else 1
+        for name, usual, most in (("tail_order", 1, 1), ("tail_ratio", 1.0, 1), ("tail_cache", "none", whole)):
+            if getattr(self, name) != usual and left <= most:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} means nothing where only {left} of the steps comes after the last stochastic "
+                    f"one; leave it out, or end sde_steps before {self.num_steps - 1 - most}"
+                )
 
     def _possible_window(self) -> None:
         room = self.num_steps // 2 if self.window_region == "first_half" else self.num_steps - 1

@@ -7,18 +7,17 @@ import contextlib
 import copy
 import importlib.util
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowgrain.parallel import whole
 from flowgrain.settings import Settings, SettingsError
 
-_CACHED = (r"(.*blocks|layers)\.\d+\.(attn2?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)",)
-"""What TaylorSeer extrapolates in a block: its attention and feed-forward parts, as diffusers' transformers name them."""
+_WORK = r"(attn2?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)"
+"""A block's attention and feed-forward parts, as diffusers' transformers name them."""
 _FIRST_BLOCK = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 """Transformers whose first and last blocks return what the first-block cache subtracts; of SD3, FLUX.2 and Z-Image they do not."""
 _FLOAT8_SINCE = (8, 9)
@@ -29,7 +28,10 @@ def check(s: Settings, model: nn.Module, device: torch.device, sharded: bool) ->
     """Raises SettingsError for cheaper tails that cannot be had of `model` here. sharded: whether what samples is."""
     for name, usual in (("tail_cache", "none"), ("tail_weights", "same")):
         if sharded and getattr(s, name) != usual:
-            raise SettingsError(f"{name}={getattr(s, name)}: needs the weights whole; set rollout_weights=replica, or leave it out")
+            way = "use lora_rank" if s.method == "diffusionnft" else "set rollout_weights=replica"  # it samples from its slow copy
+            raise SettingsError(
+                f"{name}={getattr(s, name)}: needs whole weights in each process, and here they are sharded; {way}, or leave it out"
+            )
     name = type(model).__name__.removeprefix("FSDP")
     if s.tail_cache.startswith("first_block") and name not in _FIRST_BLOCK:
         raise SettingsError(f"tail_cache={s.tail_cache}: diffusers' cache does not fit the blocks of {name}; use taylorseer:3")
@@ -60,7 +62,12 @@ def caching(model: nn.Module, setting: str) -> Iterator[Callable[[bool], Abstrac
             disable_cache_before_step=2,
             max_order=1,
             taylor_factors_dtype=next(model.parameters()).dtype,
-            cache_identifiers=_CACHED,
+            cache_identifiers=[rf"(.*blocks|layers)\.\d+\.{_WORK}"],
+            skip_predict_identifiers=[
+                rf"{re.escape(name)}\.(attn|proj_mlp)"
+                for name, block in model.named_modules()
+                if "proj_out" in dict(block.named_children())
+            ],
         )
     if not isinstance(model, CacheMixin):  # SD3's transformer lacks it, though the caches know its blocks
         model.__class__ = type(type(model).__name__, (type(model), CacheMixin), {})
@@ -78,18 +85,25 @@ def caching(model: nn.Module, setting: str) -> Iterator[Callable[[bool], Abstrac
 
 
 class Quantised:
-    """A copy of a model whose blocks' linear layers are quantised; a LoRA's own layers stay as they are."""
+    """A copy of a model whose blocks' attention and feed-forward layers are quantised; a LoRA's own layers stay as they are.
+
+    It lies where `model` lies until it is sent `to` its device, where one layer at a time is whole.
+    """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], kind: str, dtype: torch.dtype) -> None:
-        self.kind, self.dtype = kind, dtype
+        self.kind, self.dtype, self.stale = kind, dtype, False
         self.layers = {
             f"{block}.{name}"
             for block in blocks
             for name, module in model.get_submodule(block).named_modules()
-            if isinstance(module, nn.Linear) and not re.search(r"\blora_", name)
+            if isinstance(module, nn.Linear) and re.match(rf"{_WORK}(\.|$)", name) and not re.search(r"\blora_", name)
         }
         self.model = copy.deepcopy(model).requires_grad_(False).to(dtype)
-        self._quantise(self.layers)
+
+    def to(self, device: torch.device) -> "Quantised":
+        """Quantises, on `device`."""
+        self._quantise(self.model, lambda _, name: name in self.layers, device)
+        return self
 
     @property
     def size(self) -> int:
@@ -99,19 +113,18 @@ class Quantised:
 
     @torch.no_grad()
     def take(self, trained: Mapping[str, Tensor]) -> None:
-        """Takes the policy's trained weights, as they are now."""
-        again = set()
+        """Takes the policy's trained weights, whole, as they are now."""
         for name, value in trained.items():
-            layer, _, leaf = name.rpartition(".")
-            if layer in self.layers and leaf == "weight":
-                weight = nn.Parameter(whole(value.detach()).to(self.dtype, copy=True), requires_grad=False)
-                self.model.get_submodule(layer).weight = weight
-                again.add(layer)
+            place, _, leaf = name.rpartition(".")
+            if place in self.layers and leaf == "weight":
+                layer = self.model.get_submodule(place)
+                layer.weight = nn.Parameter(value.detach().to(self.dtype, copy=True), requires_grad=False)
+                self._quantise(layer, lambda *_: True, value.device)
             else:
-                self.model.get_parameter(name).copy_(whole(value.detach()))
-        self._quantise(again)
+                self.model.get_parameter(name).copy_(value.detach())
+        self.stale = False
 
-    def _quantise(self, layers: Collection[str]) -> None:
+    def _quantise(self, module: nn.Module, which: Callable[[nn.Module, str], bool], device: torch.device) -> None:
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             Int8DynamicActivationInt8WeightConfig,
@@ -119,4 +132,4 @@ class Quantised:
         )
 
         config = Int8DynamicActivationInt8WeightConfig() if self.kind == "int8" else Float8DynamicActivationFloat8WeightConfig()
-        quantize_(self.model, config, filter_fn=lambda _, name: name in layers)
+        quantize_(module, config, filter_fn=which, device=device)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 CoarseGrid = Literal["stride", "exact"]
+Tails = Literal["mixed", "last", "in_company"]
 
 ROOT = -1
 
@@ -280,12 +281,12 @@ class _Slots:
 
 
 @lru_cache(maxsize=4)
-def schedule(tree: Tree, rows_per_pass: int, tails_apart: bool = False) -> Schedule:
+def schedule(tree: Tree, rows_per_pass: int, tails: Tails = "mixed") -> Schedule:
     """Orders the evaluations into batches of `rows_per_pass` rows, as few as possible, and gives every latent a slot.
 
     All ready rows compete whatever their noise level; those with the longest way to go first (highest level first is
-    optimal for trees: Hu 1961). With tails_apart the tails come after everything else, each chain of steps with the same
-    companions from its first step to its last, for what is kept from one step of a row to the next (feature caching).
+    optimal for trees: Hu 1961). tails: "last" puts them after everything else, "in_company" also keeps each chain of steps with
+    the same companions from its first to its last, for what is kept from one step of a row to the next (feature caching).
     A latent's slot is free again once its children exist, unless the update or the decoder still wants it.
     """
     n = len(tree)
@@ -297,9 +298,12 @@ def schedule(tree: Tree, rows_per_pass: int, tails_apart: bool = False) -> Sched
     for row in range(n - 1, -1, -1):
         if tree.parent[row] != ROOT:
             height[tree.parent[row]] = max(height[tree.parent[row]], height[row] + 1)
-    apart = tree.tail & (height > 0) & tails_apart
-    batches = [(rows, False, False) for rows in _highest_first(tree, children_of, np.where(apart, 0, height), rows_per_pass)]
-    batches += [(rows, True, follows) for rows, follows in _in_company(tree, children_of, height, apart, rows_per_pass)]
+    apart = tree.tail & (height > 0) & (tails != "mixed")
+    batches = [(rows, False, False) for rows in _highest_first(tree, children_of, height, (height > 0) & ~apart, rows_per_pass)]
+    if tails == "in_company":
+        batches += [(rows, True, follows) for rows, follows in _in_company(tree, children_of, height, apart, rows_per_pass)]
+    else:
+        batches += [(rows, True, False) for rows in _highest_first(tree, children_of, height, apart, rows_per_pass)]
 
     kept = np.zeros(n, dtype=bool)
     kept[tree.leaves] = kept[tree.edges] = kept[tree.trained_parents] = True
@@ -327,14 +331,21 @@ def schedule(tree: Tree, rows_per_pass: int, tails_apart: bool = False) -> Sched
     return Schedule(tuple(passes), slot, slots.count, memory, memories.count)
 
 
-def _highest_first(tree: Tree, children_of: Sequence[Ints], height: Ints, rows_per_pass: int) -> Iterator[Ints]:
-    """Batches of the rows with a height, whichever are ready, the highest first."""
-    ready = [(-int(height[root]), int(root)) for root in np.flatnonzero(tree.parent == ROOT) if height[root]]
+def _begin(tree: Tree, among: NDArray[np.bool_]) -> list[int]:
+    """The rows of `among` whose parent is none of them."""
+    return [int(row) for row in np.flatnonzero(among) if tree.parent[row] == ROOT or not among[tree.parent[row]]]
+
+
+def _highest_first(
+    tree: Tree, children_of: Sequence[Ints], height: Ints, among: NDArray[np.bool_], rows_per_pass: int
+) -> Iterator[Ints]:
+    """Batches of the rows `among`, whichever are ready, the highest first."""
+    ready = [(-int(height[row]), row) for row in _begin(tree, among)]
     heapq.heapify(ready)
     while ready:
         rows = np.array([heapq.heappop(ready)[1] for _ in range(min(rows_per_pass, len(ready)))])
         for row in np.concatenate([children_of[row] for row in rows]).tolist():
-            if height[row]:
+            if among[row]:
                 heapq.heappush(ready, (-int(height[row]), int(row)))
         yield rows
 
@@ -347,7 +358,7 @@ def _in_company(
     A row's chain goes on with its highest child; another child begins one of its own, which waits for the first to be done.
     """
     chains: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
-    begins = [(0, int(row)) for row in np.flatnonzero(apart) if tree.parent[row] == ROOT or not apart[tree.parent[row]]]
+    begins = [(0, row) for row in _begin(tree, apart)]
     while begins:
         after, row = begins.pop()
         chain = [row]
