@@ -421,7 +421,7 @@ def fidelity_command(
     """Fidelity: how well a cheaper rollout ranks the groups of a recipe, and what it saves. Nothing is trained.
 
     Examples: `flowgrain fidelity mixgrpo --cheap tail_order=2 --cheap tail_ratio=0.4` ·
-    `flowgrain fidelity g2rpo --cheap granularities=1`
+    `flowgrain fidelity g2rpo --cheap granularities=1` · `flowgrain fidelity sd35_g2rpo_lora --cheap tail_cache=taylorseer:3`
     """
     quieten()
     import numpy as np
