@@ -40,7 +40,7 @@ def check(s: Settings, model: nn.Module, device: torch.device, sharded: bool) ->
     if importlib.util.find_spec("torchao") is None:
         raise SettingsError(f"tail_weights={s.tail_weights}: torchao is not installed; pip install 'flowgrain[quantize]'")
     if s.tail_weights == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < _FLOAT8_SINCE):
-        raise SettingsError(f"tail_weights=float8: needs a GPU of compute capability 8.9 or more, not {device}; int8 runs anywhere")
+        raise SettingsError(f"tail_weights=float8: needs a GPU of compute capability 8.9 or more, not {device}; use int8")
 
 
 @contextlib.contextmanager
