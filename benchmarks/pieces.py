@@ -3,7 +3,8 @@
     python benchmarks/pieces.py [--rounds 7]
 
 AdamW plain : fused; the decoder of a large VAE in its usual layout : channels last; attention by PyTorch's fused kernel : step by
-step, on the bundled model; a matrix product of the bundled model's size in bf16 : fp32; a checkpoint : a step.
+step, on the bundled model; a matrix product of the bundled model's size in bf16 : fp32; a checkpoint : a step. And a step before
+and after glibc is told to keep memory (run it without MALLOC_... variables).
 """
 
 import argparse
@@ -40,10 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    keep_memory()
     s = recipe("g2rpo", rewards="oracle", eval_rewards=(), prompts_per_step=2)
     run = Run(s, tempfile.mkdtemp())
     model = run.policy.transformer
+    steps = []
+    for _ in range(2):  # the second time with memory that stays
+        run.step(1)
+        steps.append(statistics.median(run.step(2)["seconds"] for _ in range(3)))
+        keep_memory()
+    print(f"step, memory given back : kept: {steps[0]:.2f} s : {steps[1]:.2f} s = {steps[0] / steps[1]:.2f}", flush=True)
 
     def tell(what: str, first: Callable[[], object], second: Callable[[], object]) -> None:
         a, b, found = ratio(first, second, rounds)
