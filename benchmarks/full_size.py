@@ -28,7 +28,7 @@ from flowgrain.backbones.flux import FluxBackbone
 from flowgrain.backbones.sd3 import SD3Backbone
 from flowgrain.policy import compute_device, load_dtypes
 from flowgrain.settings import Settings
-from flowgrain.simulate import _PUBLISHED
+from flowgrain.simulate import _PUBLISHED, _Size
 
 FAMILIES = {"flux": (FluxBackbone, 0.3611, 0.1159), "sd3": (SD3Backbone, 1.5305, 0.0609)}
 
@@ -38,7 +38,7 @@ def random_model(s: Settings, layers: int | None, width: int) -> Any:
     family, scale, shift = FAMILIES[s.model]
     device, dtypes = compute_device(s.device), load_dtypes(s)
     with torch.device("meta"):
-        transformer, inputs = _PUBLISHED[s.model](s)
+        transformer, inputs = _PUBLISHED[s.model](_Size(*(getattr(s, name) for name in _Size._fields)))
     for kind in ("transformer_blocks", "single_transformer_blocks"):
         if layers and hasattr(transformer, kind):
             setattr(transformer, kind, getattr(transformer, kind)[-layers:])

@@ -9,6 +9,7 @@ Then curves and weights are compared, and the memory of the processes over their
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -52,9 +53,12 @@ tells, and the others find it gone."""
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that nobody has, below those that the system hands out: it must still be free when it is bound."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise OSError("none of 100 ports is free")
 
 
 def serve(port: int) -> None:
@@ -71,6 +75,12 @@ class Server:
     def __init__(self, context: Any) -> None:
         self.context, self.port = context, free_port()
         self.start()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.1)
+        raise OSError("the reward server does not start")
 
     def start(self) -> None:
         self.process = self.context.Process(target=serve, args=(self.port,), daemon=True)

@@ -6,7 +6,8 @@ A model, not a measurement: docs/scaling.md says what it leaves out and how it d
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
@@ -53,7 +54,17 @@ class Forecast:
         return sum(self.seconds.values())
 
 
-def _flux(s: Settings) -> tuple[nn.Module, dict[str, Tensor]]:
+class _Size(NamedTuple):
+    """What a model's FLOPs depend on, named as in the settings."""
+
+    model: str
+    height: int
+    width: int
+    max_prompt_tokens: int
+    t5: bool
+
+
+def _flux(s: _Size) -> tuple[nn.Module, dict[str, Tensor]]:
     """FLUX.1-dev's transformer, and inputs of one row."""
     tokens, words = s.height * s.width // 256, s.max_prompt_tokens
     inputs = {
@@ -68,7 +79,7 @@ def _flux(s: Settings) -> tuple[nn.Module, dict[str, Tensor]]:
     return FluxTransformer2DModel(guidance_embeds=True), inputs
 
 
-def _sd3(s: Settings) -> tuple[nn.Module, dict[str, Tensor]]:
+def _sd3(s: _Size) -> tuple[nn.Module, dict[str, Tensor]]:
     """SD3.5-medium's transformer, and inputs of one row; CLIP's 77 words stand before T5's."""
     model = SD3Transformer2DModel(
         sample_size=128,
@@ -95,6 +106,13 @@ _PUBLISHED = {"flux": _flux, "sd3": _sd3}
 
 def flops_of_pass(s: Settings) -> tuple[float, int, int]:
     """FLOPs of one row through the published model of `s` at its size, its parameters, and those of its adapter."""
+    flops, parameters, of_rank_one = _counted(_Size(*(getattr(s, name) for name in _Size._fields)))
+    return flops, parameters, s.lora_rank * of_rank_one
+
+
+@lru_cache
+def _counted(s: _Size) -> tuple[float, int, int]:
+    """FLOPs of a row, parameters, and those of an adapter of rank 1."""
     with torch.device("meta"):
         model, inputs = _PUBLISHED[s.model](s)
     parameters = sum(p.numel() for p in model.parameters())
@@ -103,7 +121,7 @@ def flops_of_pass(s: Settings) -> tuple[float, int, int]:
     layers = [
         m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(r"\.(to|add)_(?!qkv)\w+(\.0)?$", name)
     ]
-    adapter = sum(s.lora_rank * (m.in_features + m.out_features) for m in layers)
+    adapter = sum(m.in_features + m.out_features for m in layers)
     return float(counter.get_total_flops()), parameters, adapter
 
 
