@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import twins
@@ -34,13 +35,10 @@ def calls(run: Run, place: int) -> list[int]:
     return found
 
 
-def alike(full, cheap, tolerance=1e-4):
-    """Whether two rollouts have the same trained edges and parents, up to the order in which rows were batched."""
-    for rows in (full.whole.edges, full.whole.trained_parents):
-        torch.testing.assert_close(full.result.at(rows), cheap.result.at(rows), atol=tolerance, rtol=tolerance)
-    images = (full.images - cheap.images).abs().mean()
-    assert 1e-6 < images < 0.05
-    assert full.result.forward_passes == cheap.result.forward_passes
+def distances(full, cheap):
+    """The most by which trained edges and their parents differ, and the mean by which images do."""
+    rows = np.concatenate([full.whole.edges, full.whole.trained_parents])
+    return (full.result.at(rows) - cheap.result.at(rows)).abs().max(), (full.images - cheap.images).abs().mean()
 
 
 def test_taylorseer_in_the_tails_alone(tiny, tmp_path):
@@ -48,7 +46,10 @@ def test_taylorseer_in_the_tails_alone(tiny, tmp_path):
     of_full, of_cheap = calls(full, 1), calls(cheap, 1)
     before, after = full.sample_tree(1), cheap.sample_tree(1)
     assert sum(of_cheap) < 0.8 * sum(of_full)
-    alike(before, after)
+    stochastic, images = distances(before, after)
+    assert stochastic < 1e-4  # fp32, batched differently
+    assert 1e-6 < images < 0.05
+    assert after.result.forward_passes == before.result.forward_passes
     assert after.result.batches >= before.result.batches
     torch.testing.assert_close(cheap.sample_tree(1).images, after.images)  # nothing is kept from one rollout to the next
     # The update is the full model's again, and takes a gradient through it.
@@ -129,7 +130,9 @@ def test_quantised_tails_follow_the_policy(tiny, tmp_path, torchao, changes):
 
 def test_quantised_tails_change_no_stochastic_step(tiny, tmp_path, torchao):
     full, cheap = (Run(changed(tiny, tail_weights=kind, num_steps=4), tmp_path / kind) for kind in ("same", "int8"))
-    alike(full.sample_tree(1), cheap.sample_tree(1))
+    stochastic, images = distances(full.sample_tree(1), cheap.sample_tree(1))
+    assert stochastic < 1e-4
+    assert 1e-6 < images < 0.05
 
 
 def test_compiled_blocks(tiny, tmp_path):

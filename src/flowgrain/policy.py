@@ -176,8 +176,8 @@ class Policy:
         True CFG is v_free + guidance (v - v_free), unless the backbone has a formula of its own. Of compiled blocks a batch is
         filled up to a size that they know.
         """
-        rows = next((rows for rows in self.static_rows if rows > len(x)), len(x))
-        if len(x) not in self.static_rows and rows > len(x):
+        rows = next((rows for rows in self.static_rows if rows >= len(x)), len(x))
+        if rows > len(x):
             repeated = torch.arange(rows, device=x.device).clamp(max=len(x) - 1)
             full = self.velocity(model, x[repeated], sigma[repeated], take(cond, repeated), guidance)
             return full[: len(x)]
