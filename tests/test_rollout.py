@@ -84,16 +84,7 @@ def test_executed_is_planned_and_images_are_the_naive_ones(tree, rows_per_pass, 
         yield finish
         opened.append(seen)
 
-    result = rollout(
-        tree,
-        counted,
-        FlowSDE(),
-        sigmas,
-        noise,
-        rows_per_pass,
-        tail=None if tails == "mixed" else tail,
-        in_company=tails == "in_company",
-    )
+    result = rollout(tree, counted, FlowSDE(), sigmas, noise, rows_per_pass, tail=tail, tails=tails)
     if tails != "mixed":  # opened once, after all that a stochastic step depends on, and closed at the end
         noisy = {int(row) for row in np.flatnonzero(tree.stochastic)}
         above = set()

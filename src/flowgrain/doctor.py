@@ -119,7 +119,7 @@ def examine(s: Settings, out: Path | None = None) -> list[Finding]:
         return f"{rows} rows, {rows / (time.perf_counter() - begin):,.0f} rows a second"
 
     trial("forward", forward)
-    if run.policy.cheap_tails:
+    if s.order_of_tails != "mixed":
         trial("cheaper tail", tail)
     trial("decode", decode)
     for name, reward in run.eval_rewards.items():

@@ -202,11 +202,6 @@ class Policy:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed and self.dtype != torch.float32):
             return self.velocity(model, x.to(self.dtype), sigma, cond, guidance)
 
-    @property
-    def cheap_tails(self) -> bool:
-        """Whether a rollout's tails have a cheaper source of velocities."""
-        return self.tail_cache != "none" or self.quantised is not None
-
     @contextlib.contextmanager
     def tail(self) -> Iterator[Callable[..., Tensor]]:
         """Inside, tail(x, sigma, cond, guidance, follows) gives cheaper velocities [B, *L]; nothing else may use the model there.

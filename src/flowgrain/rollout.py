@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowgrain.sde import ODE, Kernel, Step, multistep, per_row
-from flowgrain.tree import ROOT, Ints, Pass, Tree, schedule
+from flowgrain.tree import ROOT, Ints, Pass, Tails, Tree, schedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x [B, *L], sigma [B] fp32, prompt [B] index) -> v [B, *L]."""
@@ -65,19 +65,19 @@ def rollout(
     rows_per_pass: int = 64,
     dtype: torch.dtype = torch.float32,
     tail: Callable[[], AbstractContextManager[Tail]] | None = None,
-    in_company: bool = False,
+    tails: Tails = "mixed",
 ) -> Rollout:
     """Runs `tree` on the grid `sigmas` [T + 1]: every evaluated row exactly once, `rows_per_pass` rows at a time.
 
     Latents are stored as `dtype`; a stochastic step is rounded to it when stored, so a log-probability taken from the
-    stored latents is that of what was fed onward. tail, if given, opens another source of velocities for the tree's tails, which
-    then come last, and if in_company in batches that stay together to the end.
+    stored latents is that of what was fed onward. tail opens another source of velocities for the tree's tails, if `tails` sets
+    them apart (see schedule).
     Raises ValueError if the grid's length is not the tree's.
     """
     if len(sigmas) != tree.num_steps + 1:
         raise ValueError(f"the tree has {tree.num_steps} steps, the grid {len(sigmas) - 1}")
     device = sigmas.device
-    plan = schedule(tree, rows_per_pass, "mixed" if tail is None else "in_company" if in_company else "last")
+    plan = schedule(tree, rows_per_pass, tails)
 
     def index(values: Ints) -> Tensor:
         return torch.from_numpy(values).to(device)

@@ -195,10 +195,9 @@ class Run:
                             x, sigma, take(cond, first + prompt), s.guidance_scale, follows
                         )
 
-                cheap, company = tail if self.policy.cheap_tails else None, self.policy.tail_cache != "none"
                 with self._timed("sample"):
                     results.append(
-                        rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass, tail=cheap, in_company=company)
+                        rollout(part, velocity, kernel, self.sigmas, own_noise, s.rows_per_pass, tail=tail, tails=s.order_of_tails)
                     )
                 with self._timed("decode"):
                     images.append(decode(self.policy, results[-1].at(part.leaves), s.rows_per_pass))
