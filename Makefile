@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 export MALLOC_MMAP_MAX_ ?= 0
 
-.PHONY: demo compare test lint types unit bench soak weights
+.PHONY: demo compare test test-portable test-avx2 lint types unit bench soak weights
 demo: .venv/ready
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
@@ -13,6 +13,19 @@ compare: .venv/ready
 	$(BIN)/flowgrain compare quick
 
 test: lint types unit
+
+# Kernels of other CPUs: AVX2 without VNNI, and SSE 4.1.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+SSE41 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+NUMERICAL := tests/test_sde.py tests/test_tree.py tests/test_rollout.py tests/test_credit.py tests/test_objective.py tests/test_methods.py \
+	tests/test_tails.py tests/invariants/test_ratio.py tests/invariants/test_processes.py
+
+test-portable: .venv/ready
+	$(AVX2) $(MAKE) unit
+	$(SSE41) $(MAKE) unit
+
+test-avx2: .venv/ready
+	$(AVX2) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(NUMERICAL)
 
 unit: .venv/ready
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal

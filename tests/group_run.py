@@ -124,7 +124,10 @@ def held(folder, cases):
 
 
 def cheap_tails(folder, aside):
-    """Advantages of the bundled model's second step with each kind of cheaper tail, and what is said where there can be none."""
+    """The bundled model's second step with each kind of cheaper tail: advantages with a cache, images [I, 3, H, W] with int8 weights.
+
+    Several processes also return the messages where such tails are impossible.
+    """
     sys.path.insert(0, aside)
     base = {
         "num_steps": 5, "sde_steps": (0,), "granularities": (1,), "group_size": 3, "prompts_per_step": 2, "eval_rewards": (),
@@ -134,7 +137,8 @@ def cheap_tails(folder, aside):
     for name, changes in (("cache", {"tail_cache": "taylorseer:2"}), ("weights", {"tail_weights": "int8"})):
         run = Run(settings({**base, **changes}), Path(folder) / name)
         run.step(1)
-        found[name] = run.sample_tree(2).advantage
+        sampled = run.sample_tree(2)
+        found[name] = sampled.advantage if name == "cache" else torch.cat(run.group.collect(sampled.images))
     if run.group.size > 1:
         del base["sde_steps"], base["granularities"]
         for changes in ({"method": "g2rpo", "rollout_weights": "sharded"}, {"method": "diffusionnft"}):

@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,6 +85,17 @@ def caching(model: nn.Module, setting: str) -> Iterator[Callable[[bool], Abstrac
         model.disable_cache()
 
 
+@lru_cache
+def int8_saturates() -> bool:
+    """Whether int8 matrix products saturate on this CPU.
+
+    Kernels without VNNI add pairs of products in 16 bits, which overflow for values near 127. Measured instead of read from the
+    CPU's flags, because an environment variable can limit the kernels. Values in -64..63 are exact on all CPUs.
+    """
+    a, b = torch.full((8, 64), 127, dtype=torch.int8), torch.full((64, 8), 127, dtype=torch.int8)
+    return not torch.equal(torch._int_mm(a, b), a.int() @ b.int())
+
+
 class Quantised:
     """A copy of a model whose blocks' attention and feed-forward layers are quantised; a LoRA's own layers stay as they are.
 
@@ -131,5 +143,8 @@ class Quantised:
             quantize_,
         )
 
-        config = Int8DynamicActivationInt8WeightConfig() if self.kind == "int8" else Float8DynamicActivationFloat8WeightConfig()
+        if self.kind == "int8":
+            config: Any = Int8DynamicActivationInt8WeightConfig(reduce_range=device.type == "cpu" and int8_saturates())
+        else:
+            config = Float8DynamicActivationFloat8WeightConfig()
         quantize_(module, config, filter_fn=which, device=device)
