@@ -124,7 +124,7 @@ def held(folder, cases):
 
 
 def cheap_tails(folder, aside):
-    """The bundled model's second step with each kind of cheaper tail: advantages with a cache, images [I, 3, H, W] with int8 weights.
+    """The bundled model's second step with each kind of cheaper tail: advantages with a cache, images with int8 weights.
 
     Several processes also return the messages where such tails are impossible.
     """

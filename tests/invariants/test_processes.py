@@ -90,8 +90,8 @@ def test_cheaper_tails_of_two(tmp_path, monkeypatch):
     two = together(2, group_run.cheap_tails, tmp_path, tmp_path / "two", aside)
     one = group_run.cheap_tails(tmp_path / "one", aside)
     torch.testing.assert_close(two["cache"], one["cache"], atol=1e-3, rtol=0)
-    # Two processes use batches of another size, whose last bits differ. int8 rounding can turn a difference in the last bit into
-    # a whole quantization level, so single pixels can differ. Advantages are not compared: they divide by the spread of the rewards.
+    # Two processes use batches of another size, whose last bits differ. int8 rounding can turn such a difference into
+    # a whole quantization level, so single pixels can differ. Advantages divide by the spread of the rewards; not compared.
     difference = (two["weights"] - one["weights"]).abs()
     # Measured: .0004 to .004, depending on the kernels. Images of different noise differ by about .2.
     assert difference.mean() < 0.01
