@@ -18,13 +18,13 @@ import torch
 from published import Published
 
 from flowgrain import recipe
-from flowgrain.algorithms import build, plan_tree
-from flowgrain.backbones import take
-from flowgrain.process import keep_memory
-from flowgrain.prompts import keyed_noise
-from flowgrain.rollout import rollout
-from flowgrain.sde import FlowSDE
-from flowgrain.train import Run
+from flowgrain.methods.algorithms import build, plan_tree
+from flowgrain.models import take
+from flowgrain.distributed.process import keep_memory
+from flowgrain.data import keyed_noise
+from flowgrain.core.rollout import rollout
+from flowgrain.core.sde import FlowSDE
+from flowgrain.training.trainer import Run
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrain import Run, recipe
-from flowgrain.algorithms import build, price
-from flowgrain.process import keep_memory
+from flowgrain.methods.algorithms import build, price
+from flowgrain.distributed.process import keep_memory
 
 
 def seconds(work, device: torch.device, repeats: int) -> float:

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrain import Run, recipe
-from flowgrain.algorithms import build, price
-from flowgrain.backbones import Source, take
-from flowgrain.backbones.flux import FluxBackbone
-from flowgrain.backbones.sd3 import SD3Backbone
-from flowgrain.policy import compute_device, load_dtypes
-from flowgrain.settings import Settings
-from flowgrain.simulate import _PUBLISHED, _Size
+from flowgrain.methods.algorithms import build, price
+from flowgrain.models import Source, take
+from flowgrain.models.flux import FluxBackbone
+from flowgrain.models.sd3 import SD3Backbone
+from flowgrain.training.policy import compute_device, load_dtypes
+from flowgrain.config.schema import Settings
+from flowgrain.planning.forecast import _PUBLISHED, _Size
 
 FAMILIES = {"flux": (FluxBackbone, 0.3611, 0.1159), "sd3": (SD3Backbone, 1.5305, 0.0609)}
 

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from flowgrain import recipe
-from flowgrain.algorithms import build, price
-from flowgrain.process import keep_memory
-from flowgrain.train import Run
+from flowgrain.methods.algorithms import build, price
+from flowgrain.distributed.process import keep_memory
+from flowgrain.training.trainer import Run
 
 BASE = {
     "num_steps": 16, "group_size": 12, "granularities": (1, 2, 3), "prompts_per_step": 2, "rewards": "oracle", "eval_rewards": (),

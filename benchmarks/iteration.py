@@ -19,8 +19,8 @@ import torch
 from published import Published
 
 from flowgrain import recipe
-from flowgrain.process import keep_memory
-from flowgrain.train import Run
+from flowgrain.distributed.process import keep_memory
+from flowgrain.training.trainer import Run
 
 STAGES = ("sample", "decode", "score", "update")
 USUAL = {

@@ -12,7 +12,7 @@ import numpy as np
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from flowgrain.evaluate import interval
+from flowgrain.training.evaluate import interval
 from flowgrain.report.comparison import curve_of, finished_runs, load
 
 

@@ -16,12 +16,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from flowgrain import recipe
-from flowgrain.backbones import take
-from flowgrain.process import keep_memory
-from flowgrain.rollout import rollout
-from flowgrain.sde import ODE
-from flowgrain.train import Run
-from flowgrain.tree import Planner
+from flowgrain.models import take
+from flowgrain.distributed.process import keep_memory
+from flowgrain.core.rollout import rollout
+from flowgrain.core.sde import ODE
+from flowgrain.training.trainer import Run
+from flowgrain.core.tree import Planner
 
 
 @torch.no_grad()

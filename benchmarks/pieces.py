@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowgrain import Run, recipe
-from flowgrain.backbones import take
-from flowgrain.process import keep_memory
+from flowgrain.models import take
+from flowgrain.distributed.process import keep_memory
 
 
 def ratio(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowgrain.backbones import take
-from flowgrain.sde import ODE, FlowSDE, Kernel, Step
-from flowgrain.train import Run
-from flowgrain.tree import coarse_levels
+from flowgrain.models import take
+from flowgrain.core.sde import ODE, FlowSDE, Kernel, Step
+from flowgrain.training.trainer import Run
+from flowgrain.core.tree import coarse_levels
 
 
 @dataclass

@@ -28,14 +28,15 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-import flowgrain.backbones.shapes  # noqa: F401
-from flowgrain import Run, checkpoint
-from flowgrain.process import keep_memory, quieten
+import flowgrain.models.shapes  # noqa: F401
+from flowgrain.training import checkpoint
+from flowgrain import Run
+from flowgrain.distributed.process import keep_memory, quieten
 from flowgrain.rewards import RewardSource
 from flowgrain.rewards.service import Remote, service
 from flowgrain.rewards.shapes import Oracle
-from flowgrain.settings import Settings, settings
-from flowgrain.train import Interrupted, RunStopped
+from flowgrain.config.schema import Settings, settings
+from flowgrain.training.trainer import Interrupted, RunStopped
 
 FAULTS = ("kill", "rank", "stop", "raise", "nan", "stall", "server", "disk", "truncate")
 SMALL = {
@@ -230,7 +231,7 @@ def soak(folder: Path, steps: int, seed: int, faults: int, processes: int = 1) -
     """The undisturbed run, the disturbed one with `faults` faults, and whether they are the same. Raises AssertionError if not."""
     s = settings({**SMALL, "max_steps": steps, "seed": seed})
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "flowgrain.backbones.shapes", "diffusers.training_utils", "uvicorn", "fastapi"])
+    context.set_forkserver_preload([__name__, "flowgrain.models.shapes", "diffusers.training_utils", "uvicorn", "fastapi"])
     chance = random.Random(seed)
     whole, cut = folder / "whole", folder / "cut"
     folder.mkdir(parents=True, exist_ok=True)

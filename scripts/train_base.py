@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
-from flowgrain.backbones.shapes import WEIGHTS, ShapesBackbone, WordTable, build_transformer
-from flowgrain.sde import sigma_grid
+from flowgrain.models.shapes import WEIGHTS, ShapesBackbone, WordTable, build_transformer
+from flowgrain.core.sde import sigma_grid
 from flowgrain.shapes.grammar import parse, prompts, tokenize
 from flowgrain.shapes.oracle import judge
 from flowgrain.shapes.render import render

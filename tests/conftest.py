@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from flowgrain.settings import Settings, settings
+from flowgrain.config.schema import Settings, settings
 
 torch.set_num_threads(1)
 

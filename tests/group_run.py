@@ -12,8 +12,8 @@ from torch import nn
 from toy import PROMPTS, Toy, red
 
 from flowgrain import Run, RunStopped
-from flowgrain.parallel import leave, whole
-from flowgrain.settings import PAPER, SettingsError, settings
+from flowgrain.distributed.mesh import leave, whole
+from flowgrain.config.schema import PAPER, SettingsError, settings
 
 THREE = [*PROMPTS, "zero", "two"]  # six prompts on four processes: two of them do work that counts for nothing
 

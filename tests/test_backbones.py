@@ -9,12 +9,12 @@ import twins
 from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, ZImagePipeline
 
 from flowgrain import Run, SettingsError
-from flowgrain.backbones import Dtypes, Source, load_backbone
-from flowgrain.policy import load_dtypes
-from flowgrain.sde import sigma_grid
-from flowgrain.settings import settings
-from flowgrain.survey import open_model, targets
-from flowgrain.train import load_model
+from flowgrain.models import Dtypes, Source, load_backbone
+from flowgrain.training.policy import load_dtypes
+from flowgrain.core.sde import sigma_grid
+from flowgrain.config.schema import settings
+from flowgrain.evaluation.survey import open_model, targets
+from flowgrain.training.trainer import load_model
 
 PROMPTS = ["a red cat", "two blue dogs", "a green bird", "seven trees"]
 PIPELINES = {
@@ -91,7 +91,7 @@ def images_of_pipeline(pipe, run, noise, num_steps, guidance, prompts):
 )
 def test_our_images_are_the_pipelines(folders, tmp_path, model, weights, guidance):
     """fp32, 1e-4: the pipeline rounds timesteps to 1000 sigma in fp32, we hand the model sigma itself. One prompt is cut."""
-    from flowgrain.evaluate import sample
+    from flowgrain.training.evaluate import sample
 
     run = run_of(model, folders / weights, tmp_path, shift="auto", guidance_scale=guidance, num_steps=5)
     noise = latents_of(run, 2)
@@ -132,7 +132,7 @@ def test_the_natural_shift_is_the_schedulers(folders, model, size, mu):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_training_resume_and_export(folders, tmp_path, monkeypatch, model, rank):
     """Two steps, a resume to the bit, and the export in a plain pipeline gives our images."""
-    from flowgrain.evaluate import sample
+    from flowgrain.training.evaluate import sample
 
     monkeypatch.setattr(Run, "report", lambda _: None)  # it draws no less for a small run
     whole = run_of(model, folders / model, tmp_path / "whole", lora_rank=rank, checkpoint_every=1, eval_every=2)

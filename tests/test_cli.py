@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from flowgrain.cli import main
+from flowgrain.cli.main import main
 
 
 class Done(NamedTuple):

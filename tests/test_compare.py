@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from flowgrain import RunStopped, SettingsError
-from flowgrain.compare import Comparison, entries, load_comparison, method_names, results, run_comparison
+from flowgrain.studies.compare import Comparison, entries, load_comparison, method_names, results, run_comparison
 from flowgrain.report.comparison import table, write_comparison
 from flowgrain.shapes.features import diversity, features, frechet, true_features
 from flowgrain.shapes.grammar import prompts

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout import trees
 
-from flowgrain.credit import Normalisation, edge_values, granular, mix, normalise, outcome
-from flowgrain.tree import Planner
+from flowgrain.core.credit import Normalisation, edge_values, granular, mix, normalise, outcome
+from flowgrain.core.tree import Planner
 
 HOW = Normalisation()
 

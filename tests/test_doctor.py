@@ -3,9 +3,9 @@
 import psutil
 import pytest
 
-from flowgrain.doctor import examine, memory
-from flowgrain.settings import settings
-from flowgrain.train import Run
+from flowgrain.planning.doctor import examine, memory
+from flowgrain.config.schema import settings
+from flowgrain.training.trainer import Run
 
 
 def test_a_run_that_is_well(tiny, tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from flowgrain import SettingsError
-from flowgrain.fidelity import fidelity
-from flowgrain.settings import settings
+from flowgrain.evaluation.fidelity import fidelity
+from flowgrain.config.schema import settings
 
 SMALL = {"num_steps": 6, "group_size": 4, "prompts_per_step": 2, "eval_rewards": (), "rewards": "towers"}
 

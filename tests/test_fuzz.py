@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from flowgrain import SettingsError, checkpoint
-from flowgrain import settings as settings_module
-from flowgrain.prompts import read_prompts
+from flowgrain.training import checkpoint
+from flowgrain import SettingsError
+from flowgrain.config import schema as settings_module
+from flowgrain.data import read_prompts
 from flowgrain.rewards.judge import parse_points, parse_score
 from flowgrain.rewards.ocr import quoted
 from flowgrain.rewards.service import Answer, Question
-from flowgrain.settings import Settings
+from flowgrain.config.schema import Settings
 
 FILES = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 plain = st.recursive(

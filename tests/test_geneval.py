@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrain.prompts import read_prompts
+from flowgrain.data import read_prompts
 from flowgrain.rewards import RewardSource, explained
 from flowgrain.rewards.geneval import Box, GenEval, TransformersDetector, judge_boxes, nearest_colour, read_demands, relations
 

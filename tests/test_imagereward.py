@@ -10,8 +10,8 @@ from flowgrain import SettingsError
 from flowgrain.rewards import RewardSource, load_reward
 from flowgrain.rewards.clip import OPENAI_MEAN, OPENAI_STD, fit
 from flowgrain.rewards.imagereward import from_image_reward
-from flowgrain.settings import settings
-from flowgrain.train import Run
+from flowgrain.config.schema import settings
+from flowgrain.training.trainer import Run
 
 SEEN, READ, LAYERS, SIZE, PATCH, WORDS = 192, 128, 2, 24, 8, 59  # 57 words of the tokenizer, [DEC] and [ENC]
 HEAD = {0: (12, READ), 2: (8, 12), 4: (6, 8), 6: (4, 6), 7: (1, 4)}  # the numbers between are dropout

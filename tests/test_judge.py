@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowgrain.evaluate import mean
+from flowgrain.training.evaluate import mean
 from flowgrain.rewards import Prompt, RewardSource, explained, load_reward, score
 from flowgrain.rewards.judge import Judge, parse_points, parse_score, points_of
 

@@ -15,11 +15,11 @@ import torch
 from toy import PROMPTS, Toy, green, red
 
 from flowgrain import Run
-from flowgrain.algorithms import build as build_method
-from flowgrain.algorithms import price, psi_profile
-from flowgrain.prompts import latent_noise
-from flowgrain.settings import PAPER, settings
-from flowgrain.window import window
+from flowgrain.methods.algorithms import build as build_method
+from flowgrain.methods.algorithms import price, psi_profile
+from flowgrain.data import latent_noise
+from flowgrain.config.schema import PAPER, settings
+from flowgrain.methods.window import window
 
 P, SEED, STEP = 2, 5, 1
 

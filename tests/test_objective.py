@@ -2,8 +2,8 @@
 
 import torch
 
-from flowgrain.objective import Edges, clipped
-from flowgrain.sde import FlowSDE, Gaussian, Step, sigma_grid
+from flowgrain.core.objective import Edges, clipped
+from flowgrain.core.sde import FlowSDE, Gaussian, Step, sigma_grid
 
 
 def edges(theta: torch.Tensor, reference: bool = False) -> Edges:

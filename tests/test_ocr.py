@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from flowgrain import SettingsError
 from flowgrain.rewards import RewardSource, load_reward, score
 from flowgrain.rewards.ocr import OCR, quoted, text_score
-from flowgrain.settings import settings
-from flowgrain.train import Run
+from flowgrain.config.schema import settings
+from flowgrain.training.trainer import Run
 
 pytest.importorskip("rapidfuzz")
 

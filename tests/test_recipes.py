@@ -8,10 +8,10 @@ import torch
 import twins
 
 from flowgrain import Run, recipe
-from flowgrain.algorithms import METHODS, build, changes_with_step, price
-from flowgrain.calibrate import calibration_price
-from flowgrain.recipes import DEFAULT, bundled
-from flowgrain.settings import Settings
+from flowgrain.methods.algorithms import METHODS, build, changes_with_step, price
+from flowgrain.methods.calibration import calibration_price
+from flowgrain.config.recipes import DEFAULT, bundled
+from flowgrain.config.schema import Settings
 
 REAL = [name for name in bundled() if name != DEFAULT]
 PROMPTS = ["a red cat", "two blue dogs", "a green bird"]
@@ -32,7 +32,7 @@ def test_every_method_on_both_models():
 @pytest.mark.parametrize("name", [name for name in REAL if not name.endswith("_lora")])
 def test_docstrings_tell_the_cost(name):
     s = recipe(name)
-    told = " ".join((importlib.import_module(f"flowgrain.recipes.{name}").__doc__ or "").split())
+    told = " ".join((importlib.import_module(f"flowgrain.config.recipes.{name}").__doc__ or "").split())
     assert f"flowgrain train {name} prompts=" in told
     assert "Hardware: " in told
     assert f"`{name}_lora`" in told

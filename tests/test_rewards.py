@@ -17,8 +17,8 @@ from twins import clip_tokenizer, siglip_tokenizer
 from flowgrain import SettingsError
 from flowgrain.rewards import RewardSource, load_reward
 from flowgrain.rewards.clip import OPENAI_MEAN, OPENAI_STD, Preprocess, fit, from_open_clip, read_preprocess
-from flowgrain.settings import settings
-from flowgrain.train import Run
+from flowgrain.config.schema import settings
+from flowgrain.training.trainer import Run
 
 PROMPTS = ["a red cat", "two dogs", "bird"]
 HEADS, WIDTH, LAYERS, SIZE, PATCH = 2, 16, 2, 24, 8

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrain.prompts import keyed_noise, latent_noise
-from flowgrain.rollout import rollout
-from flowgrain.sde import ODE, FlowSDE, Step, multistep, sigma_grid
-from flowgrain.tree import ROOT, Planner, Tree, cost
+from flowgrain.data import keyed_noise, latent_noise
+from flowgrain.core.rollout import rollout
+from flowgrain.core.sde import ODE, FlowSDE, Step, multistep, sigma_grid
+from flowgrain.core.tree import ROOT, Planner, Tree, cost
 
 SHAPE = (2, 3)
 

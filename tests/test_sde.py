@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowgrain.sde import CPS, ODE, CalibratedSDE, DanceSDE, FlowSDE, Gaussian, Step, sigma_grid
+from flowgrain.core.sde import CPS, ODE, CalibratedSDE, DanceSDE, FlowSDE, Gaussian, Step, sigma_grid
 
 KERNELS = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.7), CalibratedSDE([0.5] * 8)]
 

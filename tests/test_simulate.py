@@ -3,7 +3,7 @@
 import pytest
 
 from flowgrain import SettingsError, recipe
-from flowgrain.simulate import GPUS, flops_of_pass, forecast, told
+from flowgrain.planning.forecast import GPUS, flops_of_pass, forecast, told
 
 
 def test_flops_by_hand():

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from flowgrain import Run, SettingsError
-from flowgrain.evaluate import draw
-from flowgrain.published import DIMENSIONS, PUBLISHED, published
+from flowgrain.training.evaluate import draw
+from flowgrain.evaluation.published import DIMENSIONS, PUBLISHED, published
 from flowgrain.report.side_by_side import section, write_side_by_side
 from flowgrain.rewards import Explained, explained
-from flowgrain.settings import settings
-from flowgrain.survey import (
+from flowgrain.config.schema import settings
+from flowgrain.evaluation.survey import (
     as_json,
     base_settings,
     bootstrap,
@@ -159,7 +159,7 @@ def test_a_stop_loses_a_piece_at_most(done, tmp_path, monkeypatch):
     for path in lost:
         path.unlink()
     made = []
-    monkeypatch.setattr("flowgrain.survey._keep_images", lambda found, piece, folder: made.append(piece.file))
+    monkeypatch.setattr("flowgrain.evaluation.survey._keep_images", lambda found, piece, folder: made.append(piece.file))
     run_survey(asked, tmp_path / "cut")
     assert sorted(made) == lost
     again = read_scores(tmp_path / "cut")

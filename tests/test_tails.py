@@ -9,9 +9,9 @@ import torch
 import twins
 
 from flowgrain import Run, SettingsError
-from flowgrain.backbones import take
-from flowgrain.policy import Policy
-from flowgrain.settings import Settings, settings
+from flowgrain.models import take
+from flowgrain.training.policy import Policy
+from flowgrain.config.schema import Settings, settings
 
 ASIDE = Path(sys.prefix) / "aside"
 MORE = {"num_steps": 8, "sde_steps": (0, 1), "granularities": (1, 2), "rows_per_pass": 8, "learning_rate": 1e-3}

@@ -11,11 +11,12 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from flowgrain import Run, RunStopped, SettingsError, checkpoint, recipe
-from flowgrain.backbones.shapes import WEIGHTS, ShapesBackbone
-from flowgrain.prompts import read_prompts
+from flowgrain.training import checkpoint
+from flowgrain import Run, RunStopped, SettingsError, recipe
+from flowgrain.models.shapes import WEIGHTS, ShapesBackbone
+from flowgrain.data import read_prompts
 from flowgrain.rewards import Scoring, score
-from flowgrain.settings import settings
+from flowgrain.config.schema import settings
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_columns_stay_with_their_prompts(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
-    from flowgrain.prompts import prompts_of_step
+    from flowgrain.data import prompts_of_step
     from flowgrain.rewards import fields_of, score
 
     rows = [{"caption": "naïve café 猫\u2028two", "tag": "a", "include": [{"class": "cat"}]}, {"caption": "x", "tag": "b"}]
@@ -96,7 +97,7 @@ def test_columns_stay_with_their_prompts(tmp_path):
 
 def test_many_prompts_are_read_and_checked_at_once(tmp_path):
     """100,000 of them in one pass each: what is counted is calls, not seconds."""
-    from flowgrain.prompts import prompts_of_step
+    from flowgrain.data import prompts_of_step
 
     (tmp_path / "a.txt").write_text("\n".join(f"prompt number {i}" for i in range(100_000)))
     found = read_prompts("prompts", str(tmp_path / "a.txt"))
@@ -231,7 +232,7 @@ def test_rewards_in_the_background(tiny, tmp_path):
     )
     inline = Run(s.model_copy(update={"prompts_per_rollout": 2}), tmp_path / "c", rewards={"mine": plain, "other": red_less})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowgrain.train.Scoring", functools.partial(forced_inline, Scoring))
+        patch.setattr("flowgrain.training.trainer.Scoring", functools.partial(forced_inline, Scoring))
         same = inline.sample_tree(1)
     for name in ("mine", "other"):
         assert torch.equal(same.scores[name].values, parts.scores[name].values)
@@ -273,8 +274,8 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(tiny, tmp_path):
 
 
 def test_executed_passes_are_the_plans(tiny, tmp_path):
-    from flowgrain.algorithms import build, plan_tree
-    from flowgrain.tree import cost
+    from flowgrain.methods.algorithms import build, plan_tree
+    from flowgrain.core.tree import cost
 
     metrics = Run(tiny, tmp_path).step(1)
     price = cost(plan_tree(build(tiny), tiny))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from flowgrain.algorithms import METHODS, build, plan_tree
-from flowgrain.settings import PAPER, settings
-from flowgrain.tree import Planner, coarse_levels, cost, schedule
+from flowgrain.methods.algorithms import METHODS, build, plan_tree
+from flowgrain.config.schema import PAPER, settings
+from flowgrain.core.tree import Planner, coarse_levels, cost, schedule
 
 
 def test_every_method_has_its_paper():

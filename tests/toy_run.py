@@ -7,7 +7,7 @@ import torch
 from toy import PROMPTS, Toy, red
 
 from flowgrain import Run
-from flowgrain.settings import settings
+from flowgrain.config.schema import settings
 
 SETTINGS = settings(
     {

@@ -1,5 +1,5 @@
 """`python -m flowgrain` is the command `flowgrain`."""
 
-from flowgrain.cli import main
+from flowgrain.cli.main import main
 
 main()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from group_run import as_rank, every_method, held, make, train
 
-from flowgrain.settings import PAPER
+from flowgrain.config.schema import PAPER
 
 FULL = {f"{method}-full": (method, {}) for method in PAPER}
 LORA = {f"{method}-lora": (method, {"lora_rank": 2, "kl_weight": 0.1 * (method == "flow_grpo")}) for method in PAPER}

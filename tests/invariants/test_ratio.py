@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowgrain.algorithms import build
-from flowgrain.sde import CPS, CalibratedSDE, DanceSDE, FlowSDE
-from flowgrain.settings import Settings
-from flowgrain.train import Run
-from flowgrain.tree import split_updates
+from flowgrain.methods.algorithms import build
+from flowgrain.core.sde import CPS, CalibratedSDE, DanceSDE, FlowSDE
+from flowgrain.config.schema import Settings
+from flowgrain.training.trainer import Run
+from flowgrain.core.tree import split_updates
 
 
 @pytest.mark.parametrize("kernel", [FlowSDE(0.7), DanceSDE(0.3), CPS(0.7), CalibratedSDE([0.4] * 4)])

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from toy import PROMPTS, Toy, red
 from toy_run import toy_run
 
-from flowgrain import checkpoint
-from flowgrain.settings import SettingsError, settings
-from flowgrain.train import Interrupted, Run, RunStopped
+from flowgrain.training import checkpoint
+from flowgrain.config.schema import SettingsError, settings
+from flowgrain.training.trainer import Interrupted, Run, RunStopped
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flowgrain.parallel.dcp.save", full)
+    monkeypatch.setattr("flowgrain.distributed.mesh.dcp.save", full)
     with pytest.raises(checkpoint.CheckpointError, match=r"No space left.*step-000001"):
         checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {}, None, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

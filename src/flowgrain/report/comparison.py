@@ -14,14 +14,14 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 
-from flowgrain.calibrate import calibration_price
-from flowgrain.checkpoint import write_atomically
-from flowgrain.compare import BASE, Comparison, by_seed, entries, results, units_of_step
-from flowgrain.evaluate import interval
-from flowgrain.record import read_settings
+from flowgrain.methods.calibration import calibration_price
+from flowgrain.training.checkpoint import write_atomically
+from flowgrain.studies.compare import BASE, Comparison, by_seed, entries, results, units_of_step
+from flowgrain.training.evaluate import interval
+from flowgrain.training.recorder import read_settings
 from flowgrain.report.curves import picture
 from flowgrain.report.page import data_uri, template, tiles
-from flowgrain.settings import SettingsError
+from flowgrain.config.schema import SettingsError
 
 SMALLER_IS_BETTER = ("frechet",)
 Number = tuple[float, float, float]  # mean and the ends of its 95% interval

@@ -4,8 +4,8 @@ from collections import defaultdict
 
 from rich.tree import Tree as Drawing
 
-from flowgrain.settings import Settings
-from flowgrain.tree import ROOT, Tree
+from flowgrain.config.schema import Settings
+from flowgrain.core.tree import ROOT, Tree
 
 Shape = tuple[int, bool, bool, bool, tuple["Shape", ...]]  # level, stochastic, trained, image, children
 

@@ -15,11 +15,11 @@ import yaml
 from matplotlib.axes import Axes
 from PIL import Image
 
-from flowgrain.checkpoint import write_atomically
-from flowgrain.evaluate import interval
-from flowgrain.record import Record, read_settings
+from flowgrain.training.checkpoint import write_atomically
+from flowgrain.training.evaluate import interval
+from flowgrain.training.recorder import Record, read_settings
 from flowgrain.report.curves import PALETTE, picture
-from flowgrain.settings import Settings
+from flowgrain.config.schema import Settings
 
 PAIRS_SHOWN = 16
 STORIES = {

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flowgrain.checkpoint import write_atomically
+from flowgrain.training.checkpoint import write_atomically
 from flowgrain.report.page import template
-from flowgrain.survey import Table, cell_text, image_path, part_tables, read_scores
+from flowgrain.evaluation.survey import Table, cell_text, image_path, part_tables, read_scores
 
 SHOWN = 12  # losses, and as many gains
 

@@ -1,0 +1,119 @@
+"""Named extension points: methods, rewards and backbones, built in, from plugin files, or from installed packages."""
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from flowgrain.settings import SettingsError, did_you_mean
+
+T = TypeVar("T")
+
+
+def canonical(name: str) -> str:
+    """`name` in lower case without separators: DanceGRPO, dance-grpo and dance_grpo are the same name."""
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+class Registry(Generic[T]):
+    """Objects of one kind by name.
+
+    An object is added by the decorator `register`, by a package's entry point of `group`, or as a built-in
+    "module:attribute", which is imported when it is first used.
+
+    Args:
+        kind: what is registered, for error messages ("method").
+        group: entry-point group in which other packages publish objects ("flowgrain.methods").
+        built_in: "module:attribute" by name.
+    """
+
+    def __init__(self, kind: str, group: str, built_in: Mapping[str, str] | None = None) -> None:
+        self.kind, self.group = kind, group
+        self._built_in = dict(built_in or {})
+        self._objects: dict[str, T] = {}
+        self._entry_points: dict[str, importlib.metadata.EntryPoint] | None = None
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds an object under `name`. A plugin file that is loaded twice replaces its own object.
+
+        Raises:
+            SettingsError: `name` belongs to a built-in object, or to one from another module.
+        """
+
+        def add(thing: T) -> T:
+            known = self._objects.get(name)
+            if name in self._built_in or (known is not None and _home(known) != _home(thing)):
+                raise SettingsError(f"A {self.kind} named {name!r} already exists. Choose another name.")
+            self._objects[name] = thing
+            return thing
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The object registered as `name`, whatever its capitals and separators.
+
+        Raises:
+            SettingsError: no such object, with the nearest known name; or its package cannot be imported.
+        """
+        found = self.find(name)
+        if found is None:
+            raise SettingsError(f"There is no {self.kind} {name!r}. {did_you_mean(name, self)}")
+        if found not in self._objects:
+            try:
+                if found in self._built_in:
+                    module, _, attribute = self._built_in[found].partition(":")
+                    self._objects[found] = getattr(importlib.import_module(module), attribute)
+                else:
+                    self._objects[found] = self._published()[found].load()
+            except ImportError as error:
+                raise SettingsError(f"{self.kind} {found!r} cannot be imported: {error}.") from error
+        return self._objects[found]
+
+    def find(self, name: str) -> str | None:
+        """The registered spelling of `name`; None if nothing is registered under it."""
+        return next((known for known in self if canonical(known) == canonical(name)), None)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys([*self._built_in, *self._objects, *self._published()])
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.find(name) is not None
+
+    def _published(self) -> dict[str, importlib.metadata.EntryPoint]:
+        if self._entry_points is None:
+            found = importlib.metadata.entry_points(group=self.group)
+            self._entry_points = {entry.name: entry for entry in found}
+        return self._entry_points
+
+
+def _home(thing: Any) -> str | None:
+    return getattr(thing, "__module__", None)
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a Python file that registers methods, rewards or backbones. Loading a file again has no effect.
+
+    Raises:
+        SettingsError: the file does not exist, or raises an error.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise SettingsError(f"--plugin {path}: there is no such file.")
+    name = f"flowgrain_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{file.stem}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise SettingsError(f"--plugin {path}: not a Python file. Its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise SettingsError(f"--plugin {path}: {type(error).__name__}: {error}") from error
