@@ -1,10 +1,11 @@
-"""Which prompts and which noise a step takes: functions of (seed, step, ...) alone, so that a resume is a step number."""
+"""Prompts and noise of a training step: functions of (seed, step, ...) alone, so a resumed run only needs its step number."""
 
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,83 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgrain.rewards import Prompt, fields_of
 from flowgrain.core.rollout import Noise
-from flowgrain.config.schema import SettingsError, existing_file
 from flowgrain.core.tree import Ints
+from flowgrain.settings import SettingsError, nearest
 
 TEXT_FIELDS = ("prompt", "text", "caption", "prompt_en")
-"""Names under which files keep a prompt's text, the first that is there counts."""
+"""Column names that may hold a prompt's text. The first one that exists is used."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: its text, and the other columns of the prompt file for rewards that need them."""
+
+    text: str
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def as_prompts(prompts: Sequence[str | Prompt]) -> list[Prompt]:
+    """`prompts` with plain strings wrapped as `Prompt`."""
+    return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def existing_file(setting: str, value: str) -> Path:
+    """`value` as the path of an existing file.
+
+    Raises:
+        SettingsError: no such file. The message names `setting` and the file with the nearest name.
+    """
+    path = Path(value).expanduser()
+    if path.is_file():
+        return path
+    siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    close = nearest(path.name, siblings)
+    hint = f"Did you mean {path.parent / close}?" if close else "Give the path of a text file."
+    raise SettingsError(f"{setting}={value}: there is no such file. {hint}")
 
 
 def read_prompts(setting: str, path: str) -> list[Prompt]:
-    """The prompts of a file, in its order, repeats included, with whatever other fields stand beside them.
+    """Read the prompts of a file, in order, with repeats and with their other columns.
 
-    .jsonl, .json (a list), .csv and .parquet hold the text in a field `prompt`, `text`, `caption` or `prompt_en`; any other
-    name is read as text, a line each. Raises SettingsError for a file that is missing, empty or not readable, and for a
-    blank prompt, with its line.
+    .jsonl, .json (a list), .csv and .parquet files hold the text in a column named `prompt`,
+    `text`, `caption` or `prompt_en`. Any other file is text with one prompt per line.
+
+    Raises:
+        SettingsError: the file is missing, empty or unreadable, or a prompt is blank. The message
+            names the line.
     """
     file = existing_file(setting, path)
+    readers: dict[str, Callable[[str], Iterator[tuple[int, Prompt]]]]
+    readers = {".jsonl": _from_jsonl, ".json": _from_json, ".csv": _from_csv}
     try:
         if file.suffix.lower() == ".parquet":
             numbered = list(_from_parquet(file))
-        else:
-            kind = {".jsonl": _from_jsonl, ".json": _from_json, ".csv": _from_csv}.get(file.suffix.lower(), _from_lines)
-            numbered = list(kind(file.read_bytes().decode("utf-8-sig")))  # not read_text, which ends lines at a bare CR too
+        else:  # bytes, because read_text also ends lines at a bare carriage return
+            text = file.read_bytes().decode("utf-8-sig")
+            numbered = list(readers.get(file.suffix.lower(), _from_lines)(text))
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{setting}={path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise SettingsError(
+            f"{setting}={path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from None
     except (ValueError, csv.Error) as error:
         raise SettingsError(f"{setting}={path}: {error}") from None
     if not numbered:
-        raise SettingsError(f"{setting}={path}: the file is empty; write a prompt on each line")
+        raise SettingsError(f"{setting}={path}: the file is empty. Write one prompt per line.")
     for number, prompt in numbered:
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise SettingsError(f"{setting}={path}: line {number} holds half a character (a lone surrogate); mend it")
-        if not prompt.strip():
-            raise SettingsError(f"{setting}={path}: line {number} is blank; write a prompt there or delete the line")
-    return [Prompt(prompt.strip(), fields_of(prompt)) for _, prompt in numbered]
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt.text):
+            raise SettingsError(
+                f"{setting}={path}: line {number} contains a lone surrogate. Replace this character."
+            )
+        if not prompt.text.strip():
+            raise SettingsError(
+                f"{setting}={path}: line {number} is blank. Write a prompt or delete the line."
+            )
+    return [Prompt(prompt.text.strip(), prompt.fields) for _, prompt in numbered]
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not splitlines: a prompt may hold one of the rarer characters that it takes for the end of a line.
+    # Not splitlines: a prompt may contain one of the rare characters that it treats as a line end.
     yield from enumerate(text.rstrip().split("\n") if text.strip() else (), 1)
 
 
@@ -66,15 +105,17 @@ def _from_jsonl(text: str) -> Iterator[tuple[int, Prompt]]:
             yield number, _prompt(json.loads(line), number)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"line {number} is no JSON ({error.msg}); write an object with a field `prompt` on each line"
+                f"line {number} is not JSON ({error.msg}). Write one object with a `prompt` field per line."
             ) from None
 
 
 def _from_json(text: str) -> Iterator[tuple[int, Prompt]]:
-    found = json.loads(text)
-    if not isinstance(found, list):
-        raise ValueError("holds no list; write a list of prompts, or of objects with a field `prompt`")
-    for number, row in enumerate(found, 1):
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError(
+            "not a list. Write a list of prompts, or of objects with a `prompt` field."
+        )
+    for number, row in enumerate(rows, 1):
         yield number, Prompt(row) if isinstance(row, str) else _prompt(row, number)
 
 
@@ -91,7 +132,7 @@ def _from_parquet(file: Path) -> Iterator[tuple[int, Prompt]]:
     try:
         table = parquet.read_table(file)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"is no Parquet file ({error})") from None
+        raise ValueError(f"not a Parquet file ({error})") from None
     for number, row in enumerate(table.to_pylist(), 1):
         yield number, _prompt(row, number)
 
@@ -99,16 +140,17 @@ def _from_parquet(file: Path) -> Iterator[tuple[int, Prompt]]:
 def _prompt(row: Any, number: int) -> Prompt:
     name = next((name for name in TEXT_FIELDS if isinstance(row, dict) and name in row), None)
     if name is None or not isinstance(row[name], str):
-        raise ValueError(f"line {number} has no field `prompt` with a text in it (nor {', '.join(TEXT_FIELDS[1:])})")
+        raise ValueError(
+            f"line {number} has no `prompt` field with text (nor {', '.join(TEXT_FIELDS[1:])})"
+        )
     return Prompt(row[name], {key: value for key, value in row.items() if key != name})
 
 
-def prompts_of_step(prompts: Sequence[str], step: int, count: int, seed: int) -> list[str]:
-    """The `count` prompts of training step `step` (from 1): every epoch goes once through all of them, in its own order."""
-    positions = range((step - 1) * count, step * count)
+def prompts_of_step(prompts: Sequence[Prompt], step: int, count: int, seed: int) -> list[Prompt]:
+    """The `count` prompts of training step `step` (from 1). Every epoch visits all prompts once, in its own order."""
     orders: dict[int, NDArray[np.int64]] = {}
     chosen = []
-    for position in positions:
+    for position in range((step - 1) * count, step * count):
         epoch, place = divmod(position, len(prompts))
         if epoch not in orders:
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(prompts))
@@ -117,16 +159,17 @@ def prompts_of_step(prompts: Sequence[str], step: int, count: int, seed: int) ->
 
 
 def latent_noise(shape: Sequence[int], *key: int | str) -> Tensor:
-    """Standard normal noise of `shape`, a function of `key` alone, drawn on the CPU: the same on any device and any layout."""
+    """Standard normal noise of `shape`, determined by `key`. Drawn on the CPU, so it is the same on every device."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(tuple(shape), generator=generator)
 
 
 def keyed_noise(shape: Sequence[int], *key: int | str) -> Noise:
-    """The noise of a tree under `key`. A prompt is known by its place in the tree, a draw by its place in the plan."""
+    """The noise of a tree under `key`: a function of the prompt's position in the batch and the draw's number in the plan."""
 
     def noise(prompt: Ints, draw: Ints) -> Tensor:
-        return torch.stack([latent_noise(shape, *key, int(p), int(d)) for p, d in zip(prompt, draw, strict=True)])
+        pairs = zip(prompt, draw, strict=True)
+        return torch.stack([latent_noise(shape, *key, int(p), int(d)) for p, d in pairs])
 
     return noise

@@ -23,8 +23,8 @@ def canonical(name: str) -> str:
 class Registry(Generic[T]):
     """Objects of one kind by name.
 
-    An object is added by the decorator `register`, by a package's entry point of `group`, or as a built-in
-    "module:attribute", which is imported when it is first used.
+    An object is added by the decorator `register`, by a package's entry point of `group`, or as a
+    built-in "module:attribute", which is imported when it is first used.
 
     Args:
         kind: what is registered, for error messages ("method").
@@ -48,7 +48,9 @@ class Registry(Generic[T]):
         def add(thing: T) -> T:
             known = self._objects.get(name)
             if name in self._built_in or (known is not None and _home(known) != _home(thing)):
-                raise SettingsError(f"A {self.kind} named {name!r} already exists. Choose another name.")
+                raise SettingsError(
+                    f"A {self.kind} named {name!r} already exists. Choose another name."
+                )
             self._objects[name] = thing
             return thing
 
@@ -58,7 +60,8 @@ class Registry(Generic[T]):
         """The object registered as `name`, whatever its capitals and separators.
 
         Raises:
-            SettingsError: no such object, with the nearest known name; or its package cannot be imported.
+            SettingsError: no such object, with the nearest known name; or its package cannot be
+                imported.
         """
         found = self.find(name)
         if found is None:
@@ -71,7 +74,9 @@ class Registry(Generic[T]):
                 else:
                     self._objects[found] = self._published()[found].load()
             except ImportError as error:
-                raise SettingsError(f"{self.kind} {found!r} cannot be imported: {error}.") from error
+                raise SettingsError(
+                    f"{self.kind} {found!r} cannot be imported: {error}."
+                ) from error
         return self._objects[found]
 
     def find(self, name: str) -> str | None:

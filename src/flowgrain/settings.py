@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from copy import copy
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
@@ -20,8 +21,26 @@ class Section(BaseModel):
         strict=True,
         validate_default=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=False,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a subclass change a field's default by `field: type = value` and keep its description and limits."""
+        super().__pydantic_init_subclass__(**kwargs)
+        changed = False
+        for name, field in cls.model_fields.items():
+            inherited = next(
+                (base.model_fields[name] for base in cls.__mro__[1:] if issubclass(base, Section) and name in base.model_fields),
+                None,
+            )
+            if inherited is None or field.description is not None:
+                continue
+            with_new_default = copy(inherited)
+            with_new_default.default = field.default
+            cls.__pydantic_fields__[name] = with_new_default
+            changed = True
+        if changed:
+            cls.model_rebuild(force=True)
 
 
 def Setting(  # noqa: N802  (reads like pydantic's Field)
@@ -32,11 +51,13 @@ def Setting(  # noqa: N802  (reads like pydantic's Field)
     Args:
         default: default value, or ``...`` for a required field.
         description: one sentence for the reference page and for error messages.
-        unit: unit of the value, such as "pixels" or "steps"; empty for names, switches and pure numbers.
-        keep: a resumed run must keep this value, because with another one it would be a different run.
+        unit: unit of the value, such as "pixels" or "steps"; empty for names, switches and pure
+            numbers.
+        keep: a resumed run must keep this value, because with another one it would be a different
+            run.
         **constraints: pydantic constraints such as ``ge=1``.
     """
-    extra = {"unit": unit, "keep": keep}
+    extra: dict[str, Any] = {"unit": unit, "keep": keep}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The mathematics: transition kernels, rollout trees, their executor, credit and objectives. Tensors only."""

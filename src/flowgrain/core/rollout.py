@@ -1,6 +1,6 @@
-"""The executor: fills a tree with latents. Its one law: the velocity of a state is computed at most once.
+"""The executor: computes the latents of a tree. The velocity of a state is computed at most once.
 
-Shapes: N rows, B rows of a pass, K children, S slots, *L latent.
+Shapes: N rows of the tree, B rows of a batch, K children, S slots, *L latent.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,25 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrain.core.schedule import Batch, Schedule, TailSchedule, schedule
 from flowgrain.core.sde import ODE, Kernel, Step, multistep, per_row
-from flowgrain.core.tree import ROOT, Ints, Pass, Tails, Tree, schedule
+from flowgrain.core.tree import ROOT, Ints, Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x [B, *L], sigma [B] fp32, prompt [B] index) -> v [B, *L]."""
 
-Tail = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""tail(x [B, *L], sigma [B] fp32, prompt [B] index, follows) -> v [B, *L]; follows: these rows are the last call's, a step on."""
+TailVelocity = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+"""tail(x [B, *L], sigma [B] fp32, prompt [B] index, continues) -> v [B, *L]. If `continues` is true, the rows are those
+of the previous call, one step later."""
 
 Noise = Callable[[Ints, Ints], Tensor]
-"""noise(prompt [K], draw [K]) -> standard normal [K, *L], a function of its arguments alone."""
+"""noise(prompt [K], draw [K]) -> standard normal [K, *L], determined by its arguments."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A tree with its latents: those of the leaves, of the trained edges and of their parents; the others are gone.
+    """A tree with the latents of its leaves, trained edges and their parents. Other latents are not kept.
 
-    latents [S, *L]; slot [N] the place of a row's latent; forward_passes the rows that went through the model;
-    batches the number of model calls they took.
+    Attributes:
+        tree: the executed tree.
+        latents: [S, *L].
+        slot: [N] slot of each row's latent.
+        forward_passes: rows that went through the model.
+        batches: model calls.
     """
 
     tree: Tree
@@ -43,13 +49,14 @@ class Rollout:
         return self.latents[torch.from_numpy(self.slot[rows]).to(self.latents.device)]
 
 
-def join(tree: Tree, parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of consecutive prompts as one of `tree`, which has the rows of all of them in this order."""
+def concatenate(tree: Tree, parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of consecutive prompts as one rollout of `tree`, which has the rows of all of them in this order."""
     starts = np.cumsum([0, *(len(part.latents) for part in parts)])
+    slots = [part.slot + start for part, start in zip(parts, starts, strict=False)]
     return Rollout(
         tree,
         torch.cat([part.latents for part in parts]),
-        np.concatenate([part.slot + start for part, start in zip(parts, starts, strict=False)]),
+        np.concatenate(slots),
         sum(part.forward_passes for part in parts),
         sum(part.batches for part in parts),
     )
@@ -62,64 +69,104 @@ def rollout(
     kernel: Kernel,
     sigmas: Tensor,
     noise: Noise,
-    rows_per_pass: int = 64,
+    batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
-    tail: Callable[[], AbstractContextManager[Tail]] | None = None,
-    tails: Tails = "mixed",
+    tail: Callable[[], AbstractContextManager[TailVelocity]] | None = None,
+    tail_schedule: TailSchedule = "interleaved",
 ) -> Rollout:
-    """Runs `tree` on the grid `sigmas` [T + 1]: every evaluated row exactly once, `rows_per_pass` rows at a time.
+    """Execute `tree`. Every row with children goes through the model exactly once.
 
-    Latents are stored as `dtype`; a stochastic step is rounded to it when stored, so a log-probability taken from the
-    stored latents is that of what was fed onward. tail opens another source of velocities for the tree's tails, if `tails` sets
-    them apart (see schedule).
-    Raises ValueError if the grid's length is not the tree's.
+    Args:
+        tree: tree of all prompts.
+        velocity: the model.
+        kernel: transition of the stochastic steps.
+        sigmas: [T + 1] noise levels of the grid.
+        noise: source of noise samples.
+        batch_size: rows of one model call.
+        dtype: storage dtype of latents. A stochastic step is rounded when it is stored, so
+            log-probabilities that are computed from stored latents belong to the latents that were
+            used.
+        tail: opens another source of velocities for tail rows, if `tail_schedule` separates them.
+        tail_schedule: when tail rows are evaluated, see `schedule`.
+
+    Raises:
+        ValueError: the grid has another length than the tree.
     """
     if len(sigmas) != tree.num_steps + 1:
-        raise ValueError(f"the tree has {tree.num_steps} steps, the grid {len(sigmas) - 1}")
+        raise ValueError(f"the tree has {tree.num_steps} steps, but the grid has {len(sigmas) - 1}")
     device = sigmas.device
-    plan = schedule(tree, rows_per_pass, tails)
-
-    def index(values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
+    plan = schedule(tree, batch_size, tail_schedule)
     roots = np.flatnonzero(tree.parent == ROOT)
-    first = noise(tree.prompt[roots], tree.draw[roots])
-    latents = torch.empty(plan.num_slots, *first.shape[1:], dtype=dtype, device=device)
-    latents[index(plan.slot[roots])] = first.to(device, dtype)
-    memories = torch.empty(plan.num_memories, *first.shape[1:], device=device)
-    kinds = {"sde": tree.stochastic, "multistep": tree.multistep, "ode": ~tree.stochastic & ~tree.multistep}
-
-    def make_children(batch: Pass, x: Tensor, sigma: Tensor, v: Tensor) -> None:
-        for kind, rows_of_kind in kinds.items():
-            of_kind = rows_of_kind[batch.child]
-            if not of_kind.any():
-                continue
-            child, source = batch.child[of_kind], index(batch.child_of[of_kind])
-            parent = tree.parent[child]
-            step = Step.on(sigmas, index(tree.level[parent]), index(tree.level[child]))
-            if kind == "sde":
-                drawn = noise(tree.prompt[child], tree.draw[child]).to(device)
-                following = kernel(x[source], v[source], step).sample(drawn)
-            elif kind == "multistep":
-                sigma_before = sigmas[index(tree.level[tree.parent[parent]])]
-                following = multistep(x[source], v[source], step, memories[index(plan.memory[parent])], sigma_before)
-            else:
-                following = ODE()(x[source], v[source], step).mean
-            latents[index(plan.slot[child])] = following.to(dtype)
-        remembering = plan.memory[batch.child] >= 0
-        if remembering.any():
-            x0_hat = x.float() - per_row(sigma, x) * v.float()
-            memories[index(plan.memory[batch.child[remembering]])] = x0_hat[index(batch.child_of[remembering])]
-
+    initial = noise(tree.prompt[roots], tree.draw[roots])
+    latents = torch.empty(plan.num_slots, *initial.shape[1:], dtype=dtype, device=device)
+    latents[_index(plan.slot[roots], device)] = initial.to(device, dtype)
+    x0_estimates = torch.empty(plan.num_x0_slots, *initial.shape[1:], device=device)
+    state = _State(tree, plan, kernel, sigmas, noise, latents, x0_estimates)
     with ExitStack() as stack:
-        cheap: Tail | None = None
-        for batch in plan.passes:
-            x = latents[index(batch.slot)]  # (B, *L)
-            sigma, prompt = sigmas[index(tree.level[batch.rows])], index(tree.prompt[batch.rows])
+        tail_velocity: TailVelocity | None = None
+        for batch in plan.batches:
+            x = latents[_index(batch.slot, device)]  # (B, *L)
+            sigma = sigmas[_index(tree.grid_index[batch.rows], device)]
+            prompt = _index(tree.prompt[batch.rows], device)
             if batch.tail and tail is not None:
-                cheap = cheap or stack.enter_context(tail())
-                v = cheap(x, sigma, prompt, batch.follows)
+                tail_velocity = tail_velocity or stack.enter_context(tail())
+                v = tail_velocity(x, sigma, prompt, batch.continues)
             else:
                 v = velocity(x, sigma, prompt)
-            make_children(batch, x, sigma, v)
-    return Rollout(tree, latents, plan.slot, sum(len(batch.rows) for batch in plan.passes), len(plan.passes))
+            state.add_children(batch, x, sigma, v)
+    passes = sum(len(batch.rows) for batch in plan.batches)
+    return Rollout(tree, latents, plan.slot, passes, len(plan.batches))
+
+
+def _index(values: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Latents [S, *L] and x0 estimates of a running rollout."""
+
+    tree: Tree
+    plan: Schedule
+    kernel: Kernel
+    sigmas: Tensor
+    noise: Noise
+    latents: Tensor
+    x0_estimates: Tensor
+
+    def add_children(self, batch: Batch, x: Tensor, sigma: Tensor, v: Tensor) -> None:
+        """Compute the children of a batch from its rows x [B, *L] at sigma [B] and their velocities v [B, *L]."""
+        tree, device = self.tree, self.sigmas.device
+        steps = (
+            (tree.stochastic, self._sde_step),
+            (tree.multistep, self._multistep_step),
+            (~tree.stochastic & ~tree.multistep, self._ode_step),
+        )
+        for of_kind, take_step in steps:
+            chosen = of_kind[batch.child]
+            if not chosen.any():
+                continue
+            child, source = batch.child[chosen], _index(batch.child_of[chosen], device)
+            start = _index(tree.grid_index[tree.parent[child]], device)
+            step = Step.on(self.sigmas, start, _index(tree.grid_index[child], device))
+            x_next = take_step(x[source], v[source], step, child)
+            self.latents[_index(self.plan.slot[child], device)] = x_next.to(self.latents.dtype)
+        stores_x0 = self.plan.x0_slot[batch.child] >= 0
+        if stores_x0.any():
+            x0_hat = x.float() - per_row(sigma, x) * v.float()
+            slots = _index(self.plan.x0_slot[batch.child[stores_x0]], device)
+            self.x0_estimates[slots] = x0_hat[_index(batch.child_of[stores_x0], device)]
+
+    def _sde_step(self, x: Tensor, v: Tensor, step: Step, child: Ints) -> Tensor:
+        noise = self.noise(self.tree.prompt[child], self.tree.draw[child]).to(self.sigmas.device)
+        return self.kernel(x, v, step).sample(noise)
+
+    def _multistep_step(self, x: Tensor, v: Tensor, step: Step, child: Ints) -> Tensor:
+        tree, device = self.tree, self.sigmas.device
+        parent = tree.parent[child]
+        sigma_before = self.sigmas[_index(tree.grid_index[tree.parent[parent]], device)]
+        x0_before = self.x0_estimates[_index(self.plan.x0_slot[parent], device)]
+        return multistep(x, v, step, x0_before, sigma_before)
+
+    def _ode_step(self, x: Tensor, v: Tensor, step: Step, child: Ints) -> Tensor:  # noqa: ARG002
+        return ODE()(x, v, step).mean

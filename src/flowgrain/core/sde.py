@@ -1,8 +1,8 @@
 """Transition kernels of rectified flow as Gaussians, and the shifted noise grid.
 
-Shapes: B rows, *L latent. Noise runs from sigma = 1 (pure noise) to sigma = 0 (image):
-x_sigma = (1 - sigma) x0 + sigma eps and the model predicts the velocity v = eps - x0.
-A kernel gives p(x_next | x, v) = Normal(mean, std^2 I) for one step of the grid; it knows nothing of models or trees.
+Shapes: B rows, *L latent. Sampling runs from sigma = 1 (pure noise) to sigma = 0 (image):
+x_sigma = (1 - sigma) x0 + sigma eps. The model predicts the velocity v = eps - x0. A kernel gives
+p(x_next | x, v) = Normal(mean, std^2 I) of one grid step. It does not know models or trees.
 """
 
 import math
@@ -14,9 +14,13 @@ from torch import Tensor
 
 
 def sigma_grid(num_steps: int, shift: float = 3.0, terminal: float | None = None) -> Tensor:
-    """The T + 1 noise levels 1 .. 0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s).
+    """Noise levels 1 ... 0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s).
 
-    With `terminal` the levels above 0 are then stretched so that the last of them is that (Qwen-Image's scheduler).
+    Args:
+        num_steps: T.
+        shift: timestep shift.
+        terminal: the levels above 0 are stretched so that the last of them is `terminal`
+            (Qwen-Image's scheduler).
     """
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     s = shift * s / (1 + (shift - 1) * s)
@@ -26,13 +30,13 @@ def sigma_grid(num_steps: int, shift: float = 3.0, terminal: float | None = None
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """`values` [B] with trailing axes of length 1, so that it broadcasts over `like` [B, *L]."""
+    """`values` [B] with trailing axes of length 1, to broadcast over `like` [B, *L]."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal(mean, std^2 I) over the latent, a row each: mean [B, *L], std [B] in fp32; std 0 is a point."""
+    """Normal(mean, std^2 I) over the latent for each row: mean [B, *L], std [B] in fp32. std 0 is a point."""
 
     mean: Tensor
     std: Tensor
@@ -42,19 +46,19 @@ class Gaussian:
         return self.mean + per_row(self.std, self.mean) * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) [B] in fp32, averaged (not summed) over the latent's dimensions as all methods of the family do."""
+        """log p(x) [B] in fp32, averaged (not summed) over latent dimensions, as in all methods of the family."""
         z = (x.float() - self.mean) / per_row(self.std, self.mean)
         return -0.5 * z.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """Exact KL to a Gaussian of the same std, ||mean - mean'||^2 / (2 std^2) mean over dimensions, [B] (Flow-GRPO eq. 10)."""
+        """KL [B] to a Gaussian of the same std: ||mean - mean'||^2 / (2 std^2), mean over dimensions (Flow-GRPO eq. 10)."""
         distance = (self.mean - other.mean).square().flatten(1).mean(1)
         return distance / (2 * self.std.square())
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where on the grid each of B rows goes from and to: sigma, sigma_next [B], and index [B], the steps taken."""
+    """The grid step of each of B rows: from sigma [B] to sigma_next [B]. index [B] is the grid index of sigma."""
 
     sigma: Tensor
     sigma_next: Tensor
@@ -72,7 +76,7 @@ class Step:
 
 
 class Kernel(Protocol):
-    """p(x_next | x, v) of one step: x, v [B, *L] and where on the grid each row stands."""
+    """p(x_next | x, v) of one step, for x, v [B, *L]."""
 
     def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian: ...
 
@@ -80,12 +84,13 @@ class Kernel(Protocol):
 def _flow_sde(x: Tensor, v: Tensor, step: Step, s: Tensor) -> Gaussian:
     """Flow-GRPO eq. 9 with noise strength s [B]: the SDE with the marginals of the flow. s = 0 is the ODE."""
     correction = s.square() / (2 * step.sigma) * step.dt
-    mean = x.float() * per_row(1 + correction, x) + v.float() * per_row(step.dt + correction * (1 - step.sigma), x)
+    v_scale = per_row(step.dt + correction * (1 - step.sigma), x)
+    mean = x.float() * per_row(1 + correction, x) + v.float() * v_scale
     return Gaussian(mean, s * (-step.dt).sqrt())
 
 
 def flow_strength(eta: float, step: Step) -> Tensor:
-    """s = eta sqrt(sigma / (1 - sigma)), [B]; at sigma = 1, sigma_next stands in the denominator (Flow-GRPO eq. 8)."""
+    """s = eta sqrt(sigma / (1 - sigma)), [B]. At sigma = 1 the denominator uses sigma_next (Flow-GRPO eq. 8)."""
     level = torch.where(step.sigma >= 1, step.sigma_next, step.sigma)
     return eta * (step.sigma / (1 - level)).sqrt()
 
@@ -100,17 +105,26 @@ class ODE:
 
 
 def multistep(x: Tensor, v: Tensor, step: Step, x0_before: Tensor, sigma_before: Tensor) -> Tensor:
-    """One deterministic step of second order, [B, *L]: DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2).
+    """One deterministic second-order step, [B, *L]: DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2).
 
-    x0_before [B, *L] is the x0_hat of the state before x, which stood at noise level sigma_before [B]. The first-order part
-    is the Euler step. sigma_next must be above 0, where log-SNR is finite; at sigma_before = 1 nothing is added.
+    The first-order part is the Euler step.
+
+    Args:
+        x: [B, *L] state.
+        v: [B, *L] its velocity.
+        step: grid step. sigma_next must be above 0, where log-SNR is finite.
+        x0_before: [B, *L] x0 estimate of the state before x.
+        sigma_before: [B] noise level of that state. At sigma_before = 1 the second-order term is 0.
     """
     x, v = x.float(), v.float()
     x0_hat = x - per_row(step.sigma, x) * v
-    before, now, following = (((1 - sigma) / sigma).log() for sigma in (sigma_before, step.sigma, step.sigma_next))
+    before, now, after = (
+        ((1 - sigma) / sigma).log() for sigma in (sigma_before, step.sigma, step.sigma_next)
+    )
     gain = (1 - step.sigma_next) - (1 - step.sigma) * step.sigma_next / step.sigma
-    slope = (following - now) / (now - before)
-    return x + v * per_row(step.dt, x) + per_row(0.5 * gain * slope, x) * (x0_hat - x0_before.float())
+    slope = (after - now) / (now - before)
+    correction = per_row(0.5 * gain * slope, x) * (x0_hat - x0_before.float())
+    return x + v * per_row(step.dt, x) + correction
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class FlowSDE:
 
 @dataclass(frozen=True)
 class DanceSDE:
-    """Dance-SDE(eta) of DanceGRPO: noise of constant strength, corrected by the score -(x - (1 - sigma) x0_hat) / sigma^2."""
+    """Dance-SDE(eta) of DanceGRPO: constant noise strength, corrected by the score -(x - (1 - sigma) x0_hat) / sigma^2."""
 
     eta: float = 0.3
 
@@ -149,12 +163,13 @@ class CPS:
         x0_hat = x - per_row(step.sigma, x) * v
         eps_hat = x + per_row(1 - step.sigma, x) * v
         kept = (step.sigma_next.square() - std.square()).clamp(min=0).sqrt()
-        return Gaussian(per_row(1 - step.sigma_next, x) * x0_hat + per_row(kept, x) * eps_hat, std)
+        mean = per_row(1 - step.sigma_next, x) * x0_hat + per_row(kept, x) * eps_hat
+        return Gaussian(mean, std)
 
 
 @dataclass(frozen=True)
 class CalibratedSDE:
-    """Flow-SDE with a strength psi[i] of its own for every step i (DenseGRPO)."""
+    """Flow-SDE with its own strength psi[i] for every grid step i (DenseGRPO)."""
 
     psi: tuple[float, ...]
 

@@ -1,4 +1,4 @@
-"""Calibration of the noise: a strength psi[i] for every grid step, found once on the base policy and then frozen (DenseGRPO).
+"""Calibration of the noise: a strength psi[i] for every grid step, found once on the base policy (DenseGRPO).
 
 Shapes: T grid steps, E stochastic edges of a round, N trajectories.
 """
@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgrain.methods.algorithms import densegrpo, plan_tree, psi_profile
+from flowgrain.core.cost import Cost, cost
 from flowgrain.core.credit import gains
 from flowgrain.core.sde import CalibratedSDE, Kernel
-from flowgrain.config.schema import Settings
-from flowgrain.core.tree import Cost, Tree, cost
+from flowgrain.core.tree import Planner, Tree
+from flowgrain.methods.base import Method, PolicyGradient
 
 
 @dataclass(frozen=True)
 class Round:
-    """The psi [T] a round was sampled with, and at each step the shares of trajectories that gained and that lost reward."""
+    """A calibration round: its psi [T], and per step the shares of trajectories that gained and lost reward."""
 
     psi: list[float]
     gained: list[float]
@@ -27,8 +28,8 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """psi [T] as found, the rounds that led there, and what they cost."""
+class CalibrationResult:
+    """The calibrated psi [T], the rounds that led to it, and their cost."""
 
     psi: list[float]
     rounds: list[Round]
@@ -36,58 +37,62 @@ class Calibration:
     decodes: int
 
     def as_dict(self) -> dict[str, object]:
-        """Plain numbers, for a file."""
+        """Plain numbers for a JSON file."""
         return asdict(self)
 
 
-Grow = Callable[[Tree, Kernel, int], Tensor]
-"""grow(tree of one prompt, kernel, round) -> rewards [I] of the leaves of calibration_samples prompts, each with its own noise."""
+ScoreTree = Callable[[Tree, Kernel, int], Tensor]
+"""score_tree(tree of one prompt, kernel, round) -> rewards [I] of the leaves of N prompts, each with its own noise."""
 
 
-def calibrate(s: Settings, grow: Grow) -> Calibration:
-    """Finds psi: where gains and losses of the reward balance, noise may grow by `calibration_step`, else it shrinks by it.
+def calibrate(method: PolicyGradient, sigmas: Tensor, score_tree: ScoreTree) -> CalibrationResult:
+    """Find psi. Where gains and losses of the reward balance, noise grows by `calibration.step`. Elsewhere it shrinks.
 
-    N = calibration_samples trajectories a round, each of its own prompt, with a look from every state. The test of balance is
-    |#gained - #lost| / N < calibration_balance: the printed |#gained - #lost| < 2 is not scale-free and drives psi to 0
-    (DenseGRPO section 4.2; docs/densegrpo.md).
+    A round samples N = `calibration.samples` trajectories, each of its own prompt, with an ODE
+    completion of every state. A step is balanced if |#gained - #lost| / N < `calibration.balance`.
+    The printed test |#gained - #lost| < 2 depends on N and drives psi to 0 (DenseGRPO section 4.2).
     """
-    one = _tree(s)
-    tree = one.repeat(s.calibration_samples)
-    step_of_edge = tree.level[tree.parent[tree.edges]]
-    psi = np.array(psi_profile(s))
+    how, num_steps = method.calibration, len(sigmas) - 1
+    one = calibration_tree(method, num_steps)
+    tree = one.repeat(how.samples)
+    step_of_edge = tree.grid_index[tree.parent[tree.edges]]
+    psi = np.array(method.initial_psi(sigmas))
     rounds = []
-    for number in range(1, s.calibration_rounds + 1):
-        found = gains(tree, grow(one, CalibratedSDE(tuple(psi.tolist())), number))
-        gained, lost = (_share_by_step(test, step_of_edge, s.num_steps) for test in (found > 0, found < 0))
+    for number in range(1, how.rounds + 1):
+        gain = gains(tree, score_tree(one, CalibratedSDE(tuple(psi.tolist())), number))
+        gained = _share_by_step(gain > 0, step_of_edge, num_steps)
+        lost = _share_by_step(gain < 0, step_of_edge, num_steps)
         rounds.append(Round(psi.tolist(), gained.tolist(), lost.tolist()))
-        towards = np.where(np.abs(gained - lost) < s.calibration_balance, 1.0, -1.0)
-        moved = np.isin(np.arange(s.num_steps), step_of_edge)
-        psi = np.where(moved, np.maximum(psi + towards * s.calibration_step, s.calibration_step), psi)
-    price = calibration_price(s)
-    return Calibration(psi.tolist(), rounds, price.forward_passes, price.decodes)
+        direction = np.where(np.abs(gained - lost) < how.balance, 1.0, -1.0)
+        moved = np.isin(np.arange(num_steps), step_of_edge)
+        psi = np.where(moved, np.maximum(psi + direction * how.step, how.step), psi)
+    total = calibration_cost(method, num_steps)
+    return CalibrationResult(psi.tolist(), rounds, total.forward_passes, total.decodes)
 
 
-def needs_calibration(s: Settings) -> bool:
-    """Whether a run of these settings finds its psi before the first step."""
-    return s.noise == "calibrated_sde" and s.psi is None
-
-
-def calibration_price(s: Settings) -> Cost:
-    """What the calibration of a run costs; nothing where there is none."""
-    if not needs_calibration(s):
+def calibration_cost(method: Method, num_steps: int, num_rewards: int = 1) -> Cost:
+    """The cost of a run's calibration. 0 if the method needs none."""
+    if not isinstance(method, PolicyGradient) or not method.needs_calibration:
         return Cost(0, 0, 0, 0, 0)
-    once, n = cost(_tree(s), len(s.rewards)), s.calibration_rounds * s.calibration_samples
-    return Cost(n * once.forward_passes, 0, n * once.decodes, n * once.reward_calls, 0)
+    one = cost(calibration_tree(method, num_steps), num_rewards)
+    n = method.calibration.rounds * method.calibration.samples
+    return Cost(n * one.forward_passes, 0, n * one.decodes, n * one.reward_calls, 0)
 
 
-def _tree(s: Settings) -> Tree:
-    """The tree of one prompt: a trajectory with a look from every state."""
-    one = s.model_copy(update={"group_size": 1, "dense_reward": "gain"})
-    return plan_tree(densegrpo(one), one)
+def calibration_tree(method: PolicyGradient, num_steps: int) -> Tree:
+    """The tree of one prompt that a calibration round samples."""
+    planner = Planner(num_steps)
+    method.calibration_plan(planner)
+    return planner.tree()
 
 
-def _share_by_step(test: Tensor, step_of_edge: np.ndarray, num_steps: int) -> np.ndarray:
-    """The share of edges at each step for which `test` [E] holds, [T]; a failed reward counts as neither gain nor loss."""
+def _share_by_step(
+    holds: Tensor, step_of_edge: NDArray[np.int64], num_steps: int
+) -> NDArray[np.float32]:
+    """The share of edges at each step for which `holds` [E] is true, [T]. A failed reward is neither gain nor loss."""
     steps = torch.from_numpy(step_of_edge)
-    held, all_of_step = (torch.zeros(num_steps).index_add_(0, steps, x) for x in (test.float(), torch.ones(len(steps))))
-    return (held / all_of_step.clamp(min=1)).numpy()
+    zeros = torch.zeros(num_steps)
+    held = zeros.index_add(0, steps, holds.float())
+    count = zeros.index_add(0, steps, torch.ones(len(steps)))
+    shares: NDArray[np.float32] = (held / count.clamp(min=1)).numpy()
+    return shares

@@ -1,37 +1,79 @@
-"""MixGRPO's sliding window: which steps are stochastic at a training step, a function of the settings and that step alone."""
+"""A sliding window of stochastic steps, a function of the options, the training step and the seed (MixGRPO)."""
 
 import math
+from typing import Literal
 
 import numpy as np
 
-from flowgrain.config.schema import Settings
+from flowgrain.methods.base import PolicyGradient
+from flowgrain.settings import Setting
+
+WindowSchedule = Literal["progressive", "random", "decay", "exp_decay", "frozen"]
 
 
-def window(s: Settings, step: int) -> range:
-    """The `window_size` stochastic grid steps of training step `step` (from 1; 0 is taken as 1), never empty.
+class WindowChoice(PolicyGradient):
+    """Options of methods that make the steps of a sliding window stochastic."""
 
-    A pure function, so it is the same in every process and after a resume. The step into sigma = 0 is never in the window.
-    """
-    last = (s.num_steps // 2 if s.window_region == "first_half" else s.num_steps - 1) - s.window_size
-    if s.window_schedule == "random":
-        left = int(np.random.default_rng([s.seed, step]).integers(0, last + 1))
-    else:
-        left, until = 0, _stay(s, 0)
-        while max(step, 1) > until and not (left == last and s.window_end == "stay"):
-            left += s.window_stride
-            if left > last:
-                left = last if s.window_end == "stay" else 0
-            until += _stay(s, left)
-    return range(left, left + s.window_size)
+    window_size: int = Setting(4, "Stochastic steps in the window (w).", unit="grid steps", ge=1)
+    window_stride: int = Setting(
+        1, "Grid steps by which the window moves.", unit="grid steps", ge=1
+    )
+    window_interval: int = Setting(
+        25, "Training steps between two moves (tau).", unit="training steps", ge=1
+    )
+    window_schedule: WindowSchedule = Setting(
+        "progressive", "How the window moves. frozen: it stays at the start."
+    )
+    window_region: Literal["all", "first_half"] = Setting(
+        "all", "Part of the grid that the window visits."
+    )
+    window_end: Literal["roll_back", "stay"] = Setting(
+        "roll_back", "After the last position: go back to the start, or stay."
+    )
 
+    @property
+    def plan_varies(self) -> bool:
+        """Whether the window moves."""
+        return self.window_schedule != "frozen"
 
-def _stay(s: Settings, left: int) -> int:
-    """How many training steps the window stays at left edge `left`; always at least 1 (MixGRPO section 3.2 and public code)."""
-    tau, share = s.window_interval, left / max(s.num_steps - 2, 1)
-    if s.window_schedule == "decay":
-        return max(1, int(tau * (1 - share) + share))
-    if s.window_schedule == "exp_decay":
-        return max(1, math.ceil(tau * math.exp(-0.1 * max(0, left - (s.num_steps + 1) // 2))))
-    if s.window_schedule == "frozen":
-        return 2**62
-    return tau
+    def window(self, num_steps: int, step: int, seed: int) -> range:
+        """The stochastic grid steps of training step `step` (from 1), never empty.
+
+        The result is the same on every rank and after a resume. The step into sigma = 0 is never in
+        the window.
+        """
+        last = self._room(num_steps) - self.window_size
+        if self.window_schedule == "random":
+            left = int(np.random.default_rng([seed, step]).integers(0, last + 1))
+        else:
+            left, until = 0, self._duration(num_steps, 0)
+            while max(step, 1) > until and not (left == last and self.window_end == "stay"):
+                left += self.window_stride
+                if left > last:
+                    left = last if self.window_end == "stay" else 0
+                until += self._duration(num_steps, left)
+        return range(left, left + self.window_size)
+
+    def _room(self, num_steps: int) -> int:
+        return num_steps // 2 if self.window_region == "first_half" else num_steps - 1
+
+    def _duration(self, num_steps: int, left: int) -> int:
+        """Training steps that the window stays at `left`, at least 1 (MixGRPO section 3.2 and published code)."""
+        tau, share = self.window_interval, left / max(num_steps - 2, 1)
+        if self.window_schedule == "decay":
+            return max(1, int(tau * (1 - share) + share))
+        if self.window_schedule == "exp_decay":
+            return max(1, math.ceil(tau * math.exp(-0.1 * max(0, left - (num_steps + 1) // 2))))
+        if self.window_schedule == "frozen":
+            return 2**62
+        return tau
+
+    def check(self, num_steps: int) -> None:
+        """See `Method.check`."""
+        super().check(num_steps)
+        room = self._room(num_steps)
+        if self.window_size > room:
+            raise ValueError(
+                f"window_size={self.window_size}: sampling.num_steps={num_steps} with window_region="
+                f"{self.window_region} has room for {room}. Use 1 to {room}."
+            )

@@ -1,5 +1,31 @@
-"""Backbones: how a model turns prompts into conditioning, latents into velocities, and clean latents into images."""
+"""Backbones: encode prompts, predict velocities, decode latents into images."""
 
-from flowgrain.models.base import Backbone, Conditioning, Dtypes, GuidesItself, Source, load_backbone, take
+from flowgrain.models.base import (
+    BACKBONES,
+    Backbone,
+    Conditioning,
+    CustomGuidance,
+    Dtypes,
+    LoraFormat,
+    ModelConfig,
+    NoLora,
+    check_backbone,
+    load_backbone,
+    register_backbone,
+    take,
+)
 
-__all__ = ["Backbone", "Conditioning", "Dtypes", "GuidesItself", "Source", "load_backbone", "take"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "Conditioning",
+    "CustomGuidance",
+    "Dtypes",
+    "LoraFormat",
+    "ModelConfig",
+    "NoLora",
+    "check_backbone",
+    "load_backbone",
+    "register_backbone",
+    "take",
+]

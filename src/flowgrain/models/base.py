@@ -1,126 +1,377 @@
-"""The contract of a backbone. Shapes: B rows, *L latent, H x W pixels."""
+"""Backbone protocol, model settings and the registry of backbones.
 
-import difflib
-import importlib
-from collections.abc import Sequence
+Shapes: B rows, *L latent, H x W pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 
-Conditioning = dict[str, Tensor]
-"""What a prompt becomes for the model: tensors by name, a row a prompt."""
+from flowgrain.registry import Registry
+from flowgrain.settings import Section, Setting, SettingsError, did_you_mean
 
-BACKBONES = {
-    "shapes": "flowgrain.models.shapes:ShapesBackbone",
-    "sd3": "flowgrain.models.sd3:SD3Backbone",
-    "flux": "flowgrain.models.flux:FluxBackbone",
-    "flux2": "flowgrain.models.flux2:Flux2Backbone",
-    "qwen_image": "flowgrain.models.qwen_image:QwenImageBackbone",
-    "zimage": "flowgrain.models.zimage:ZImageBackbone",
-}
+Conditioning = dict[str, Tensor]
+"""Encoded prompts: named tensors with one row per prompt."""
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+
+class ModelConfig(Section):
+    """Settings of the section `model`: which backbone to use, its weights and the image size.
+
+    The bundled model `shapes` only uses `name` and `path`: its images are always 32 x 32 pixels, and
+    it is always loaded in float32.
+
+    Example:
+        >>> ModelConfig(name="flux", path="black-forest-labs/FLUX.1-dev", height=720, width=720)
+    """
+
+    name: str = Setting(
+        "shapes",
+        "Backbone: shapes (bundled), sd3 (SD3 and SD3.5), flux (FLUX.1), flux2 (FLUX.2-klein), "
+        "qwen_image, zimage, or a backbone from a plugin.",
+        keep=True,
+    )
+    path: str | None = Setting(
+        None,
+        "Directory or Hugging Face Hub name of a diffusers pipeline. The shapes model needs none.",
+        keep=True,
+    )
+    revision: str | None = Setting(
+        None, "Branch, tag or commit of the Hub repository. Default: its main branch.", keep=True
+    )
+    height: int = Setting(512, "Image height.", unit="pixels", keep=True, ge=8)
+    width: int = Setting(512, "Image width.", unit="pixels", keep=True, ge=8)
+    max_prompt_tokens: int = Setting(
+        256, "Sequence length of encoded prompts.", unit="tokens", keep=True, ge=1
+    )
+    t5: bool = Setting(
+        True,
+        "SD3 only: also encode prompts with T5. Without T5 a prompt has at most 77 tokens.",
+        keep=True,
+    )
+    long_prompts: Literal["error", "truncate"] = Setting(
+        "error", "What to do with prompts that have too many tokens: raise an error, or truncate."
+    )
+    embedding_cache: str | None = Setting(
+        None, "Directory in which prompt embeddings are stored for later runs. Default: none."
+    )
+    vae_tiling: bool = Setting(False, "Decode images in tiles, which saves memory.")
+    gradient_checkpointing: bool = Setting(
+        False, "Recompute activations in the backward pass, which saves memory and costs time."
+    )
+    attention_backend: str | None = Setting(
+        None, "Attention backend of diffusers, such as native or flash. Default: its own choice."
+    )
+    vae_dtype: DtypeName = Setting("auto", "Dtype of the VAE. auto: float32.", keep=True)
+    encoder_dtype: DtypeName = Setting(
+        "auto",
+        "Dtype of the text encoders. auto: bfloat16 on a GPU, float32 on a CPU.",
+        keep=True,
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _registered_spelling(cls, name: str) -> str:
+        """The registered spelling: Qwen-Image becomes qwen_image. Unknown names are kept."""
+        return BACKBONES.find(name) or name
 
 
 @dataclass(frozen=True)
 class Dtypes:
-    """The dtypes in which a model's parts are loaded."""
+    """Dtypes in which the parts of a model are loaded."""
 
     transformer: torch.dtype = torch.float32
     vae: torch.dtype = torch.float32
     encoders: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from and how it is set up; the fields are those of the settings, but for dtypes."""
+class LoraFormat(Protocol):
+    """A LoRA file format: a LoRA loader mixin of diffusers, or a pipeline class that has one."""
 
-    model: str
-    weights: str | None = None
-    revision: str | None = None
-    height: int = 512
-    width: int = 512
-    max_prompt_tokens: int = 256
-    t5: bool = True
-    long_prompts: Literal["refuse", "cut"] = "refuse"
-    embedding_cache: str | None = None
-    vae_tiling: bool = False
-    gradient_checkpointing: bool = False
-    attention_backend: str | None = None
-    dtypes: Dtypes = Dtypes()
+    def save_lora_weights(
+        self,
+        save_directory: Path,
+        *,
+        transformer_lora_layers: Mapping[str, Tensor],
+        transformer_lora_adapter_metadata: Mapping[str, Any],
+    ) -> None:
+        """Write the LoRA tensors and their metadata to a directory."""
+
+    def lora_state_dict(self, path: Path) -> Mapping[str, Tensor]:
+        """Return the tensors of a LoRA directory or file by name."""
+
+
+class NoLora:
+    """The `lora_format` of a backbone without LoRA support. Every use raises ValueError."""
+
+    _MESSAGE = "this backbone does not support LoRA. Use lora.rank=0"
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: Path,  # noqa: ARG003
+        *,
+        transformer_lora_layers: Mapping[str, Tensor],  # noqa: ARG003
+        transformer_lora_adapter_metadata: Mapping[str, Any],  # noqa: ARG003
+    ) -> None:
+        """Raise ValueError."""
+        raise ValueError(cls._MESSAGE)
+
+    @classmethod
+    def lora_state_dict(cls, path: Path) -> Mapping[str, Tensor]:
+        """Raise ValueError."""
+        raise ValueError(f"{path}: {cls._MESSAGE}")
 
 
 class Backbone(Protocol):
-    """A model family: encode, velocity, decode, and which layers to adapt or shard. It imports nothing of ours but this."""
+    """A model family: encode prompts, predict velocities, decode latents.
 
-    transformer: nn.Module
-    """The trained part."""
-    latent_shape: tuple[int, ...]
-    """*L of one image."""
-    lora_targets: list[str]
-    """Names of the layers that take LoRA, as peft matches them."""
-    lora_format: type
-    """The diffusers mixin whose save_lora_weights and load_lora_weights the model's LoRA files follow."""
-    blocks: list[nn.Module]
-    """The repeated layers, to shard or compile one by one."""
-    embedded_guidance: bool
-    """Whether the model takes the guidance scale as an input, "guidance" [B] in its conditioning (FLUX), instead of true CFG."""
+    A backbone also says which layers take LoRA and which are sharded. An implementation only needs
+    to import this module.
+    """
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The trained model. It needs `save_pretrained(directory)` for the export."""
+
+    @property
+    def vae(self) -> nn.Module | None:
+        """The image decoder, for memory estimates. None if the backbone decodes without a module."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape *L of the latent of one image."""
+
+    @property
+    def lora_targets(self) -> list[str]:
+        """Names of the layers that take LoRA, as in `target_modules` of peft. Empty: no LoRA."""
+
+    @property
+    def lora_format(self) -> LoraFormat:
+        """File format of the LoRA weights. `NoLora` if the backbone does not support LoRA."""
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers of `transformer`. They are sharded and compiled one by one."""
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether the transformer takes the guidance scale as an input (FLUX.1-dev).
+
+        If True, the conditioning contains "guidance" [B]. If False, guidance is classifier-free
+        guidance: two forward passes per row.
+        """
 
     def load_lora(self, path: Path) -> None:
-        """Takes the adapter that a LoRA folder or file of diffusers' format holds, at full strength."""
-        ...
+        """Load the LoRA weights of a directory or file into `transformer`, with scale 1."""
 
     def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
-        """The timestep shift that the model's own pipeline uses at this size for a grid of `num_steps`, and the noise level to
-        which it stretches the grid's last step, if it does."""
-        ...
+        """Return the timestep shift that the model's own pipeline uses at this image size.
+
+        Args:
+            num_steps: number of sampling steps.
+
+        Returns:
+            The shift, and the noise level to which the start of the last step is stretched
+            (None: not stretched).
+        """
 
     def to(self, device: torch.device) -> None:
-        """Moves every part to `device`."""
-        ...
+        """Move all parts to `device`."""
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError with the number (from 1) of the first prompt that is too long or otherwise not to be read."""
-        ...
+    def check(self, texts: Sequence[str]) -> None:
+        """Check that all `texts` can be encoded.
+
+        Raises:
+            ValueError: a text cannot be read or is too long. The message starts with its number,
+                counted from 1.
+        """
 
     def bundled_prompts(self, split: str) -> list[str]:
-        """The model's own prompts of `split` ("train", "validation" or "held-out"); empty for a model that brings none."""
-        ...
+        """Return the prompts of `split` that come with the model. Empty if there are none.
 
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of `prompts`, a row each; "" is the unconditional one. Raises ValueError for one it cannot read."""
-        ...
+        Args:
+            split: "train", "validation" or "held-out".
+        """
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """v [B, *L] at x [B, *L] and noise level sigma [B] in fp32, in x's dtype."""
-        ...
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Return the conditioning of `texts`, one row each. "" is the unconditional prompt.
+
+        Raises:
+            ValueError: a text cannot be read.
+        """
+
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Return the velocity v [B, *L], in the dtype of `x`.
+
+        Args:
+            transformer: `self.transformer`, or a copy of it.
+            x: latents [B, *L].
+            sigma: noise levels [B] in 0..1, float32.
+            cond: conditioning with B rows.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in 0..1, fp32, of clean latents [B, *L]."""
-        ...
+        """Return the images [B, 3, H, W] in 0..1, float32, of clean latents [B, *L]."""
 
 
 @runtime_checkable
-class GuidesItself(Protocol):
-    """A backbone whose pipeline has a formula of its own for true CFG."""
+class CustomGuidance(Protocol):
+    """A backbone that replaces the formula of classifier-free guidance by its own."""
 
     def guide(self, v: Tensor, v_free: Tensor, guidance: float) -> Tensor:
-        """The guided velocity [B, *L] of the prompts' v and the unconditional v_free, all in fp32."""
-        ...
+        """Return the guided velocity [B, *L], float32.
+
+        Args:
+            v: velocity with the prompt [B, *L], float32.
+            v_free: velocity without the prompt [B, *L], float32.
+            guidance: guidance scale.
+        """
 
 
 def take(cond: Conditioning, rows: Tensor) -> Conditioning:
-    """The rows `rows` [B] of a conditioning."""
+    """Return the rows `rows` [B] of a conditioning."""
     return {name: value[rows] for name, value in cond.items()}
 
 
-def load_backbone(source: Source) -> Backbone:
-    """The backbone of `source`, with its weights. Raises ValueError naming the known ones, or the setting that is wrong."""
-    if source.model not in BACKBONES:
-        near = difflib.get_close_matches(source.model, BACKBONES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(BACKBONES)}"
-        raise ValueError(f"model={source.model!r} is not a known backbone; {hint}")
-    module, attribute = BACKBONES[source.model].split(":")
-    backbone: Backbone = getattr(importlib.import_module(module), attribute).load(source)
-    return backbone
+class BackboneLoader(Protocol):
+    """A registered backbone: a class with a class method `load`."""
+
+    def load(self, model: ModelConfig, dtypes: Dtypes) -> Backbone:
+        """Return a backbone with its weights.
+
+        Raises:
+            ValueError: a setting cannot be used. The message names it.
+        """
+
+
+BACKBONES: Registry[BackboneLoader] = Registry(
+    "backbone",
+    "flowgrain.backbones",
+    {
+        "shapes": "flowgrain.models.shapes:ShapesBackbone",
+        "sd3": "flowgrain.models.sd3:SD3Backbone",
+        "flux": "flowgrain.models.flux:FluxBackbone",
+        "flux2": "flowgrain.models.flux2:Flux2Backbone",
+        "qwen_image": "flowgrain.models.qwen_image:QwenImageBackbone",
+        "zimage": "flowgrain.models.zimage:ZImageBackbone",
+    },
+)
+"""All backbones by name. Other packages add theirs by the entry-point group flowgrain.backbones."""
+
+C = TypeVar("C", bound=BackboneLoader)
+
+
+def register_backbone(name: str) -> Callable[[C], C]:
+    """Class decorator that adds a backbone to `BACKBONES` under `name`.
+
+    Example:
+        >>> @register_backbone("mine")
+        ... class MyBackbone:
+        ...     @classmethod
+        ...     def load(cls, model: ModelConfig, dtypes: Dtypes) -> "MyBackbone": ...
+
+    Raises:
+        SettingsError: another backbone has this name.
+    """
+
+    def register(backbone_class: C) -> C:
+        BACKBONES.register(name)(backbone_class)
+        return backbone_class
+
+    return register
+
+
+def load_backbone(model: ModelConfig, dtypes: Dtypes) -> Backbone:
+    """Return the backbone `model.name` with its weights, checked by `check_backbone`.
+
+    Raises:
+        SettingsError: the backbone does not exist, or a setting cannot be used.
+        ValueError: the backbone lacks a member of the protocol.
+    """
+    if model.name not in BACKBONES:
+        hint = did_you_mean(model.name, BACKBONES)
+        raise SettingsError(f"model.name={model.name}: there is no such backbone. {hint}")
+    return check_backbone(BACKBONES.get(model.name).load(model, dtypes))
+
+
+def check_backbone(backbone: Any) -> Backbone:
+    """Return `backbone`, if it has all members of the `Backbone` protocol with the right types.
+
+    Raises:
+        ValueError: a member is missing or has another type. The message names it.
+    """
+    for name, expected, valid in _MEMBERS:
+        try:
+            value = getattr(backbone, name)
+        except AttributeError as error:
+            raise ValueError(_contract(backbone, name, f"is missing ({error})", expected)) from error
+        if not valid(value):
+            raise ValueError(_contract(backbone, name, f"is {value!r:.80}", expected))
+    inside = {id(module) for module in backbone.transformer.modules()}
+    if not all(id(block) in inside for block in backbone.blocks):
+        raise ValueError(
+            _contract(backbone, "blocks", "contains other modules", "a list of parts of transformer")
+        )
+    checked: Backbone = backbone
+    return checked
+
+
+def _contract(backbone: Any, name: str, problem: str, expected: str) -> str:
+    return (
+        f"backbone {type(backbone).__name__}: member {name!r} {problem}. Define {name!r} as {expected}; "
+        "see flowgrain.models.Backbone."
+    )
+
+
+def _has_methods(value: Any, *names: str) -> bool:
+    return all(callable(getattr(value, name, None)) for name in names)
+
+
+def _is_transformer(value: Any) -> bool:
+    return isinstance(value, nn.Module) and _has_methods(value, "save_pretrained")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+_MEMBERS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("transformer", "a torch.nn.Module with a method save_pretrained", _is_transformer),
+    ("vae", "a torch.nn.Module or None", lambda v: v is None or isinstance(v, nn.Module)),
+    ("latent_shape", "a tuple of integers", _is_shape),
+    ("lora_targets", "a list of strings", lambda v: _is_list(v, str)),
+    (
+        "lora_format",
+        "a LoRA loader mixin of diffusers, or NoLora",
+        lambda v: _has_methods(v, "save_lora_weights", "lora_state_dict"),
+    ),
+    ("blocks", "a list of torch.nn.Module", lambda v: _is_list(v, nn.Module)),
+    ("embedded_guidance", "a bool", lambda v: isinstance(v, bool)),
+    *(
+        (name, "a method", callable)
+        for name in (
+            "load_lora",
+            "natural_shift",
+            "to",
+            "check",
+            "bundled_prompts",
+            "encode",
+            "velocity",
+            "decode",
+        )
+    ),
+)
+"""Name, required type in words, and test of every member of `Backbone`."""

@@ -1,4 +1,4 @@
-"""What the backbones built on diffusers pipelines share: loading by part, cached prompt embeddings, decoding.
+"""Base class of the backbones that are built on diffusers pipelines.
 
 Shapes: B rows, *L latent, H x W pixels.
 """
@@ -7,8 +7,9 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -16,200 +17,323 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from flowgrain.models.base import Conditioning, Source
+from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
 from flowgrain.models.embeddings import EmbeddingCache, fingerprint, stack
+from flowgrain.settings import SettingsError
 
 log = logging.getLogger(__name__)
-_IN_MEMORY = 512
-"""Prompts whose embeddings stay in memory: at FLUX.1's 4 MB each, 2 GB."""
+
+JOINT_ATTENTION = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+]
+"""Attention layers of image and text tokens in joint blocks. Flow-GRPO adapts these layers."""
+
+_NO_LIMIT = 2**31
+_PROMPTS_IN_MEMORY = 512
+"""Number of prompts whose embeddings stay in memory: 2 GB for FLUX.1, at 4 MB each."""
 
 
 class PipelineBackbone(ABC):
-    """See `Backbone`. Transformer, VAE and the scheduler's settings are loaded at once, text encoders when they are needed."""
+    """A `Backbone` that loads the transformer, VAE and scheduler of a diffusers pipeline.
+
+    The text encoders are loaded when the first prompt is encoded that is not in the cache.
+    """
 
     pipeline: ClassVar[Any]
+    """The pipeline class."""
     encoders: ClassVar[tuple[str, ...]]
-    """Names of the pipeline's parts that only encoding needs."""
-    lora_format: type
-    embedded_guidance: bool
-    lora_targets: list[str]
+    """Parts of the pipeline that are only needed to encode prompts."""
 
-    def __init__(self, source: Source) -> None:
-        if not source.weights:
-            raise ValueError(f"weights: model={source.model} needs them; give the path of a folder or a hub name")
-        self.source = source
-        self.pipe = self._load(**dict.fromkeys(self.encoders))
-        self.transformer: nn.Module = self.pipe.transformer
-        self.vae = self.pipe.vae.requires_grad_(False).eval()
-        if source.vae_tiling:
-            self.vae.enable_tiling()
-        if source.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        if source.attention_backend:
-            self.transformer.set_attention_backend(source.attention_backend)
-        key = f"{fingerprint(source.weights, source.revision)} tokens={source.max_prompt_tokens} t5={source.t5}"
-        key += f" {source.dtypes.encoders}"
-        self.cache = EmbeddingCache(Path(source.embedding_cache), key) if source.embedding_cache else None
-        self._encoding: Any = None
-        self._tokenizer: Any = None
-        self._memory: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, model: ModelConfig, dtypes: Dtypes) -> None:
+        """Load the transformer and the VAE.
+
+        Raises:
+            SettingsError: `model.path` is missing or holds another model, or the image size does
+                not fit.
+        """
+        if not model.path:
+            raise SettingsError(
+                f"model.path: model.name={model.name} needs weights. "
+                "Set model.path to the directory or Hub name of a diffusers pipeline."
+            )
+        self.config, self.dtypes = model, dtypes
+        self.pipe = self._load_pipeline(**dict.fromkeys(self.encoders))
+        self.transformer: Any = self.pipe.transformer
+        self.vae: Any = self.pipe.vae.requires_grad_(False).eval()
+        self._check_size()
+        self._apply_options()
+        self.cache = self._open_cache()
         self.device = torch.device("cpu")
-        step = self._token_side
-        for name, size in (("height", source.height), ("width", source.width)):
-            if size % step:
-                raise ValueError(
-                    f"{name}={size}: {source.model} takes multiples of {step}; {size // step * step} or {-(-size // step) * step}"
-                )
+        self._encoding_pipe: Any = None
+        self._memory: dict[str, dict[str, Tensor]] = {}
 
     @classmethod
-    def load(cls, source: Source) -> "PipelineBackbone":
-        """The backbone of `source`. Raises ValueError naming the setting if its weights are not there or are another model's."""
-        return cls(source)
+    def load(cls, model: ModelConfig, dtypes: Dtypes) -> Self:
+        """Return the backbone with its weights.
 
-    def _load(self, **parts: Any) -> Any:
-        source = self.source
-        folder = Path(source.weights or "")
-        if folder.exists() and not (folder / "model_index.json").exists():
-            raise ValueError(
-                f"weights={source.weights}: there is no model_index.json, so this is no folder of a diffusers pipeline"
+        Raises:
+            SettingsError: a setting cannot be used.
+        """
+        return cls(model, dtypes)
+
+    def _load_pipeline(self, **parts: Any) -> Any:
+        """Load the pipeline. `parts` replace parts of it and are not loaded."""
+        path, revision = Path(self.config.path or ""), self.config.revision
+        if path.exists() and not (path / "model_index.json").exists():
+            raise SettingsError(
+                f"model.path={path}: the directory contains no model_index.json. "
+                "Give the directory of a diffusers pipeline."
             )
+        dtypes = self.dtypes
         try:
-            saved = self.pipeline.load_config(source.weights, revision=source.revision)
-            left_out = [
-                name for name in self.encoders if saved.get(name, [None])[0] is None or (name.endswith("_3") and not source.t5)
-            ]
             return self.pipeline.from_pretrained(
-                source.weights,
-                revision=source.revision,
-                dtype={"transformer": source.dtypes.transformer, "vae": source.dtypes.vae, "default": source.dtypes.encoders},
-                **{**dict.fromkeys(left_out), **parts},
+                self.config.path,
+                revision=revision,
+                dtype={
+                    "transformer": dtypes.transformer,
+                    "vae": dtypes.vae,
+                    "default": dtypes.encoders,
+                },
+                **{**dict.fromkeys(self._absent_parts), **parts},
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"weights={source.weights}: {error}") from error
+            raise SettingsError(f"model.path={self.config.path}: {error}") from error
+
+    @cached_property
+    def _absent_parts(self) -> list[str]:
+        """Encoder parts that the pipeline was saved without."""
+        saved = self.pipeline.load_config(self.config.path, revision=self.config.revision)
+        return [name for name in self.encoders if saved.get(name, [None])[0] is None]
+
+    def _check_size(self) -> None:
+        side = self._token_side
+        for name, size in (("height", self.config.height), ("width", self.config.width)):
+            if size % side:
+                sizes = sorted({max(size // side, 1) * side, -(-size // side) * side})
+                raise SettingsError(
+                    f"model.{name}={size}: model.name={self.config.name} needs a multiple of "
+                    f"{side}. Use {' or '.join(map(str, sizes))}."
+                )
+
+    def _apply_options(self) -> None:
+        if self.config.vae_tiling:
+            self.vae.enable_tiling()
+        if self.config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if self.config.attention_backend:
+            try:
+                self.transformer.set_attention_backend(self.config.attention_backend)
+            except (ValueError, RuntimeError, ImportError) as error:
+                raise SettingsError(
+                    f"model.attention_backend={self.config.attention_backend}: {error}"
+                ) from error
+
+    def _open_cache(self) -> EmbeddingCache | None:
+        config = self.config
+        if config.embedding_cache is None:
+            return None
+        key = f"{fingerprint(str(config.path), config.revision)} tokens={config.max_prompt_tokens}"
+        key += f" t5={config.t5} {self.dtypes.encoders}"
+        return EmbeddingCache(Path(config.embedding_cache).expanduser(), key)
 
     def to(self, device: torch.device) -> None:
+        """Move all loaded parts to `device`. Parts that are loaded later are also moved there."""
         self.device = device
-        for part in (self.transformer, self.vae):
-            part.to(device)
+        for part in (self.transformer, self.vae, self._encoding_pipe):
+            if part is not None:
+                part.to(device)
+
+    # ------------------------------------------------------------------ structure of the model
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers of the transformer."""
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> list[str]:
+        """Names of the layers that take LoRA."""
+
+    @property
+    def lora_format(self) -> Any:
+        """The pipeline class, which reads and writes LoRA files."""
+        return self.pipeline
+
+    def load_lora(self, path: Path) -> None:
+        """Load the LoRA weights of a directory or file into the transformer, with scale 1."""
+        self.pipe.load_lora_weights(path)
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """False: guidance is classifier-free guidance."""
+        return False
 
     @property
     def _token_side(self) -> int:
-        """Pixels along the side of an image token: 2x2 latents make one, whether the pipeline or the transformer packs them."""
+        """Side of an image token in pixels. 2 x 2 latents are one token in all these models."""
         return 2 * int(self.pipe.vae_scale_factor)
 
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of image tokens."""
-        return self.source.height // self._token_side, self.source.width // self._token_side
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """A grid of the VAE's latents; models that take it packed say otherwise."""
-        scale = self.pipe.vae_scale_factor
-        return self.transformer.config.in_channels, self.source.height // scale, self.source.width // scale
-
-    def load_lora(self, path: Path) -> None:
-        self.pipe.load_lora_weights(path)
+        return self.config.height // self._token_side, self.config.width // self._token_side
 
     @property
     def sequence_length(self) -> int:
-        """Image tokens of the transformer, from which pipelines compute the shift."""
+        """Number of image tokens. Pipelines compute the timestep shift from it."""
         return math.prod(self.token_grid)
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape [C, h, w] of the VAE's latents. Models with packed latents override it."""
+        scale = self.pipe.vae_scale_factor
+        height, width = self.config.height // scale, self.config.width // scale
+        return self.transformer.config.in_channels, height, width
+
     def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
+        """Return the timestep shift and the terminal noise level of the pipeline's scheduler."""
         config = self.pipe.scheduler.config
         terminal = config.get("shift_terminal") or None
         if not config.get("use_dynamic_shifting", False):
             return float(config.get("shift", 1.0)), terminal
-        mu = self._mu(num_steps)
+        mu = self._dynamic_shift(num_steps)
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu), terminal
 
-    def _mu(self, num_steps: int) -> float:
-        """mu of the dynamic shift, as most pipelines compute it: linear in the number of image tokens."""
+    def _dynamic_shift(self, num_steps: int) -> float:  # noqa: ARG002
+        """Logarithm of the shift, linear in the number of image tokens as in most pipelines."""
         config = self.pipe.scheduler.config
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        usual = (256, 4096, 0.5, 1.15)
-        return calculate_shift(self.sequence_length, *(config.get(n, u) for n, u in zip(names, usual, strict=True)))
+        shift: float = calculate_shift(
+            self.sequence_length,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        return shift
 
-    def bundled_prompts(self, split: str) -> list[str]:
-        return []  # of no split
+    # ------------------------------------------------------------------ prompts
 
-    def check(self, prompts: Sequence[str]) -> None:
-        if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
-        if self._tokenizer is None:
+    def bundled_prompts(self, split: str) -> list[str]:  # noqa: ARG002
+        """Return an empty list: the published models come without prompts."""
+        return []
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Check that no text has more tokens than the text encoders read.
+
+        Raises:
+            ValueError: a text is too long and model.long_prompts is "error".
+        """
+        own_limit, encoder_limit = self.config.max_prompt_tokens, self._encoder_limit
+        limit = min(own_limit, encoder_limit)
+        distinct = list(dict.fromkeys(texts))
+        counts = dict(zip(distinct, self._token_counts(distinct), strict=True))
+        too_long = [number for number, text in enumerate(texts, 1) if counts[text] > limit]
+        if not too_long:
             return
-        limit = min(self.source.max_prompt_tokens, self._most_tokens)
-        distinct = list(dict.fromkeys(prompts))
-        counts = dict(zip(distinct, map(len, self._tokenizer(distinct)["input_ids"]), strict=True))
-        long = [number for number, prompt in enumerate(prompts, 1) if counts[prompt] > limit]
-        if long and self.source.long_prompts == "refuse":
-            count = counts[prompts[long[0] - 1]]
-            others = f" (as do {len(long) - 1:,} others)" if len(long) > 1 else ""
-            way = f"raise max_prompt_tokens={self.source.max_prompt_tokens}" if limit < self._most_tokens else "have T5"
-            raise ValueError(
-                f"prompt {long[0]} has {count} tokens, more than {limit}{others}; shorten it, {way}, or set long_prompts=cut"
-            )
-        if long:
-            log.warning("%d of %d prompts are cut to %d tokens", len(long), len(prompts), limit)
+        if self.config.long_prompts == "truncate":
+            log.warning("%d of %d prompts are cut to %d tokens.", len(too_long), len(texts), limit)
+            return
+        first, others = too_long[0], len(too_long) - 1
+        also = f" {others:,} other prompts are also too long." if others else ""
+        if limit < encoder_limit:
+            reason, fix = f"model.max_prompt_tokens={own_limit}", "raise model.max_prompt_tokens"
+        else:
+            reason, fix = "the limit of the CLIP text encoders", "use T5 (model.t5=true)"
+        raise ValueError(
+            f"prompt {first} has {counts[texts[first - 1]]} tokens, more than {limit} ({reason})."
+            f"{also} Shorten it, {fix}, or set model.long_prompts=truncate."
+        )
 
-    _most_tokens = 2**31
-    """What the encoder whose tokenizer counts can read at most, whatever is set."""
+    @property
+    def _encoder_limit(self) -> int:
+        """Maximum number of tokens that the text encoders read, whatever the settings say."""
+        return _NO_LIMIT
 
-    @abstractmethod
-    def _load_tokenizer(self) -> Any:
-        """The tokenizer whose limit counts: of a list of prompts it makes the "input_ids"."""
+    @property
+    def _tokenizer_name(self) -> str:
+        """The part of the pipeline whose tokens are counted."""
+        return "tokenizer"
 
-    def _tokenizer_in(self, part: str) -> Any:
-        """The tokenizer saved as `part`."""
-        return AutoTokenizer.from_pretrained(self.source.weights, subfolder=part, revision=self.source.revision)
+    @cached_property
+    def _tokenizer(self) -> Any:
+        path, revision = self.config.path, self.config.revision
+        return AutoTokenizer.from_pretrained(path, subfolder=self._tokenizer_name, revision=revision)
 
-    def _chat_tokenizer(self, thinking: bool) -> Any:
-        """A tokenizer for prompts written as a user's words into the chat template, whose tokens count too."""
-        tokenizer = self._tokenizer_in("tokenizer")
+    def _token_counts(self, texts: list[str]) -> list[int]:
+        """Number of tokens of each text."""
+        return list(map(len, self._tokenizer(texts)["input_ids"]))
 
-        def tokenize(prompts: list[str]) -> Any:
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            return tokenizer.apply_chat_template(chats, add_generation_prompt=True, enable_thinking=thinking)
+    def _chat_token_counts(self, texts: list[str], thinking: bool) -> list[int]:
+        """Number of tokens of each text as a user message, with the tokens of the chat template."""
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        tokens = self._tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, enable_thinking=thinking
+        )
+        return list(map(len, tokens["input_ids"]))
 
-        return tokenize
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Return the conditioning of `texts` on the CPU, one row each."""
+        return stack([self._embedding(text) for text in texts])
 
-    def encode(self, prompts: list[str]) -> Conditioning:
-        return stack([self._embedding(prompt) for prompt in prompts])
-
-    def _embedding(self, prompt: str) -> dict[str, Tensor]:
-        """The tensors of `prompt`, without batch axis, on the CPU: from memory, from disk, or made now."""
-        found = self._memory.pop(prompt, None)
-        if found is None and self.cache is not None:
-            found = self.cache.get(prompt)
-        if found is None:
-            if self._encoding is None:
-                self._encoding = self._load(transformer=self.transformer, vae=self.vae).to(self.device)
-            with torch.no_grad():  # one by one: in a batch its last bits would depend on its company, and differ after a resume
-                made = self._encode(self._encoding, prompt)
-            found = {name: value[0].cpu() for name, value in made.items()}
+    def _embedding(self, text: str) -> dict[str, Tensor]:
+        """Tensors of `text` without batch axis, on the CPU: from memory, from disk, or encoded now."""
+        tensors = self._memory.pop(text, None)
+        if tensors is None and self.cache is not None:
+            tensors = self.cache.get(text)
+        if tensors is None:
+            if self._encoding_pipe is None:
+                parts = {"transformer": self.transformer, "vae": self.vae}
+                self._encoding_pipe = self._load_pipeline(**parts).to(self.device)
+            # One prompt at a time: in a batch, the last bits depend on the other prompts, and a
+            # resumed run encodes other batches.
+            with torch.no_grad():
+                row = self._encode(self._encoding_pipe, text)
+            tensors = {name: value[0].cpu() for name, value in row.items()}
             if self.cache is not None:
-                self.cache.put(prompt, found)
-        self._memory[prompt] = found  # the last one used is the last to go
-        if len(self._memory) > _IN_MEMORY:
+                self.cache.put(text, tensors)
+        self._memory[text] = tensors  # Last in the dict: the least recently used prompt is first.
+        if len(self._memory) > _PROMPTS_IN_MEMORY:
             del self._memory[next(iter(self._memory))]
-        return found
+        return tensors
 
     @abstractmethod
-    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
-        """Conditioning of `prompt`, one row, by the pipeline's own encode_prompt."""
+    def _encode(self, pipe: Any, text: str) -> Conditioning:
+        """Conditioning of one text, one row, from the pipeline's own encode_prompt."""
 
     def _padded(self, embeds: Tensor) -> Conditioning:
-        """Embeddings [n, D] of a prompt of n tokens as "embeds" [1, max_prompt_tokens, D] and "length" [1], which is n."""
-        missing = self.source.max_prompt_tokens - len(embeds)
-        return {"embeds": F.pad(embeds, (0, 0, 0, missing))[None], "length": torch.tensor([len(embeds)])}
+        """Pad the embeddings [n, D] of n tokens: "embeds" [1, max_prompt_tokens, D], "length" [1]."""
+        missing = self.config.max_prompt_tokens - len(embeds)
+        length = torch.tensor([len(embeds)])
+        return {"embeds": F.pad(embeds, (0, 0, 0, missing))[None], "length": length}
+
+    # ------------------------------------------------------------------ latents
+
+    @abstractmethod
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Return the velocity v [B, *L] at `x` [B, *L] and noise levels `sigma` [B]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images [B, 3, H, W] in 0..1 of clean latents [B, *L]."""
 
     def _decode_grid(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in 0..1 of unpacked latents [B, C, h, w], scaled as the VAE's config says."""
+        """Images [B, 3, H, W] of latents [B, C, h, w], scaled and shifted by the VAE's config."""
         config = self.vae.config
-        return self._images(latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0))
+        scaled = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
+        return self._images(scaled)
 
     @torch.no_grad()
     def _images(self, latents: Tensor) -> Tensor:
-        """Images in 0..1, fp32, of latents as the VAE takes them."""
-        return (self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        """Images in 0..1, float32, of latents that are already scaled for the VAE."""
+        decoded: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)

@@ -1,33 +1,39 @@
-"""Rewards: functions (images [I, 3, H, W] in 0..1, prompts) -> scores [I], NaN where one could not be given."""
+"""Rewards: functions of images [I, 3, H, W] in 0..1 and prompts that return I scores."""
 
 from flowgrain.rewards.base import (
-    OF_SHAPES,
     REWARDS,
-    Explained,
+    SHAPES_REWARDS,
     Explains,
-    Prompt,
+    Explanation,
     Reward,
-    RewardSource,
+    RewardConfig,
+    build_reward,
+    register_reward,
+)
+from flowgrain.rewards.options import OptionError
+from flowgrain.rewards.scoring import (
+    NOT_FINITE,
+    PartScores,
+    Scorer,
     Scores,
-    Scoring,
-    explained,
-    fields_of,
-    load_reward,
     score,
+    score_with_parts,
 )
 
 __all__ = [
-    "OF_SHAPES",
+    "NOT_FINITE",
     "REWARDS",
-    "Explained",
+    "SHAPES_REWARDS",
     "Explains",
-    "Prompt",
+    "Explanation",
+    "OptionError",
+    "PartScores",
     "Reward",
-    "RewardSource",
+    "RewardConfig",
+    "Scorer",
     "Scores",
-    "Scoring",
-    "explained",
-    "fields_of",
-    "load_reward",
+    "build_reward",
+    "register_reward",
     "score",
+    "score_with_parts",
 ]

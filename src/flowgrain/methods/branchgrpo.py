@@ -1,0 +1,57 @@
+"""BranchGRPO (arXiv 2509.06040)."""
+
+from pydantic import field_validator
+
+from flowgrain.core.tree import Planner
+from flowgrain.methods.base import register
+from flowgrain.methods.options import CompressedTail, StepChoice, distinct
+from flowgrain.settings import IntTuple, Setting
+
+
+@register
+class BranchGRPO(StepChoice, CompressedTail):
+    """BranchGRPO: a stochastic tree that splits at several steps. The value of a node is the mean of its leaves."""
+
+    name = "branchgrpo"
+    title = "BranchGRPO"
+    paper = "2509.06040"
+    summary = "The tree splits at several steps. An edge has the value of the mean reward of the images below it."
+    config_defaults = {"sampling": {"num_steps": 20}}  # section 5
+
+    group_size: int = 16  # section 5: 2^4 leaves
+    std_epsilon: float = 1e-4
+    split_steps: IntTuple = Setting(
+        (0, 3, 6, 9), "Grid indices at which the tree splits.", unit="grid indices"
+    )  # section 5
+    split_fan: int = Setting(2, "Children of a split.", unit="branches", ge=2)  # section 5
+
+    def plan(self, tree: Planner, step: int, seed: int) -> None:
+        steps = self.steps(tree.num_steps - 1)
+        nodes, end = [tree.root()], max(steps) + 1
+        for k in range(end):
+            fan = self.split_fan if k in self.split_steps else 1
+            if k in steps:
+                nodes = [branch for node in nodes for branch in tree.sde(node, fan)]
+            else:
+                nodes = [tree.ode(node, to=k + 1) for node in nodes]
+        for node in nodes:
+            self.finish(tree, node, end)
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        steps = self.steps(num_steps - 1)
+        self.check_tail(num_steps, max(steps))
+        if not set(self.split_steps) <= set(steps):
+            raise ValueError(
+                f"split_steps={list(self.split_steps)}: a split needs a stochastic step. Use some of {list(steps)}."
+            )
+        leaves = self.split_fan ** len(self.split_steps)
+        if self.group_size != leaves:
+            raise ValueError(
+                f"group_size={self.group_size}: split_fan and split_steps make {leaves} leaves. Use group_size={leaves}."
+            )
+
+    @field_validator("split_steps")
+    @classmethod
+    def _distinct_splits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return distinct(value)

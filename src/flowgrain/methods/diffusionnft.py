@@ -1,0 +1,64 @@
+"""DiffusionNFT (arXiv 2509.16117)."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from flowgrain.core.credit import RewardMix, Scope
+from flowgrain.core.objective import nft_loss
+from flowgrain.core.tree import Planner
+from flowgrain.methods.base import ForwardProcess, register
+from flowgrain.methods.options import CompressedTail
+from flowgrain.methods.plans import initial_noise
+from flowgrain.settings import Setting
+
+
+@register
+class DiffusionNFT(ForwardProcess, CompressedTail):
+    """DiffusionNFT: images by ODE, and a contrast of two velocities around the old policy's at noised images."""
+
+    name = "diffusionnft"
+    title = "DiffusionNFT"
+    paper = "2509.16117"
+    summary = (
+        "The images of a group are compared with each other. No step of the sampler is trained."
+    )
+    config_defaults = {"sampling": {"num_steps": 10}}  # section 5
+
+    group_size: int = 24  # section 5
+    kl_weight: float = 1e-4  # published code
+    std_scope: Scope = "global"  # published code
+    std_unbiased: bool = False  # published code
+    std_epsilon: float = 1e-4  # published code
+    reward_mix: RewardMix = "reward"  # published code
+    tail_order: Literal[1, 2] = 2  # published code
+    timestep_fraction: float = Setting(
+        0.99, "Share of the grid's noise levels that is drawn for every image.", gt=0, le=1
+    )  # published code
+    beta: float = Setting(
+        1.0, "Distance of v+ and v- from the old velocity.", gt=0
+    )  # published code
+    max_decay: float = Setting(
+        0.5, "Largest share of itself that the old policy keeps per step.", ge=0, lt=1
+    )
+    decay_rate: float = Setting(
+        0.001, "The old policy keeps min(decay_rate * step, max_decay) of itself.", ge=0
+    )
+
+    def plan(self, tree: Planner, step: int, seed: int) -> None:
+        for root in initial_noise(tree, self.group_size, shared=False):
+            self.finish(tree, root, 0)
+
+    def loss(
+        self, v: Tensor, v_old: Tensor, target: Tensor, sigma: Tensor, advantage: Tensor
+    ) -> Tensor:
+        return nft_loss(v, v_old, target, sigma, advantage, self.beta, self.advantage_clip)
+
+    def num_levels(self, num_steps: int) -> int:
+        return max(1, int(num_steps * self.timestep_fraction))
+
+    def decay(self, step: int) -> float:
+        return min(self.decay_rate * step, self.max_decay)
+
+    def published_passes(self, num_steps: int) -> int:
+        return num_steps * self.group_size

@@ -1,0 +1,102 @@
+"""Groups of options that several methods share."""
+
+from pydantic import field_validator
+
+from flowgrain.core.tree import Planner
+from flowgrain.methods.base import Method, PolicyGradient
+from flowgrain.methods.plans import completed_trajectory, initial_noise, tail_indices
+from flowgrain.settings import IntTuple, Setting
+
+
+def distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    """`values`, if they are not empty and all different. Raises ValueError otherwise."""
+    if not values:
+        raise ValueError("must not be empty. Remove it to use the method's default")
+    if len(set(values)) != len(values):
+        raise ValueError(f"contains a value twice. Use {sorted(set(values))}")
+    return values
+
+
+class StepChoice(PolicyGradient):
+    """Options of methods whose stochastic steps can be chosen."""
+
+    sde_steps: IntTuple | None = Setting(
+        None,
+        "Grid indices with noise and training (M). Default: see the method.",
+        unit="grid indices",
+    )
+
+    @field_validator("sde_steps")
+    @classmethod
+    def _distinct_steps(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if value is None else distinct(value)
+
+    def steps(self, end: int) -> tuple[int, ...]:
+        """The stochastic steps: as set, or the grid indices before `end`."""
+        return self.sde_steps or tuple(range(end))
+
+    def calibration_plan(self, tree: Planner) -> None:
+        """See `PolicyGradient.calibration_plan`. Only the chosen steps are stochastic."""
+        steps = self.steps(tree.num_steps)
+        completed = {k + after for k in steps for after in (0, 1)}
+        completed_trajectory(tree, tree.root(), steps, completed, order=self.tail_order)
+
+    def last_possible_step(self, num_steps: int) -> int:
+        """The last grid index that may be stochastic. The step into sigma = 0 is an ODE step."""
+        return num_steps - 2
+
+    def check(self, num_steps: int) -> None:
+        """See `Method.check`."""
+        super().check(num_steps)
+        last = self.last_possible_step(num_steps)
+        for k in self.sde_steps or ():
+            if not 0 <= k <= last:
+                raise ValueError(
+                    f"sde_steps={list(self.sde_steps or ())}: {k} is outside the grid of sampling.num_steps="
+                    f"{num_steps}. The step into sigma = 0 has no noise here. Use 0 to {last}."
+                )
+
+
+class SharedNoise(Method):
+    """Option of methods that sample a group of trajectories."""
+
+    shared_noise: bool = Setting(
+        False, "Start all trajectories of a group from the same initial noise."
+    )
+
+    def roots(self, tree: Planner) -> list[int]:
+        """Initial noise of every trajectory of a group."""
+        return initial_noise(tree, self.group_size, self.shared_noise)
+
+
+class CompressedTail(Method):
+    """Option of methods whose trajectories end in an ODE tail."""
+
+    tail_ratio: float = Setting(
+        1.0,
+        "Share of the ODE steps that is taken after the last stochastic step (MixGRPO-Flash).",
+        gt=0,
+        le=1,
+    )
+
+    def finish(self, tree: Planner, node: int, index: int) -> None:
+        """Take the ODE tail from `node` at grid index `index`, and request its image."""
+        if index < tree.num_steps:
+            via = tail_indices(index, tree.num_steps, self.tail_ratio)
+            node = tree.ode(node, via=via, order=self.tail_order)
+        tree.image(node)
+
+    def check_tail(self, num_steps: int, last_step: int) -> None:
+        """Check that tail options have an effect if `last_step` is the last stochastic grid step.
+
+        Raises:
+            ValueError: the tail is too short for an option that is set.
+        """
+        length = num_steps - 1 - last_step
+        for option, default in (("tail_order", 1), ("tail_ratio", 1.0)):
+            value = getattr(self, option)
+            if value != default and length <= 1:
+                raise ValueError(
+                    f"{option}={value}: has no effect, because only {length} step follows the last stochastic step. "
+                    f"Remove it, or end sde_steps before {num_steps - 2}."
+                )

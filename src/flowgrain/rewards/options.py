@@ -1,0 +1,119 @@
+"""The options of a reward: keyword arguments of its class or function, checked against its signature."""
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import torch
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from flowgrain.settings import SettingsError, nearest
+
+
+class OptionError(SettingsError):
+    """An option of a reward that cannot be used. The message starts with `OPTION=VALUE:`.
+
+    A reward raises it in its constructor. `build_reward` puts the name of the reward before it.
+    """
+
+
+def check_device(device: str) -> str:
+    """`device`, if this machine has it.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:INDEX".
+
+    Raises:
+        OptionError: the machine does not have this device.
+    """
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise OptionError(f"device={device}: unknown device. Use cpu, cuda or cuda:INDEX.")
+    if device == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise OptionError(f"device={device}: no GPU is available. Use cpu.")
+    count = torch.cuda.device_count()
+    if int(match[1] or 0) >= count:
+        raise OptionError(f"device={device}: the last GPU is cuda:{count - 1}. Use a lower index.")
+    return device
+
+
+def checked_options(
+    name: str, target: Callable[..., Any], options: Mapping[str, Any], reserved: Container[str]
+) -> dict[str, Any]:
+    """`options` of the reward `name`, converted to the types of the arguments of `target`.
+
+    Args:
+        name: name of the reward, for error messages.
+        target: the class or function. The options of a function are its keyword-only arguments.
+        options: YAML values by name.
+        reserved: names that an option cannot have.
+
+    Raises:
+        SettingsError: an option is unknown, missing, or has the wrong type.
+    """
+    parameters = inspect.signature(target).parameters.values()
+    kinds = {inspect.Parameter.KEYWORD_ONLY}
+    if isinstance(target, type):
+        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = {p.name: p for p in parameters if p.kind in kinds}
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    valid = f"Options: {', '.join(known)}." if known else "This reward has no options."
+    for option in known:
+        if option in reserved:
+            raise SettingsError(
+                f"rewards[{name}].{option}: every reward has a setting with this name. "
+                "Rename the argument of the custom reward."
+            )
+        if known[option].default is inspect.Parameter.empty and option not in options:
+            raise SettingsError(f"rewards[{name}].{option}: this option is required. {valid}")
+    hints = _hints(name, target) if options else {}
+    checked = {}
+    for option, value in options.items():
+        if option not in known and not any_name:
+            close = nearest(option, known)
+            hint = f"Did you mean {close!r}? " if close else ""
+            raise SettingsError(
+                f"rewards[{name}].{option}={value!r}: unknown option. {hint}{valid}"
+            )
+        try:
+            checked[option] = _converted(value, hints.get(option, Any))
+        except ValueError as error:
+            raise SettingsError(f"rewards[{name}].{option}={value!r}: {error}. {valid}") from error
+    return checked
+
+
+def _hints(name: str, target: Callable[..., Any]) -> dict[str, Any]:
+    """The type of each argument of `target`."""
+    function: Any = target
+    if isinstance(target, type):
+        function = target.__init__  # type: ignore[misc]
+    elif not inspect.isroutine(target):
+        function = type(target).__call__
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise SettingsError(
+            f"rewards[{name}]: the types of its options are unknown: {error}. "
+            "Import these types outside of TYPE_CHECKING blocks."
+        ) from error
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """The YAML value `value` as a value of type `hint`, without conversions between basic types.
+
+    Raises:
+        ValueError: the value is not of this type.
+    """
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"]) from None
+    except PydanticSchemaGenerationError:
+        raise ValueError(f"an option of type {hint} can only be set in Python") from None
+    except TypeError as error:
+        raise ValueError(f"not a YAML value ({error})") from None
