@@ -11,10 +11,11 @@ from typing import Any
 
 from architecture_figure import architecture_figure
 from figure_style import save
+from tree_figures import tree_figure, trees_figure
+
 from flowgrain.core.tree import Tree
 from flowgrain.methods import METHODS
 from flowgrain.methods.cost import plan_tree
-from tree_figures import tree_figure, trees_figure
 
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {  # method: (num_steps, options)
     "flow_grpo": (6, {"group_size": 4}),

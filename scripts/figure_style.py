@@ -1,7 +1,7 @@
 """Colors, fonts and SVG output of the documentation's figures.
 
-Every color is a CSS variable with a value for light and for dark pages. The browser picks one of the two by
-the color scheme of the page that shows the figure.
+Every color is a CSS variable with a value for light pages and a value for dark pages. The browser
+selects one by the color scheme of the page.
 """
 
 import io

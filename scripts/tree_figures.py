@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from figure_style import LIGHT, SIGMA
-from flowgrain.core.tree import ROOT, Tree
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
+
+from flowgrain.core.tree import ROOT, Tree
 
 TRAINED = {"color": LIGHT["noise"], "lw": 2.6}
 NOT_TRAINED = {"color": LIGHT["noise"], "lw": 1.5, "ls": (0, (1.5, 1.5))}
@@ -21,7 +22,7 @@ DETERMINISTIC = {"color": LIGHT["ode"], "lw": 1.3}
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of the rows: height [N] of each row, counted in lines from the top, and the number of lines."""
+    """Height [N] of each row, counted in lines from the top, and the number of lines."""
 
     height: list[float]
     lines: int
@@ -30,7 +31,7 @@ class Layout:
 def layout(tree: Tree) -> Layout:
     """Heights at which no two edges cross.
 
-    A row stays on the line of the child that continues it. Without such a child it stands between its children.
+    A row is drawn on the line of the child that continues it, or in the middle of its children.
     """
     children: dict[int, list[int]] = defaultdict(list)
     for row, parent in enumerate(tree.parent.tolist()):
@@ -60,7 +61,7 @@ def layout(tree: Tree) -> Layout:
 
 
 def _continuation(tree: Tree, children: Sequence[int]) -> int | None:
-    """The child on its parent's line: the trunk beside a fan, or the trajectory beside its completion."""
+    """The child drawn on its parent's line: the trunk of a fan, or the trajectory itself."""
     if len(children) == 1:
         return children[0]
     stochastic = [row for row in children if tree.stochastic[row]]
@@ -95,7 +96,7 @@ def draw_tree(axes: Axes, tree: Tree) -> int:
 
 
 def _granularities(tree: Tree) -> int:
-    """Number of granularities of the images; 1 where channels count something else, such as grid indices."""
+    """Number of granularities. 1 if channels count something else, such as grid indices."""
     return tree.num_channels if tree.num_channels <= 3 else 1
 
 
@@ -108,7 +109,7 @@ def _edge_style(tree: Tree, row: int) -> dict[str, Any]:
 def draw_edge(
     axes: Axes, start: tuple[float, float], end: tuple[float, float], style: dict[str, Any]
 ) -> None:
-    """Draw a smooth line between two points. A line over several grid steps bends in the first of them."""
+    """Draw a smooth line between two points. A long line bends within its first grid step."""
     (x0, y0), (x1, y1) = start, end
     if y0 == y1:
         axes.plot([x0, x1], [y0, y1], solid_capstyle="round", zorder=2, **style)

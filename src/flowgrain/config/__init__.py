@@ -1,1 +1,6 @@
-"""TODO"""
+"""Settings of a run: the schema, loading from YAML and the command line, recipes and model defaults."""
+
+from flowgrain.config.load import load_config
+from flowgrain.config.schema import Config
+
+__all__ = ["Config", "load_config"]

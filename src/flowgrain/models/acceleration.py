@@ -1,6 +1,7 @@
-"""Cheaper velocities for the tails of a rollout: features kept from step to step (diffusers), and quantised weights (torchao).
+"""Faster velocities for the tails of a rollout: cached features (diffusers), quantized copies (torchao).
 
-Only rewards feel them. What a stochastic step is drawn from, and so every log-probability, stays the policy's own.
+Approximate tails only affect rewards. Stochastic steps, and therefore log-probabilities, always use
+the exact policy.
 """
 
 import contextlib
@@ -9,142 +10,256 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from flowgrain.config.schema import Settings, SettingsError
+from flowgrain.settings import SettingsError
 
-_WORK = r"(attn2?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)"
-"""A block's attention and feed-forward parts, as diffusers' transformers name them."""
-_FIRST_BLOCK = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
-"""Transformers whose first and last blocks return what the first-block cache subtracts; of SD3, FLUX.2 and Z-Image they do not."""
-_FLOAT8_SINCE = (8, 9)
-"""Compute capability of the first GPUs that multiply float8."""
+_LAYERS = r"(attn2?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)"
+"""Names of the attention and feed-forward layers of a block in the transformers of diffusers."""
+_FIRST_BLOCK_MODELS = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
+"""Transformers that the first-block cache of diffusers supports.
+
+It subtracts the output of the first block from that of the last. In SD3, FLUX.2 and Z-Image these
+outputs do not have the same form.
+"""
+_FLOAT8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs with float8 matrix products."""
 
 
-def check(s: Settings, model: nn.Module, device: torch.device, sharded: bool) -> None:
-    """Raises SettingsError for cheaper tails that cannot be had of `model` here. sharded: whether what samples is."""
-    for name, usual in (("tail_cache", "none"), ("tail_weights", "same")):
-        if sharded and getattr(s, name) != usual:
-            way = "use lora_rank" if s.method == "diffusionnft" else "set rollout_weights=replica"  # it samples from its slow copy
-            raise SettingsError(
-                f"{name}={getattr(s, name)}: needs whole weights in each process, and here they are sharded; {way}, or leave it out"
-            )
+def check_tails(
+    *,
+    tail_cache: str,
+    tail_weights: str,
+    model: nn.Module,
+    device: torch.device,
+    sharded: bool,
+    remedy: str,
+) -> None:
+    """Check that the settings of approximate tails work with this model and device.
+
+    Args:
+        tail_cache: value of sampling.tail_cache: none, first_block:THRESHOLD or taylorseer:INTERVAL.
+        tail_weights: value of sampling.tail_weights: same, int8 or float8.
+        model: transformer.
+        device: device on which it samples.
+        sharded: whether the weights that sample are sharded over several processes.
+        remedy: how to avoid sharding, for the error message: "Set runtime.rollout_weights=replica".
+
+    Raises:
+        SettingsError: a setting cannot be used.
+    """
+    cached, quantized = tail_cache != "none", tail_weights != "same"
+    if sharded and (cached or quantized):
+        setting = f"tail_cache={tail_cache}" if cached else f"tail_weights={tail_weights}"
+        raise SettingsError(
+            f"sampling.{setting}: every process needs whole weights to sample with, but here they "
+            f"are sharded. {remedy}, or remove this setting."
+        )
     name = type(model).__name__.removeprefix("FSDP")
-    if s.tail_cache.startswith("first_block") and name not in _FIRST_BLOCK:
-        raise SettingsError(f"tail_cache={s.tail_cache}: diffusers' cache does not fit the blocks of {name}; use taylorseer:3")
-    if s.tail_weights == "same":
+    if tail_cache.startswith("first_block") and name not in _FIRST_BLOCK_MODELS:
+        raise SettingsError(
+            f"sampling.tail_cache={tail_cache}: the first-block cache of diffusers does not support "
+            f"{name}. Use taylorseer:3."
+        )
+    if not quantized:
         return
     if importlib.util.find_spec("torchao") is None:
-        raise SettingsError(f"tail_weights={s.tail_weights}: torchao is not installed; pip install 'flowgrain[quantize]'")
-    if s.tail_weights == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < _FLOAT8_SINCE):
-        raise SettingsError(f"tail_weights=float8: needs a GPU of compute capability 8.9 or more, not {device}; use int8")
+        raise SettingsError(
+            f"sampling.tail_weights={tail_weights}: torchao is not installed. "
+            "Run pip install 'flowgrain[quantize]'."
+        )
+    if tail_weights == "float8" and not _supports_float8(device):
+        raise SettingsError(
+            "sampling.tail_weights=float8: needs a GPU of compute capability 8.9 or higher, "
+            f"not {device}. Use int8."
+        )
+
+
+def _supports_float8(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
+
+
+CacheStep = Callable[[bool], AbstractContextManager[None]]
+"""Context of a model call. The argument says whether the call continues the previous call: the same
+rows, one step later."""
 
 
 @contextlib.contextmanager
-def caching(model: nn.Module, setting: str) -> Iterator[Callable[[bool], AbstractContextManager[None]]]:
-    """Inside, calls of `model` within a(follows) keep features as setting `tail_cache` says; those kept count where it follows."""
-    kind, _, number = setting.partition(":")
-    if kind == "none":
-        yield lambda follows: contextlib.nullcontext()  # noqa: ARG005
+def feature_cache(model: nn.Module, setting: str) -> Iterator[CacheStep]:
+    """Cache features of `model` between calls, inside this context.
+
+    Args:
+        model: transformer of diffusers. Its hooks are removed at the end.
+        setting: value of sampling.tail_cache.
+
+    Yields:
+        A function `step`. Call the model inside `with step(continues):`. With `continues=False` the
+        cache is cleared first.
+
+    Example:
+        >>> with feature_cache(model, "taylorseer:3") as step:
+        ...     for number, sigma in enumerate(sigmas):
+        ...         with step(number > 0):
+        ...             x = x + dt * model(x, sigma)
+    """
+    if setting == "none":
+        yield _no_cache
         return
-    from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+    from diffusers.hooks import HookRegistry
     from diffusers.models.cache_utils import CacheMixin
 
-    if kind == "first_block":
-        config: Any = FirstBlockCacheConfig(threshold=float(number))
-    else:
-        # Two whole steps first: a line is drawn through two points.
-        config = TaylorSeerCacheConfig(
-            cache_interval=int(number),
-            disable_cache_before_step=2,
-            max_order=1,
-            taylor_factors_dtype=next(model.parameters()).dtype,
-            cache_identifiers=[rf"(.*blocks|layers)\.\d+\.{_WORK}"],
-            skip_predict_identifiers=[
-                rf"{re.escape(name)}\.(attn|proj_mlp)"
-                for name, block in model.named_modules()
-                if "proj_out" in dict(block.named_children())
-            ],
-        )
-    if not isinstance(model, CacheMixin):  # SD3's transformer lacks it, though the caches know its blocks
-        model.__class__ = type(type(model).__name__, (type(model), CacheMixin), {})
-    model.enable_cache(config)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
 
-    def around(follows: bool) -> AbstractContextManager[None]:
-        if not follows:
-            model._reset_stateful_cache()
-        return model.cache_context("tail")
+    def step(continues: bool) -> AbstractContextManager[None]:
+        if not continues:
+            registry.reset_stateful_hooks(recurse=True)
+        # A function of the mixin, because SD3's transformer does not inherit from it. It only uses
+        # the hooks of the model.
+        context: AbstractContextManager[None] = CacheMixin.cache_context(model, "tail")
+        return context
 
+    hooks = _add_hooks(model, setting)
+    registry.invalidate_child_registries_cache()
     try:
-        yield around
+        yield step
     finally:
-        model.disable_cache()
+        for hook in hooks:
+            registry.remove_hook(hook, recurse=True)
+        registry.invalidate_child_registries_cache()
 
 
-@lru_cache
+def _no_cache(continues: bool) -> AbstractContextManager[None]:  # noqa: ARG001
+    return contextlib.nullcontext()
+
+
+def _add_hooks(model: nn.Module, setting: str) -> tuple[str, ...]:
+    """Add the hooks of the cache `setting` to the layers of `model`. Returns the hooks' names."""
+    from diffusers.hooks import (
+        FirstBlockCacheConfig,
+        TaylorSeerCacheConfig,
+        apply_first_block_cache,
+        apply_taylorseer_cache,
+    )
+    from diffusers.hooks.first_block_cache import _FBC_BLOCK_HOOK, _FBC_LEADER_BLOCK_HOOK
+    from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
+
+    kind, _, number = setting.partition(":")
+    if kind == "first_block":
+        apply_first_block_cache(model, FirstBlockCacheConfig(threshold=float(number)))
+        return _FBC_LEADER_BLOCK_HOOK, _FBC_BLOCK_HOOK
+    # Single blocks of FLUX.1: the output layer is predicted, so the layers before it can be skipped.
+    skipped = [
+        rf"{re.escape(name)}\.(attn|proj_mlp)"
+        for name, block in model.named_modules()
+        if "proj_out" in dict(block.named_children())
+    ]
+    config = TaylorSeerCacheConfig(
+        cache_interval=int(number),
+        disable_cache_before_step=2,  # Linear extrapolation needs two exact steps.
+        max_order=1,
+        taylor_factors_dtype=next(model.parameters()).dtype,
+        cache_identifiers=[rf"(.*blocks|layers)\.\d+\.{_LAYERS}"],
+        skip_predict_identifiers=skipped,
+    )
+    apply_taylorseer_cache(model, config)
+    return (_TAYLORSEER_CACHE_HOOK,)
+
+
+@cache
 def int8_saturates() -> bool:
-    """Whether int8 matrix products saturate on this CPU.
+    """Return whether int8 matrix products saturate on this CPU.
 
-    Kernels without VNNI add pairs of products in 16 bits, which overflow for values near 127. Measured instead of read from the
-    CPU's flags, because an environment variable can limit the kernels. Values in -64..63 are exact on all CPUs.
+    Kernels without VNNI add pairs of products in 16 bits, which overflow for values near 127. This
+    is measured instead of read from the CPU flags, because environment variables can restrict the
+    kernels. Values in -64..63 are exact on all CPUs.
     """
-    a, b = torch.full((8, 64), 127, dtype=torch.int8), torch.full((64, 8), 127, dtype=torch.int8)
+    a = torch.full((8, 64), 127, dtype=torch.int8)
+    b = torch.full((64, 8), 127, dtype=torch.int8)
     return not torch.equal(torch._int_mm(a, b), a.int() @ b.int())
 
 
-class Quantised:
-    """A copy of a model whose blocks' attention and feed-forward layers are quantised; a LoRA's own layers stay as they are.
+class QuantizedCopy:
+    """A copy of a transformer with quantized attention and feed-forward layers.
 
-    It lies where `model` lies until it is sent `to` its device, where one layer at a time is whole.
+    Weights and activations of these layers are quantized. LoRA layers keep their dtype.
+
+    Attributes:
+        model: the copy.
+        layers: names of the quantized layers.
+        stale: set by the owner when the policy has changed since the last `update`.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], kind: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[str], kind: str, dtype: torch.dtype
+    ) -> None:
+        """Copy `model` on its device. The copy is quantized by `to`.
+
+        Args:
+            model: transformer.
+            blocks: names of its repeated blocks.
+            kind: "int8" or "float8".
+            dtype: dtype of the layers that are not quantized.
+        """
         self.kind, self.dtype, self.stale = kind, dtype, False
         self.layers = {
             f"{block}.{name}"
             for block in blocks
             for name, module in model.get_submodule(block).named_modules()
-            if isinstance(module, nn.Linear) and re.match(rf"{_WORK}(\.|$)", name) and not re.search(r"\blora_", name)
+            if isinstance(module, nn.Linear) and _is_quantizable(name)
         }
         self.model = copy.deepcopy(model).requires_grad_(False).to(dtype)
 
-    def to(self, device: torch.device) -> "Quantised":
-        """Quantises, on `device`."""
-        self._quantise(self.model, lambda _, name: name in self.layers, device)
+    def to(self, device: torch.device) -> Self:
+        """Move the copy to `device` and quantize it, one layer at a time."""
+        self._quantize(self.model, lambda _, name: name in self.layers, device)
         return self
 
     @property
     def size(self) -> int:
-        """Bytes of the copy: a byte a quantised weight, without its scales."""
-        quantised = {f"{name}.weight" for name in self.layers}
-        return sum(p.numel() * (1 if name in quantised else p.element_size()) for name, p in self.model.named_parameters())
+        """Size of the copy in bytes, without the scales of quantized weights."""
+        quantized = {f"{name}.weight" for name in self.layers}
+        return sum(
+            p.numel() * (1 if name in quantized else p.element_size())
+            for name, p in self.model.named_parameters()
+        )
 
     @torch.no_grad()
-    def take(self, trained: Mapping[str, Tensor]) -> None:
-        """Takes the policy's trained weights, whole, as they are now."""
-        for name, value in trained.items():
-            place, _, leaf = name.rpartition(".")
-            if place in self.layers and leaf == "weight":
-                layer = self.model.get_submodule(place)
-                layer.weight = nn.Parameter(value.detach().to(self.dtype, copy=True), requires_grad=False)
-                self._quantise(layer, lambda *_: True, value.device)
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """Replace the parameters of these names by new values, which are whole tensors."""
+        for name, value in parameters.items():
+            layer_name, _, leaf = name.rpartition(".")
+            if layer_name in self.layers and leaf == "weight":
+                layer = self.model.get_submodule(layer_name)
+                weight = value.detach().to(self.dtype, copy=True)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+                self._quantize(layer, lambda *_: True, value.device)
             else:
                 self.model.get_parameter(name).copy_(value.detach())
         self.stale = False
 
-    def _quantise(self, module: nn.Module, which: Callable[[nn.Module, str], bool], device: torch.device) -> None:
+    def _quantize(
+        self, module: nn.Module, selected: Callable[[nn.Module, str], bool], device: torch.device
+    ) -> None:
+        """Quantize the selected linear layers of `module` in place, and move it to `device`."""
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             Int8DynamicActivationInt8WeightConfig,
             quantize_,
         )
 
+        config: Any = Float8DynamicActivationFloat8WeightConfig()
         if self.kind == "int8":
-            config: Any = Int8DynamicActivationInt8WeightConfig(reduce_range=device.type == "cpu" and int8_saturates())
-        else:
-            config = Float8DynamicActivationFloat8WeightConfig()
-        quantize_(module, config, filter_fn=which, device=device)
+            reduce_range = device.type == "cpu" and int8_saturates()
+            config = Int8DynamicActivationInt8WeightConfig(reduce_range=reduce_range)
+        quantize_(module, config, filter_fn=selected, device=device)
+
+
+def _is_quantizable(name: str) -> bool:
+    """Whether a linear layer of a block is an attention or feed-forward layer, and not a LoRA."""
+    return bool(re.match(rf"{_LAYERS}(\.|$)", name)) and not re.search(r"\blora_", name)

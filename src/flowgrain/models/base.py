@@ -313,13 +313,17 @@ def check_backbone(backbone: Any) -> Backbone:
         try:
             value = getattr(backbone, name)
         except AttributeError as error:
-            raise ValueError(_contract(backbone, name, f"is missing ({error})", expected)) from error
+            raise ValueError(
+                _contract(backbone, name, f"is missing ({error})", expected)
+            ) from error
         if not valid(value):
             raise ValueError(_contract(backbone, name, f"is {value!r:.80}", expected))
     inside = {id(module) for module in backbone.transformer.modules()}
     if not all(id(block) in inside for block in backbone.blocks):
         raise ValueError(
-            _contract(backbone, "blocks", "contains other modules", "a list of parts of transformer")
+            _contract(
+                backbone, "blocks", "contains other modules", "a list of parts of transformer"
+            )
         )
     checked: Backbone = backbone
     return checked

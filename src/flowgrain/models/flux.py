@@ -1,45 +1,53 @@
-"""FLUX.1-dev and -schnell: guidance as an input where the model takes one, latents packed 2x2. Latents [tokens, 64]."""
+"""FLUX.1-dev and FLUX.1-schnell: latents packed 2 x 2 into tokens. Latents [tokens, 64]."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
-from flowgrain.models.pipeline import PipelineBackbone
+from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
 
 
 class FluxBackbone(PipelineBackbone):
-    """See `Backbone`."""
+    """`Backbone` of FLUX.1. FLUX.1-dev takes the guidance scale as an input of the transformer."""
 
-    pipeline = lora_format = FluxPipeline
+    pipeline = FluxPipeline
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    lora_targets: ClassVar[list[str]] = JOINT_ATTENTION
 
     @property
     def embedded_guidance(self) -> bool:
+        """True for FLUX.1-dev, False for FLUX.1-schnell."""
         return bool(self.transformer.config.guidance_embeds)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Shape [tokens, 64] of packed latents."""
         return self.sequence_length, self.transformer.config.in_channels
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers, to shard or compile one by one."""
-        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+        """The double blocks and the single blocks of the transformer."""
+        model = self.transformer
+        return [*model.transformer_blocks, *model.single_transformer_blocks]
 
-    def _load_tokenizer(self) -> Any:
-        return self._tokenizer_in("tokenizer_2")
+    @property
+    def _tokenizer_name(self) -> str:
+        return "tokenizer_2"
 
-    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
-        embeds, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=self.source.max_prompt_tokens)
+    def _encode(self, pipe: Any, text: str) -> Conditioning:
+        limit = self.config.max_prompt_tokens
+        embeds, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=limit)
         return {"embeds": embeds, "pooled": pooled}
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Return the velocity v [B, tokens, 64]."""
         image_ids = self.pipe._prepare_latent_image_ids(1, *self.token_grid, x.device, x.dtype)
-        return transformer(
+        v: Tensor = transformer(
             hidden_states=x,
             timestep=sigma,
             guidance=cond.get("guidance"),
@@ -49,7 +57,11 @@ class FluxBackbone(PipelineBackbone):
             img_ids=image_ids,
             return_dict=False,
         )[0]
+        return v
 
     def decode(self, latents: Tensor) -> Tensor:
-        unpacked = self.pipe._unpack_latents(latents, self.source.height, self.source.width, self.pipe.vae_scale_factor)
-        return self._decode_grid(unpacked)
+        """Return the images [B, 3, H, W] in 0..1 of latents [B, tokens, 64]."""
+        size = self.config.height, self.config.width
+        return self._decode_grid(
+            self.pipe._unpack_latents(latents, *size, self.pipe.vae_scale_factor)
+        )

@@ -1,4 +1,4 @@
-"""FLUX.2-klein: true CFG, one language model as text encoder, batch-normalised latents. Latents [128, h, w], packed 2x2."""
+"""FLUX.2-klein: a language model as text encoder, batch-normalized latents. Latents [128, h, w]."""
 
 from typing import Any
 
@@ -7,42 +7,51 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
-from flowgrain.models.pipeline import PipelineBackbone
+from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
+from flowgrain.models.tokens import chat_token_counts
 
 
 class Flux2Backbone(PipelineBackbone):
-    """See `Backbone`."""
+    """`Backbone` of FLUX.2-klein, with classifier-free guidance."""
 
-    pipeline = lora_format = Flux2KleinPipeline
+    pipeline = Flux2KleinPipeline
     encoders = ("text_encoder", "tokenizer")
-    embedded_guidance = False
 
     @property
     def lora_targets(self) -> list[str]:
-        single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(len(self.transformer.single_transformer_blocks))]
-        double = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-        return [*double, "to_qkv_mlp_proj", *single]  # a bare "to_out" would match the double blocks' lists of layers too
+        """Attention layers of the double blocks, and both layers of the single blocks."""
+        # By full name, because "to_out" alone also matches the ModuleLists of the double blocks.
+        count = len(self.transformer.single_transformer_blocks)
+        single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(count)]
+        return [*JOINT_ATTENTION, "to_qkv_mlp_proj", *single]
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Shape [128, h, w] of latents packed 2 x 2."""
         return self.transformer.config.in_channels, *self.token_grid
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers, to shard or compile one by one."""
-        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+        """The double blocks and the single blocks of the transformer."""
+        model = self.transformer
+        return [*model.transformer_blocks, *model.single_transformer_blocks]
 
-    def _mu(self, num_steps: int) -> float:
-        return compute_empirical_mu(self.sequence_length, num_steps)
+    def _dynamic_shift(self, num_steps: int) -> float:
+        mu: float = compute_empirical_mu(self.sequence_length, num_steps)
+        return mu
 
-    def _load_tokenizer(self) -> Any:
-        return self._chat_tokenizer(thinking=False)
+    def _token_counts(self, texts: list[str]) -> list[int]:
+        return chat_token_counts(self._tokenizer, texts, thinking=False)
 
-    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
-        return {"embeds": pipe.encode_prompt(prompt, max_sequence_length=self.source.max_prompt_tokens)[0]}
+    def _encode(self, pipe: Any, text: str) -> Conditioning:
+        limit = self.config.max_prompt_tokens
+        return {"embeds": pipe.encode_prompt(text, max_sequence_length=limit)[0]}
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        packed = transformer(
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Return the velocity v [B, 128, h, w]."""
+        packed: Tensor = transformer(
             hidden_states=self.pipe._pack_latents(x),
             timestep=sigma,
             encoder_hidden_states=cond["embeds"].to(x.dtype),
@@ -53,7 +62,9 @@ class Flux2Backbone(PipelineBackbone):
         return packed.mT.reshape(x.shape)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Return the images [B, 3, H, W] in 0..1 of latents [B, 128, h, w]."""
         norm = self.vae.bn
         std = (norm.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
-        latents = latents.float() * std[:, None, None] + norm.running_mean.float()[:, None, None]
+        mean = norm.running_mean.float()
+        latents = latents.float() * std[:, None, None] + mean[:, None, None]
         return self._images(self.pipe._unpatchify_latents(latents))

@@ -3,11 +3,10 @@
 Shapes: B rows, *L latent, H x W pixels.
 """
 
-import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,24 +17,20 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
-from flowgrain.models.embeddings import EmbeddingCache, fingerprint, stack
+from flowgrain.models.embeddings import stack
+from flowgrain.models.loading import (
+    apply_options,
+    check_size,
+    load_pipeline,
+    open_cache,
+    saved_parts,
+)
+from flowgrain.models.tokens import check_lengths, token_counts
 from flowgrain.settings import SettingsError
 
-log = logging.getLogger(__name__)
+JOINT_ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+"""Attention layers of joint blocks, for image and text tokens. Flow-GRPO adapts these layers."""
 
-JOINT_ATTENTION = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-]
-"""Attention layers of image and text tokens in joint blocks. Flow-GRPO adapts these layers."""
-
-_NO_LIMIT = 2**31
 _PROMPTS_IN_MEMORY = 512
 """Number of prompts whose embeddings stay in memory: 2 GB for FLUX.1, at 4 MB each."""
 
@@ -43,7 +38,7 @@ _PROMPTS_IN_MEMORY = 512
 class PipelineBackbone(ABC):
     """A `Backbone` that loads the transformer, VAE and scheduler of a diffusers pipeline.
 
-    The text encoders are loaded when the first prompt is encoded that is not in the cache.
+    The text encoders are loaded when a prompt is encoded that is not in the embedding cache.
     """
 
     pipeline: ClassVar[Any]
@@ -55,8 +50,8 @@ class PipelineBackbone(ABC):
         """Load the transformer and the VAE.
 
         Raises:
-            SettingsError: `model.path` is missing or holds another model, or the image size does
-                not fit.
+            SettingsError: `model.path` is missing or holds another model, or another setting
+                cannot be used.
         """
         if not model.path:
             raise SettingsError(
@@ -64,15 +59,15 @@ class PipelineBackbone(ABC):
                 "Set model.path to the directory or Hub name of a diffusers pipeline."
             )
         self.config, self.dtypes = model, dtypes
-        self.pipe = self._load_pipeline(**dict.fromkeys(self.encoders))
+        self.pipe = self._load_pipeline(dict.fromkeys(self.encoders))
         self.transformer: Any = self.pipe.transformer
         self.vae: Any = self.pipe.vae.requires_grad_(False).eval()
-        self._check_size()
-        self._apply_options()
-        self.cache = self._open_cache()
+        check_size(model, self._token_side)
+        apply_options(model, self.transformer, self.vae)
+        self.cache = open_cache(model, dtypes.encoders)
         self.device = torch.device("cpu")
         self._encoding_pipe: Any = None
-        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._recent_embedding = lru_cache(_PROMPTS_IN_MEMORY)(self._embedding)
 
     @classmethod
     def load(cls, model: ModelConfig, dtypes: Dtypes) -> Self:
@@ -83,65 +78,16 @@ class PipelineBackbone(ABC):
         """
         return cls(model, dtypes)
 
-    def _load_pipeline(self, **parts: Any) -> Any:
-        """Load the pipeline. `parts` replace parts of it and are not loaded."""
-        path, revision = Path(self.config.path or ""), self.config.revision
-        if path.exists() and not (path / "model_index.json").exists():
-            raise SettingsError(
-                f"model.path={path}: the directory contains no model_index.json. "
-                "Give the directory of a diffusers pipeline."
-            )
-        dtypes = self.dtypes
-        try:
-            return self.pipeline.from_pretrained(
-                self.config.path,
-                revision=revision,
-                dtype={
-                    "transformer": dtypes.transformer,
-                    "vae": dtypes.vae,
-                    "default": dtypes.encoders,
-                },
-                **{**dict.fromkeys(self._absent_parts), **parts},
-            )
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"model.path={self.config.path}: {error}") from error
+    def _load_pipeline(self, parts: Mapping[str, Any]) -> Any:
+        """Load the pipeline. `parts` are given, and not loaded."""
+        parts = {**dict.fromkeys(self._absent_parts), **parts}
+        return load_pipeline(self.pipeline, self.config, self.dtypes, parts)
 
     @cached_property
     def _absent_parts(self) -> list[str]:
-        """Encoder parts that the pipeline was saved without."""
-        saved = self.pipeline.load_config(self.config.path, revision=self.config.revision)
-        return [name for name in self.encoders if saved.get(name, [None])[0] is None]
-
-    def _check_size(self) -> None:
-        side = self._token_side
-        for name, size in (("height", self.config.height), ("width", self.config.width)):
-            if size % side:
-                sizes = sorted({max(size // side, 1) * side, -(-size // side) * side})
-                raise SettingsError(
-                    f"model.{name}={size}: model.name={self.config.name} needs a multiple of "
-                    f"{side}. Use {' or '.join(map(str, sizes))}."
-                )
-
-    def _apply_options(self) -> None:
-        if self.config.vae_tiling:
-            self.vae.enable_tiling()
-        if self.config.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        if self.config.attention_backend:
-            try:
-                self.transformer.set_attention_backend(self.config.attention_backend)
-            except (ValueError, RuntimeError, ImportError) as error:
-                raise SettingsError(
-                    f"model.attention_backend={self.config.attention_backend}: {error}"
-                ) from error
-
-    def _open_cache(self) -> EmbeddingCache | None:
-        config = self.config
-        if config.embedding_cache is None:
-            return None
-        key = f"{fingerprint(str(config.path), config.revision)} tokens={config.max_prompt_tokens}"
-        key += f" t5={config.t5} {self.dtypes.encoders}"
-        return EmbeddingCache(Path(config.embedding_cache).expanduser(), key)
+        """Parts of `encoders` that the pipeline was saved without."""
+        saved = saved_parts(self.pipeline, self.config)
+        return [name for name in self.encoders if name not in saved]
 
     def to(self, device: torch.device) -> None:
         """Move all loaded parts to `device`. Parts that are loaded later are also moved there."""
@@ -208,16 +154,16 @@ class PipelineBackbone(ABC):
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu), terminal
 
     def _dynamic_shift(self, num_steps: int) -> float:  # noqa: ARG002
-        """Logarithm of the shift, linear in the number of image tokens as in most pipelines."""
+        """mu, the scheduler's dynamic shift: linear in the number of image tokens."""
         config = self.pipe.scheduler.config
-        shift: float = calculate_shift(
+        mu: float = calculate_shift(
             self.sequence_length,
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        return shift
+        return mu
 
     # ------------------------------------------------------------------ prompts
 
@@ -231,31 +177,14 @@ class PipelineBackbone(ABC):
         Raises:
             ValueError: a text is too long and model.long_prompts is "error".
         """
-        own_limit, encoder_limit = self.config.max_prompt_tokens, self._encoder_limit
-        limit = min(own_limit, encoder_limit)
         distinct = list(dict.fromkeys(texts))
         counts = dict(zip(distinct, self._token_counts(distinct), strict=True))
-        too_long = [number for number, text in enumerate(texts, 1) if counts[text] > limit]
-        if not too_long:
-            return
-        if self.config.long_prompts == "truncate":
-            log.warning("%d of %d prompts are cut to %d tokens.", len(too_long), len(texts), limit)
-            return
-        first, others = too_long[0], len(too_long) - 1
-        also = f" {others:,} other prompts are also too long." if others else ""
-        if limit < encoder_limit:
-            reason, fix = f"model.max_prompt_tokens={own_limit}", "raise model.max_prompt_tokens"
-        else:
-            reason, fix = "the limit of the CLIP text encoders", "use T5 (model.t5=true)"
-        raise ValueError(
-            f"prompt {first} has {counts[texts[first - 1]]} tokens, more than {limit} ({reason})."
-            f"{also} Shorten it, {fix}, or set model.long_prompts=truncate."
-        )
+        check_lengths([counts[text] for text in texts], self.config, self._encoder_limit)
 
     @property
-    def _encoder_limit(self) -> int:
-        """Maximum number of tokens that the text encoders read, whatever the settings say."""
-        return _NO_LIMIT
+    def _encoder_limit(self) -> int | None:
+        """Maximum number of tokens that the text encoders read; None if there is none."""
+        return None
 
     @property
     def _tokenizer_name(self) -> str:
@@ -265,43 +194,33 @@ class PipelineBackbone(ABC):
     @cached_property
     def _tokenizer(self) -> Any:
         path, revision = self.config.path, self.config.revision
-        return AutoTokenizer.from_pretrained(path, subfolder=self._tokenizer_name, revision=revision)
+        return AutoTokenizer.from_pretrained(
+            path, subfolder=self._tokenizer_name, revision=revision
+        )
 
     def _token_counts(self, texts: list[str]) -> list[int]:
         """Number of tokens of each text."""
-        return list(map(len, self._tokenizer(texts)["input_ids"]))
-
-    def _chat_token_counts(self, texts: list[str], thinking: bool) -> list[int]:
-        """Number of tokens of each text as a user message, with the tokens of the chat template."""
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        tokens = self._tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, enable_thinking=thinking
-        )
-        return list(map(len, tokens["input_ids"]))
+        return token_counts(self._tokenizer, texts)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Return the conditioning of `texts` on the CPU, one row each."""
-        return stack([self._embedding(text) for text in texts])
+        return stack([self._recent_embedding(text) for text in texts])
 
     def _embedding(self, text: str) -> dict[str, Tensor]:
-        """Tensors of `text` without batch axis, on the CPU: from memory, from disk, or encoded now."""
-        tensors = self._memory.pop(text, None)
-        if tensors is None and self.cache is not None:
-            tensors = self.cache.get(text)
-        if tensors is None:
-            if self._encoding_pipe is None:
-                parts = {"transformer": self.transformer, "vae": self.vae}
-                self._encoding_pipe = self._load_pipeline(**parts).to(self.device)
-            # One prompt at a time: in a batch, the last bits depend on the other prompts, and a
-            # resumed run encodes other batches.
-            with torch.no_grad():
-                row = self._encode(self._encoding_pipe, text)
-            tensors = {name: value[0].cpu() for name, value in row.items()}
-            if self.cache is not None:
-                self.cache.put(text, tensors)
-        self._memory[text] = tensors  # Last in the dict: the least recently used prompt is first.
-        if len(self._memory) > _PROMPTS_IN_MEMORY:
-            del self._memory[next(iter(self._memory))]
+        """Tensors of `text` without batch axis, on the CPU: from the cache, or encoded now."""
+        tensors = None if self.cache is None else self.cache.get(text)
+        if tensors is not None:
+            return tensors
+        if self._encoding_pipe is None:
+            parts = {"transformer": self.transformer, "vae": self.vae}
+            self._encoding_pipe = self._load_pipeline(parts).to(self.device)
+        # One prompt at a time: in a batch, the last bits depend on the other prompts, and a resumed
+        # run encodes other batches.
+        with torch.no_grad():
+            row = self._encode(self._encoding_pipe, text)
+        tensors = {name: value[0].cpu() for name, value in row.items()}
+        if self.cache is not None:
+            self.cache.put(text, tensors)
         return tensors
 
     @abstractmethod

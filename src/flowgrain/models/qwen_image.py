@@ -1,71 +1,87 @@
-"""Qwen-Image: true CFG that keeps the norm of the conditional velocity, a video VAE. Latents [tokens, 64], packed 2x2."""
+"""Qwen-Image: a video VAE, latents packed 2 x 2 into tokens. Latents [tokens, 64]."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from flowgrain.models.base import Conditioning, Source
-from flowgrain.models.pipeline import PipelineBackbone
+from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
+from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
+from flowgrain.settings import SettingsError
+
+_MAX_PROMPT_TOKENS = 1024
 
 
 class QwenImageBackbone(PipelineBackbone):
-    """See `Backbone`."""
+    """`Backbone` of Qwen-Image, with classifier-free guidance that keeps the velocity's norm."""
 
-    pipeline = lora_format = QwenImagePipeline
+    pipeline = QwenImagePipeline
     encoders = ("text_encoder", "tokenizer")
-    embedded_guidance = False
-    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    lora_targets: ClassVar[list[str]] = JOINT_ATTENTION
 
-    def __init__(self, source: Source) -> None:
-        if source.max_prompt_tokens > 1024:
-            raise ValueError(f"max_prompt_tokens={source.max_prompt_tokens}: the pipeline of {source.model} reads 1024 at most")
-        super().__init__(source)
+    def __init__(self, model: ModelConfig, dtypes: Dtypes) -> None:
+        """Load the transformer and the VAE.
+
+        Raises:
+            SettingsError: a setting cannot be used.
+        """
+        if model.max_prompt_tokens > _MAX_PROMPT_TOKENS:
+            raise SettingsError(
+                f"model.max_prompt_tokens={model.max_prompt_tokens}: the maximum of "
+                f"model.name={model.name} is {_MAX_PROMPT_TOKENS}."
+            )
+        super().__init__(model, dtypes)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Shape [tokens, 64] of packed latents."""
         return self.sequence_length, self.transformer.config.in_channels
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers, to shard or compile one by one."""
+        """The joint blocks of the transformer."""
         return list(self.transformer.transformer_blocks)
 
-    def _load_tokenizer(self) -> Any:
-        tokenizer = self._tokenizer_in("tokenizer")
-        template, before = self.pipe.prompt_template_encode, self.pipe.prompt_template_encode_start_idx
+    def _token_counts(self, texts: list[str]) -> list[int]:
+        # The pipeline removes the tokens of the system prompt after encoding.
+        template, start = (
+            self.pipe.prompt_template_encode,
+            self.pipe.prompt_template_encode_start_idx,
+        )
+        counts = super()._token_counts([template.format(text) for text in texts])
+        return [max(count - start, 0) for count in counts]
 
-        def tokenize(prompts: list[str]) -> dict[str, list[list[int]]]:
-            found = tokenizer([template.format(prompt) for prompt in prompts])["input_ids"]
-            return {"input_ids": [ids[before:] for ids in found]}  # the model sees nothing of the words before the prompt
+    def _encode(self, pipe: Any, text: str) -> Conditioning:
+        limit = self.config.max_prompt_tokens
+        return self._padded(pipe.encode_prompt(text, max_sequence_length=limit)[0][0])
 
-        return tokenize
-
-    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
-        return self._padded(pipe.encode_prompt(prompt, max_sequence_length=self.source.max_prompt_tokens)[0][0])
-
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        places = torch.arange(cond["embeds"].shape[1], device=x.device)
-        return transformer(
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Return the velocity v [B, tokens, 64]."""
+        positions = torch.arange(cond["embeds"].shape[1], device=x.device)
+        v: Tensor = transformer(
             hidden_states=x,
             timestep=sigma,
             encoder_hidden_states=cond["embeds"].to(x.dtype),
-            encoder_hidden_states_mask=places < cond["length"][:, None],
+            encoder_hidden_states_mask=positions < cond["length"][:, None],
             img_shapes=[[(1, *self.token_grid)]] * len(x),
             return_dict=False,
         )[0]
+        return v
 
     def guide(self, v: Tensor, v_free: Tensor, guidance: float) -> Tensor:
-        """True CFG, each token [64] scaled back to the norm that it has without."""
+        """Return the guided velocity, where each token [64] is rescaled to its norm in `v`."""
         guided = v_free + guidance * (v - v_free)
         return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def decode(self, latents: Tensor) -> Tensor:
-        height, width = self.source.height, self.source.width
-        latents = self.pipe._unpack_latents(latents.float(), height, width, self.pipe.vae_scale_factor)  # (B, 16, 1, h, w)
+        """Return the images [B, 3, H, W] in 0..1 of latents [B, tokens, 64]."""
+        size = self.config.height, self.config.width
+        unpacked = self.pipe._unpack_latents(latents.float(), *size, self.pipe.vae_scale_factor)
         mean, std = (
             torch.tensor(values, device=latents.device)[:, None, None, None]
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
-        return self._images(latents * std + mean)[:, :, 0]
+        return self._images(unpacked * std + mean)[:, :, 0]  # (B, 3, frames = 1, H, W)

@@ -1,51 +1,68 @@
-"""Stable Diffusion 3 and 3.5: true CFG, up to three text encoders. Latents [16, h, w]."""
+"""Stable Diffusion 3 and 3.5: three text encoders, of which T5 is optional. Latents [16, h, w]."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
-from flowgrain.models.pipeline import PipelineBackbone
+from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
+
+_CLIP_TOKENS = 77
+_T5 = ("text_encoder_3", "tokenizer_3")
 
 
 class SD3Backbone(PipelineBackbone):
-    """See `Backbone`."""
+    """`Backbone` of SD3 and SD3.5, with classifier-free guidance."""
 
-    pipeline = lora_format = StableDiffusion3Pipeline
-    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-    embedded_guidance = False
-    # The layers that Flow-GRPO adapts.
-    lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    pipeline = StableDiffusion3Pipeline
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *_T5)
+    lora_targets: ClassVar[list[str]] = JOINT_ATTENTION
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers, to shard or compile one by one."""
+        """The joint blocks of the transformer."""
         return list(self.transformer.transformer_blocks)
 
-    def _load_tokenizer(self) -> Any:
-        if self.source.t5:
-            try:
-                return self._tokenizer_in("tokenizer_3")
-            except (OSError, ValueError):
-                pass  # T5 is optional
-        self._most_tokens = 77  # CLIP's, which are then all there is
-        return self._tokenizer_in("tokenizer")
+    @property
+    def _absent_parts(self) -> list[str]:
+        return [*super()._absent_parts, *(() if self.config.t5 else _T5)]
 
-    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
+    @property
+    def _has_t5(self) -> bool:
+        return "text_encoder_3" not in self._absent_parts
+
+    @property
+    def _tokenizer_name(self) -> str:
+        return "tokenizer_3" if self._has_t5 else "tokenizer"
+
+    @property
+    def _encoder_limit(self) -> int | None:
+        return None if self._has_t5 else _CLIP_TOKENS
+
+    def _encode(self, pipe: Any, text: str) -> Conditioning:
         embeds, _, pooled, _ = pipe.encode_prompt(
-            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=self.source.max_prompt_tokens
+            text,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_prompt_tokens,
         )
         return {"embeds": embeds, "pooled": pooled}
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        return transformer(
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Return the velocity v [B, 16, h, w]."""
+        v: Tensor = transformer(
             hidden_states=x,
             timestep=1000 * sigma,
             encoder_hidden_states=cond["embeds"].to(x.dtype),
             pooled_projections=cond["pooled"].to(x.dtype),
             return_dict=False,
         )[0]
+        return v
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Return the images [B, 3, H, W] in 0..1 of latents [B, 16, h, w]."""
         return self._decode_grid(latents)

@@ -1,6 +1,6 @@
-"""Z-Image and Z-Image-Turbo: true CFG, prompts of different length side by side, time from 0 to 1. Latents [16, h, w]."""
+"""Z-Image and Z-Image-Turbo: prompts keep their own lengths in a batch. Latents [16, h, w]."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ZImagePipeline
@@ -8,38 +8,47 @@ from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
 from flowgrain.models.pipeline import PipelineBackbone
+from flowgrain.models.tokens import chat_token_counts
 
 
 class ZImageBackbone(PipelineBackbone):
-    """See `Backbone`."""
+    """`Backbone` of Z-Image, with classifier-free guidance."""
 
-    pipeline = lora_format = ZImagePipeline
+    pipeline = ZImagePipeline
     encoders = ("text_encoder", "tokenizer")
-    embedded_guidance = False
-    lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    lora_targets: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers, to shard or compile one by one."""
+        """The refiner blocks and the joint blocks of the transformer."""
         model = self.transformer
         return [*model.noise_refiner, *model.context_refiner, *model.layers]
 
-    def _load_tokenizer(self) -> Any:
-        return self._chat_tokenizer(thinking=True)
+    def _token_counts(self, texts: list[str]) -> list[int]:
+        return chat_token_counts(self._tokenizer, texts, thinking=True)
 
-    def _encode(self, pipe: Any, prompt: str) -> Conditioning:
-        limit = self.source.max_prompt_tokens
-        return self._padded(pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=limit)[0][0])
+    def _encode(self, pipe: Any, text: str) -> Conditioning:
+        embeds = pipe.encode_prompt(
+            text,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_prompt_tokens,
+        )
+        return self._padded(embeds[0][0])
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Return the velocity v [B, 16, h, w]."""
         embeds = cond["embeds"].to(x.dtype)
-        found = transformer(
-            list(x.unsqueeze(2)),  # a video of one frame each
-            1 - sigma,
-            [row[:length] for row, length in zip(embeds, cond["length"].tolist(), strict=True)],
+        lengths = cond["length"].tolist()
+        outputs = transformer(
+            list(x.unsqueeze(2)),  # videos of one frame
+            1 - sigma,  # the model's time runs from noise (0) to image (1)
+            [row[:length] for row, length in zip(embeds, lengths, strict=True)],
             return_dict=False,
         )[0]
-        return -torch.stack(found).squeeze(2)  # the model points from noise to image
+        return -torch.stack(outputs).squeeze(2)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Return the images [B, 3, H, W] in 0..1 of latents [B, 16, h, w]."""
         return self._decode_grid(latents)

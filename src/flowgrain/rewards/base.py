@@ -140,7 +140,7 @@ class RewardConfig(Section):
 def build_reward(config: RewardConfig) -> Reward:
     """The reward that `config` describes.
 
-    A class is called with the options. To a function, the options are bound with `functools.partial`.
+    A class is called with the options. For a function, `functools.partial` binds the options.
 
     Raises:
         SettingsError: there is no such reward, an option is unknown or has the wrong type, or the

@@ -78,9 +78,7 @@ def read_checkpoint(checkpoint: str, allow_pickle: bool) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_state(
-    model: nn.Module, state: Mapping[str, Tensor], checkpoint: str, kind: str
-) -> None:
+def load_state(model: nn.Module, state: Mapping[str, Tensor], checkpoint: str, kind: str) -> None:
     """Load `state` into `model`.
 
     Args:
@@ -95,7 +93,9 @@ def load_state(
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # different shapes
-        raise OptionError(f"checkpoint={checkpoint}: not a checkpoint of {kind}: {error}") from error
+        raise OptionError(
+            f"checkpoint={checkpoint}: not a checkpoint of {kind}: {error}"
+        ) from error
     if missing or unexpected:
         raise OptionError(
             f"checkpoint={checkpoint}: not a checkpoint of {kind}: {len(missing)} tensors are "

@@ -97,9 +97,7 @@ class ClipScore(ClipReward):
         device: "cpu", "cuda" or "cuda:INDEX".
     """
 
-    def __init__(
-        self, path: str = "openai/clip-vit-large-patch14", device: str = "cpu"
-    ) -> None:
+    def __init__(self, path: str = "openai/clip-vit-large-patch14", device: str = "cpu") -> None:
         super().__init__(path, device)
 
 

@@ -1,79 +1,98 @@
-"""Text in images, Flow-GRPO's task: what the prompt has in quotation marks against what is read in the image.
+"""Text in images: the text that the prompt quotes, compared with the text that OCR reads.
 
-Shapes: I images. Reading is RapidOCR's: PP-OCRv4 on onnxruntime, its models in its wheel (extra `ocr`).
+Letters: I images. The reader is RapidOCR: PP-OCRv4 on onnxruntime. Its package contains the models.
 """
 
 import re
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrain.rewards.base import RewardSource
+from flowgrain.data import Prompt
+from flowgrain.settings import SettingsError
 
 _QUOTED = re.compile(r'"([^"]*)"|[\u201c\u201d\u201e]([^\u201c\u201d\u201e]*)[\u201c\u201d]')
-_INSTALL = "pip install 'flowgrain[ocr]' (Python below 3.13)"
 
 
 def quoted(prompt: str) -> list[str]:
-    """The texts of `prompt` in straight or curly double quotation marks, in their order, without those that are blank."""
-    found = (straight or curly for straight, curly in _QUOTED.findall(prompt))
-    return [text for text in found if text.strip()]
+    """The texts in straight or curly double quotes, in order, without blank texts."""
+    texts = (straight or curly for straight, curly in _QUOTED.findall(prompt))
+    return [text for text in texts if text.strip()]
 
 
 def text_score(read: str, texts: list[str]) -> float:
-    """How well `read` matches the wanted `texts`, 0..1; NaN if none is wanted. Case and spaces do not count.
+    """How well the text that was read matches the quoted texts. Case and spaces do not matter.
 
-    For one text Flow-GRPO's formula (Liu et al. 2025, arXiv:2505.05470): 1 where `read` contains it, otherwise
-    1 - edit distance / its length, 0 at least. Several are taken as one, joined in their order; each that `read` contains,
-    wherever it stands, earns its share of the letters at least.
+    For one text, this is the formula of Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): 1 if `read`
+    contains the text, otherwise max(0, 1 - edit distance / length of the text). Several texts are
+    concatenated. The score is at least the fraction of letters in texts that `read` contains.
+
+    Args:
+        read: the text that was read.
+        texts: the quoted texts.
+
+    Returns:
+        The score in 0..1, NaN if there is no text.
     """
     from rapidfuzz.distance import Levenshtein
 
-    wanted, there = [_bare(text) for text in texts], _bare(read)
-    whole = "".join(wanted)
-    if not whole:
+    targets, letters = [_letters(text) for text in texts], _letters(read)
+    target = "".join(targets)
+    if not target:
         return float("nan")
-    contained = sum(len(text) for text in wanted if text in there) / len(whole)
-    return max(contained, 1 - Levenshtein.distance(there, whole) / len(whole))
+    contained = sum(len(text) for text in targets if text in letters) / len(target)
+    return max(contained, 1 - Levenshtein.distance(letters, target) / len(target))
 
 
-def _bare(text: str) -> str:
+def _letters(text: str) -> str:
     return "".join(text.split()).lower()
 
 
 class OCR:
-    """How well an image shows the text that its prompt quotes (Flow-GRPO, Liu et al. 2025, arXiv:2505.05470): 0..1, 1 all of it.
+    """How well an image shows the text that its prompt quotes (Flow-GRPO, arXiv:2505.05470).
 
-    A prompt that quotes nothing is not scored. Weights: PP-OCRv4 (PaddleOCR, Apache-2.0), in rapidocr-onnxruntime (Apache-2.0).
-    Input: images of any size; the detector sees them with the shorter side at 736 at least, the recogniser lines 48 high.
+    Range: 0..1, 1 if the whole text is there. A prompt without quoted text has no score (NaN).
+    License: PP-OCRv4 (PaddleOCR) and rapidocr-onnxruntime, Apache-2.0. Input: images of any size.
+    The detector enlarges the shorter side to 736 pixels, the recognizer reads lines of 48 pixels.
 
-    source.model is `detect` (the default: text is found, then read, top to bottom) or `line` (the image is one line of text, read
-    as it is, which takes a tenth of the time). One thread of the processor, so that the same image always gives the same score.
+    It runs in one thread on the CPU, so the same image always has the same score. It needs
+    `pip install 'flowgrain[ocr]'` and Python below 3.13.
+
+    Args:
+        mode: "detect" finds lines of text and reads them from top to bottom. "line" reads the image
+            as a single line of text, in a tenth of the time.
     """
 
-    def __init__(self, source: RewardSource) -> None:
-        if source.model not in (None, "", "detect", "line"):
-            raise ValueError(f"reward_models: ocr={source.model} is neither detect nor line; write ocr=detect or leave it out")
-        self.detect = source.model != "line"
+    def __init__(self, mode: Literal["detect", "line"] = "detect") -> None:
+        self.detect = mode == "detect"
         try:
             import rapidfuzz  # noqa: F401
             from rapidocr_onnxruntime import RapidOCR
         except ImportError as error:
-            advice = "install the system's libgl1 and libglib2.0-0, or opencv-python-headless in place of opencv-python"
-            way = advice if ".so" in str(error) else _INSTALL
-            raise ValueError(f"rewards=ocr: RapidOCR could not be loaded ({error}); {way}") from error
+            fix = "Install it: pip install 'flowgrain[ocr]' (Python below 3.13)."
+            if ".so" in str(error):
+                fix = (
+                    "Install the system packages libgl1 and libglib2.0-0, "
+                    "or replace opencv-python by opencv-python-headless."
+                )
+            raise SettingsError(f"RapidOCR cannot be imported ({error}). {fix}") from error
         self.engine = RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores [I], NaN for prompts without quoted text."""
-        wanted = [quoted(prompt) for prompt in prompts]
-        pairs = zip(images, wanted, strict=True)
-        return torch.tensor([text_score(self.read(image), texts) if texts else float("nan") for image, texts in pairs])
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores [I] of images [I, 3, H, W] in 0..1. NaN for prompts without quoted text."""
+        scores = []
+        for image, prompt in zip(images, prompts, strict=True):
+            texts = quoted(prompt.text)
+            scores.append(text_score(self.read(image), texts) if texts else float("nan"))
+        return torch.tensor(scores)
 
     def read(self, image: Tensor) -> str:
-        """The text in an image [3, H, W] in 0..1, line after line without a break between them; empty if there is none."""
+        """The text in an image [3, H, W] in 0..1. Lines are concatenated without a separator."""
         pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        found, _ = self.engine(np.ascontiguousarray(pixels[..., ::-1]), use_det=self.detect, use_cls=False, use_rec=True)  # BGR
-        # a line is [box, text, confidence] where text was looked for, and [text, confidence] where the image is the line
-        return "".join(line[-2] for line in found or [])
+        bgr = np.ascontiguousarray(pixels[..., ::-1])
+        lines, _ = self.engine(bgr, use_det=self.detect, use_cls=False, use_rec=True)
+        # A line is [box, text, confidence], or [text, confidence] without detection.
+        return "".join(line[-2] for line in lines or [])

@@ -1,4 +1,4 @@
-"""The options of a reward: keyword arguments of its class or function, checked against its signature."""
+"""Options of a reward: keyword arguments that are checked against the signature of the reward."""
 
 import inspect
 import json
@@ -57,11 +57,13 @@ def checked_options(
         SettingsError: an option is unknown, missing, or has the wrong type.
     """
     parameters = inspect.signature(target).parameters.values()
-    kinds = {inspect.Parameter.KEYWORD_ONLY}
-    if isinstance(target, type):
-        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    known = {p.name: p for p in parameters if p.kind in kinds}
-    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    known = {
+        p.name: p
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY
+        or (p.kind is p.POSITIONAL_OR_KEYWORD and isinstance(target, type))
+    }
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
     valid = f"Options: {', '.join(known)}." if known else "This reward has no options."
     for option in known:
         if option in reserved:
@@ -69,10 +71,6 @@ def checked_options(
                 f"rewards[{name}].{option}: every reward has a setting with this name. "
                 "Rename the argument of the custom reward."
             )
-        if known[option].default is inspect.Parameter.empty and option not in options:
-            raise SettingsError(f"rewards[{name}].{option}: this option is required. {valid}")
-    hints = _hints(name, target) if options else {}
-    checked = {}
     for option, value in options.items():
         if option not in known and not any_name:
             close = nearest(option, known)
@@ -80,6 +78,12 @@ def checked_options(
             raise SettingsError(
                 f"rewards[{name}].{option}={value!r}: unknown option. {hint}{valid}"
             )
+    for option, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and option not in options:
+            raise SettingsError(f"rewards[{name}].{option}: this option is required. {valid}")
+    hints = _hints(name, target) if options else {}
+    checked = {}
+    for option, value in options.items():
         try:
             checked[option] = _converted(value, hints.get(option, Any))
         except ValueError as error:

@@ -19,7 +19,7 @@ BATCH_SIZE = 256
 """Default number of images in one call of a reward."""
 
 NOT_FINITE = "NaN or infinity in the scores or the images"
-"""Reason of a failure that is not an exception: the reward returned NaN, or an image contains NaN."""
+"""Reason of a failure without an exception: NaN from the reward, or NaN in the image."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def score(
 ) -> Scores:
     """Scores of images by a reward.
 
-    An exception, a wrong shape or a non-finite value gives NaN for the images of this call, never 0.
+    After an exception or a result with a wrong shape, all images of this call have the score NaN.
+    A non-finite score becomes NaN. A failure never becomes 0.
 
     Args:
         reward: the reward.
@@ -176,10 +177,8 @@ def _explain_batch(
     return _checked(scores, images), explanation
 
 
-def _columns(
-    batches: list[tuple[int, Mapping[str, Tensor]]], missing: float
-) -> dict[str, Tensor]:
-    """Columns of consecutive batches (size, columns by name), with `missing` where a batch has none."""
+def _columns(batches: list[tuple[int, Mapping[str, Tensor]]], missing: float) -> dict[str, Tensor]:
+    """Concatenated columns of batches (size, columns by name). `missing` fills missing columns."""
     names = dict.fromkeys(name for _, columns in batches for name in columns)
     return {
         name: torch.cat(
@@ -205,7 +204,9 @@ def _checked(returned: Any, images: Tensor) -> Scores:
             values = returned.detach().cpu().float()
         else:
             values = torch.from_numpy(np.array(returned, dtype=np.float32))
-    except Exception as error:  # numpy calls methods of the returned object, which may raise anything
+    except (
+        Exception
+    ) as error:  # numpy calls methods of the returned object, which may raise anything
         return _failed(
             len(images),
             f"the reward returned {type(returned).__name__}, not a list of numbers ({error})",

@@ -1,6 +1,11 @@
-"""Rewards of the bundled world: the exact oracle, and two learned models that can be fooled."""
+"""Rewards of the bundled shapes model: the exact oracle, and two learned models that can be hacked.
 
+Letters: I images, B batch.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,92 +14,148 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from flowgrain.rewards.base import Explained
+from flowgrain.data import Prompt
+from flowgrain.rewards.base import Explanation
 from flowgrain.shapes.grammar import MAX_WORDS, VOCABULARY, tokenize
 from flowgrain.shapes.oracle import judge
 
 WEIGHTS = Path(__file__).parent.parent / "shapes" / "weights"
-_END = len(VOCABULARY)  # token that closes a prompt for the text tower
+_END = len(VOCABULARY)  # token at the end of a prompt for the text tower
 
 
 class Oracle:
-    """Exact score in 0..1 by segmentation; see `flowgrain.shapes.oracle`."""
+    """The exact score of the shapes world in 0..1, by segmentation of the image.
+
+    See `flowgrain.shapes.oracle`.
+    """
 
     mean_of_parts = False
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> NDArray[np.float32]:
-        return judge(images.float().cpu().numpy(), prompts)[0]
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+        """Scores [I] of images [I, 3, H, W] in 0..1."""
+        return judge(images.float().cpu().numpy(), [prompt.text for prompt in prompts])[0]
 
-    def explain(self, images: Tensor, prompts: list[str]) -> Explained:
-        """The scores, and which images show each kind of failure."""
-        scores, failures = judge(images.float().cpu().numpy(), prompts)
-        return Explained(scores, {kind: torch.from_numpy(shown) for kind, shown in failures.items()})
+    def explain(self, images: Tensor, prompts: Sequence[Prompt]) -> Explanation:
+        """The scores. By kind of failure: 1 for images that show it, otherwise 0."""
+        texts = [prompt.text for prompt in prompts]
+        scores, failures = judge(images.float().cpu().numpy(), texts)
+        return Explanation(scores, {kind: torch.from_numpy(failures[kind]) for kind in failures})
 
 
 def build_towers() -> CLIPModel:
-    """Two small transformers, of the make of CLIP (Radford et al. 2021): 4x4 patches, embeddings of 64."""
-    both = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "projection_dim": 64}
-    text = {"vocab_size": _END + 1, "max_position_embeddings": MAX_WORDS + 1, "num_hidden_layers": 2, "eos_token_id": _END}
+    """A small CLIP model (Radford et al. 2021) with random weights.
+
+    It reads images of 32 x 32 pixels as 4 x 4 patches. Its embeddings have 64 dimensions.
+    """
+    shared = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "projection_dim": 64,
+    }
+    text = {
+        "vocab_size": _END + 1,
+        "max_position_embeddings": MAX_WORDS + 1,
+        "num_hidden_layers": 2,
+        "eos_token_id": _END,
+    }
     vision = {"image_size": 32, "patch_size": 4, "num_hidden_layers": 3}
-    return CLIPModel(CLIPConfig(text_config={**both, **text}, vision_config={**both, **vision}, projection_dim=64))
+    config = CLIPConfig(
+        text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=64
+    )
+    return CLIPModel(config)
 
 
-def tower_tokens(prompts: list[str]) -> Tensor:
-    """Tokens [I, MAX_WORDS + 1] of prompts, each closed by the end token."""
+def tower_tokens(texts: Sequence[str]) -> Tensor:
+    """Token ids [I, MAX_WORDS + 1] of prompts, each with the end token."""
     rows = []
-    for prompt in prompts:
-        words = [word for word in tokenize(prompt) if word]
+    for text in texts:
+        words = [word for word in tokenize(text) if word]
         rows.append([*words, _END, *[0] * (MAX_WORDS - len(words))])
     return torch.tensor(rows)
 
 
 class Towers:
-    """Image-text similarity of a small two-tower model, scaled so that 0 is a wrong prompt's mean and 1 a right one's."""
+    """Similarity of image and prompt in a small CLIP model, trained on shapes.
 
-    def __init__(self, folder: Path = WEIGHTS) -> None:
-        self.model = CLIPModel.from_pretrained(folder / "towers").eval().requires_grad_(False)
+    The scale is linear: 0 is the mean of wrong prompts, 1 the mean of right prompts.
+
+    Args:
+        folder: directory with the trained models.
+    """
+
+    def __init__(self, folder: Path = WEIGHTS, /) -> None:
+        self.model: Any = CLIPModel.from_pretrained(folder / "towers")
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores [I] of images [I, 3, 32, 32] in 0..1."""
         device = self.model.device
-        out = self.model(input_ids=tower_tokens(prompts).to(device), pixel_values=images.float().to(device) * 2 - 1)
+        tokens = tower_tokens([prompt.text for prompt in prompts]).to(device)
+        out = self.model(input_ids=tokens, pixel_values=images.float().to(device) * 2 - 1)
         cosine = (out.image_embeds * out.text_embeds).sum(-1)
         low, high = self.model.config.wrong_mean, self.model.config.right_mean
-        return (cosine - low) / (high - low)
+        scores: Tensor = (cosine - low) / (high - low)
+        return scores
 
 
 class PreferenceModel(nn.Module):
-    """A convolutional net that reads image and prompt together: images [B, 3, 32, 32], tokens [B, MAX_WORDS] -> score [B]."""
+    """A convolutional network that reads image and prompt together.
+
+    Args:
+        width: channels of the first layer.
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.word = nn.Embedding(len(VOCABULARY), 24)
-        self.text = nn.Sequential(nn.Linear(24 * MAX_WORDS, 128), nn.SiLU(), nn.Linear(128, 4 * width))
+        self.text = nn.Sequential(
+            nn.Linear(24 * MAX_WORDS, 128), nn.SiLU(), nn.Linear(128, 4 * width)
+        )
         self.low = nn.Sequential(
-            nn.Conv2d(3, width, 4, stride=2, padding=1), nn.SiLU(), nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
+            nn.Conv2d(3, width, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
         )
         self.high = nn.Sequential(
-            nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 4, 2, 1), nn.SiLU()
-        )  # fmt: skip
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(2 * width * 16, 64), nn.SiLU(), nn.Linear(64, 1))
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 2 * width, 4, 2, 1),
+            nn.SiLU(),
+        )
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(2 * width * 16, 64), nn.SiLU(), nn.Linear(64, 1)
+        )
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        scale, shift = self.text(self.word(tokens).flatten(1))[:, :, None, None].chunk(2, 1)
+        """Scores [B] of images [B, 3, 32, 32] in 0..1 and token ids [B, MAX_WORDS]."""
+        text = self.text(self.word(tokens).flatten(1))
+        scale, shift = text[:, :, None, None].chunk(2, 1)
         features = self.low(images * 2 - 1) * (1 + scale) + shift
-        return self.head(self.high(features)).squeeze(1)
+        scores: Tensor = self.head(self.high(features)).squeeze(1)
+        return scores
 
 
 class Preference:
-    """Bradley-Terry score of a small model trained on pairs of images of one prompt; unbounded; only differences mean something.
+    """Bradley-Terry score of a small model, trained on pairs of images of the same prompt.
 
-    True renderings score -13.9 on average, those of another prompt -18.8.
+    The score is unbounded, and only differences have a meaning. Correct renderings have a mean of
+    -13.9. Renderings of other prompts have a mean of -18.8.
+
+    Args:
+        folder: directory with the trained models.
     """
 
-    def __init__(self, folder: Path = WEIGHTS) -> None:
+    def __init__(self, folder: Path = WEIGHTS, /) -> None:
         self.model = PreferenceModel().eval().requires_grad_(False)
         self.model.load_state_dict(load_file(folder / "preference.safetensors"))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores [I] of images [I, 3, 32, 32] in 0..1."""
         device = self.model.word.weight.device
-        return self.model(images.float().to(device), torch.tensor([tokenize(p) for p in prompts], device=device))
+        tokens = torch.tensor([tokenize(prompt.text) for prompt in prompts], device=device)
+        scores: Tensor = self.model(images.float().to(device), tokens)
+        return scores

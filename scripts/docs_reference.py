@@ -1,0 +1,264 @@
+"""MkDocs hook: generates the pages "Settings" and "Command line" of the reference from the code.
+
+It adds two files to every build, so the pages cannot differ from the code:
+
+    reference/settings.md   from flowgrain.config.schema.Config and the registered methods and rewards
+    reference/cli.md        from the typer application
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import click
+import typer
+from annotated_types import Ge, Gt, Le, Lt
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from flowgrain.cli import app
+from flowgrain.config.schema import Config
+from flowgrain.methods import METHODS, Method, PolicyGradient
+from flowgrain.rewards import REWARDS, RewardConfig
+
+BOUNDS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {"reference/settings.md": settings_page(), "reference/cli.md": cli_page()}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+def settings_page() -> str:
+    """All sections of the settings, the options of every method, and the options of every reward."""
+    parts = [SETTINGS_INTRO]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if name == "method":
+            parts.append(
+                "## method\n\nThe method and its options, see [Options of the methods](#options-of-the-methods)."
+            )
+        elif name == "rewards":
+            parts += ["## rewards", field.description or "", REWARDS_INTRO]
+            parts.append(table(rows(RewardConfig, "rewards[].")))
+        elif isinstance(section, type) and issubclass(section, BaseModel):
+            parts += [f"## {name}", summary(section), table(rows(section, f"{name}."))]
+    return "\n\n".join([*parts, *method_options(), *reward_options()]) + "\n"
+
+
+SETTINGS_INTRO = """# Settings
+
+```bash
+flowgrain config show flux/g2rpo
+```
+
+The command prints the resolved settings of a recipe as YAML. Set a value with `section.key=VALUE` on the command line, or in
+a YAML file. [Settings and recipes](../guides/settings.md) explains how recipes, files and overrides are merged.
+
+A lock (🔒) marks a setting that a resumed run must keep. All other settings may change on a resume."""
+
+REWARDS_INTRO = """A list of mappings. All keys other than the following are options of the reward, see
+[Options of the rewards](#options-of-the-rewards)."""
+
+
+def summary(section: type) -> str:
+    """The first paragraph of a docstring as one line."""
+    return " ".join((inspect.getdoc(section) or "").split("\n\n")[0].split())
+
+
+def rows(
+    section: type[BaseModel], prefix: str, only: Iterable[str] | None = None
+) -> Iterator[list[str]]:
+    """A table row for every field of `section`, with the fields of sections inside it."""
+    for name, field in section.model_fields.items():
+        if only is not None and name not in only:
+            continue
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from rows(kind, f"{prefix}{name}.")
+            continue
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        unit = f" ({extra['unit']})" if extra.get("unit") else ""
+        lock = " 🔒" if extra.get("keep") else ""
+        yield [
+            f"`{prefix}{name}`{lock}",
+            type_of(field) + unit,
+            default_of(field),
+            field.description or "",
+        ]
+
+
+def table(lines: Iterable[list[str]]) -> str:
+    """A Markdown table of settings."""
+    head = ["Setting", "Type", "Default", "Description"]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * 4, *cells])
+
+
+def type_of(field: FieldInfo) -> str:
+    """The type of a field in words, with its bounds."""
+    bounds = [
+        f"{sign} {getattr(m, name):g}"
+        for m in field.metadata
+        for kind, (sign, name) in BOUNDS.items()
+        if isinstance(m, kind)
+    ]
+    return ", ".join([type_name(field.annotation), *bounds])
+
+
+def type_name(annotation: Any) -> str:
+    """`annotation` in words: "int", "list of float", "`a` or `b`"."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(a) for a in arguments if a is not type(None))
+    if origin in (tuple, list):
+        return f"list of {type_name(arguments[0])}"
+    if origin is not None:
+        return "mapping"
+    return {"str": "string", "bool": "true or false", "Any": "any"}.get(
+        annotation.__name__, annotation.__name__
+    )
+
+
+def default_of(field: FieldInfo) -> str:
+    """The default of a field as it is written in YAML."""
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return "required" if value is PydanticUndefined else yaml_value(value)
+
+
+def yaml_value(value: Any) -> str:
+    """`value` in YAML, as code."""
+    if isinstance(value, BaseModel):
+        return f"`{getattr(value, 'name', '')}`"
+    if isinstance(value, tuple | list):
+        inside = ", ".join(yaml_value(v).strip("`") for v in value)
+        return f"`[{inside}]`"
+    names = {None: "null", True: "true", False: "false"}
+    return f"`{names[value] if value is None or isinstance(value, bool) else f'{value:g}' if isinstance(value, float) else value}`"
+
+
+def method_options() -> list[str]:
+    """Options that all methods have, and for every method the options that it adds or changes."""
+    parts = ["## Options of the methods", "Options of every method:"]
+    parts.append(table(rows(Method, "method.")))
+    shared = set(PolicyGradient.model_fields) - set(Method.model_fields)
+    parts.append(
+        "Options of every method that trains stochastic steps, which is every method except `diffusionnft`:"
+    )
+    parts.append(table(rows(PolicyGradient, "method.", shared)))
+    for name in METHODS:
+        method = METHODS.get(name)
+        base = PolicyGradient if issubclass(method, PolicyGradient) else Method
+        changed = [key for key, field in method.model_fields.items() if differs(base, key, field)]
+        parts += [f"### {name}", summary(method)]
+        values = [
+            f"`{section}.{key}={yaml_value(value).strip('`')}`"
+            for section, keys in method.config_defaults.items()
+            for key, value in keys.items()
+        ]
+        if values:
+            parts.append(f"Paper values in other sections: {', '.join(values)}.")
+        parts.append(
+            table(rows(method, "method.", changed))
+            if changed
+            else "All options have the defaults above."
+        )
+    return parts
+
+
+def differs(base: type[BaseModel], key: str, field: FieldInfo) -> bool:
+    """Whether `field` is not an option of `base`, or has another default there."""
+    known = base.model_fields.get(key)
+    return known is None or known.default != field.default
+
+
+def reward_options() -> list[str]:
+    """The options of every registered reward, from the signature of its class or function."""
+    parts = [
+        "## Options of the rewards",
+        "Options without a default are required. [Rewards](../guides/rewards.md) describes the rewards.",
+    ]
+    lines = ["| Reward | Options |", "| --- | --- |"]
+    for name in REWARDS:
+        parameters = inspect.signature(REWARDS.get(name)).parameters.values()
+        options = [option_text(p) for p in parameters if p.name not in ("images", "prompts")]
+        lines.append(f"| `{name}` | {', '.join(options) or 'none'} |")
+    return [*parts, "\n".join(lines)]
+
+
+def option_text(parameter: inspect.Parameter) -> str:
+    """An argument as `name=default`."""
+    if parameter.default is inspect.Parameter.empty:
+        return f"`{parameter.name}`"
+    return f"`{parameter.name}={yaml_value(parameter.default).strip('`')}`"
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def cli_page() -> str:
+    """Every command with its arguments and options."""
+    command = typer.main.get_command(app)
+    parts = [CLI_INTRO]
+    for path, sub in subcommands(command, "flowgrain"):
+        parts.append(f"## {path}")
+        parts.append(inspect.cleandoc(sub.help or ""))
+        usage = [
+            f"{path} [OPTIONS]",
+            *(usage_of(p) for p in sub.params if p.param_type_name == "argument"),
+        ]
+        parts.append(f"```text\n{' '.join(usage)}\n```")
+        lines = [
+            option_row(p) for p in sub.params if p.param_type_name == "option" and p.name != "help"
+        ]
+        if lines:
+            parts.append(
+                "\n".join(["| Option | Default | Description |", "| --- | --- | --- |", *lines])
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+CLI_INTRO = """# Command line
+
+```bash
+flowgrain --help
+```
+
+Exit codes: 0 success, 1 a run or a check failed, 2 a setting is wrong, 130 interrupted. An error is one message on the
+standard error stream."""
+
+
+def subcommands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+    """All commands without subcommands, with the words that call them."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, sub in command.commands.items():
+        yield from subcommands(sub, f"{path} {name}")
+
+
+def usage_of(parameter: click.Parameter) -> str:
+    """An argument in the usage line."""
+    return parameter.make_metavar(click.Context(click.Command("flowgrain")))
+
+
+def option_row(option: Any) -> str:
+    """A table row of an option."""
+    names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
+    value = "" if option.is_flag or option.default in (None, ()) else f"`{option.default}`"
+    return f"| {names} | {value} | {(option.help or '').replace('|', chr(92) + '|')} |"

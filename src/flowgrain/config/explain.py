@@ -1,0 +1,118 @@
+"""Error messages of the settings: full paths, the nearest valid setting, and what a method's options are."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from flowgrain.config.schema import Config
+from flowgrain.methods import METHODS, Method
+from flowgrain.registry import canonical
+from flowgrain.settings import Section, did_you_mean, nearest
+
+
+def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
+    """One message per wrong setting of `values`."""
+    messages: dict[str, str] = {}
+    for detail in error.errors():
+        message = _explain(detail, values)
+        # A union reports every alternative. The first message of a path is enough.
+        messages.setdefault(message.partition("=")[0].partition(":")[0], message)
+    nested = [path for path in messages if any(other.startswith(f"{path}.") for other in messages)]
+    yield from (message for path, message in messages.items() if path not in nested)
+
+
+def setting_paths(method: type[Method] | None = None) -> Iterator[str]:
+    """Full paths of all settings, including the options of `method`."""
+    yield from _paths(Config, "")
+    if method is not None:
+        yield "method.name"
+        yield from _paths(method, "method.")
+
+
+def _paths(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            if kind is not Method:
+                yield from _paths(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+    loc = tuple(part for part in detail["loc"] if isinstance(part, int) or part.isidentifier())
+    while loc and loc[-1] in _UNION_TAGS:
+        loc = loc[:-1]
+    path = ".".join(map(str, loc))
+    method = _method(values)
+    if loc[:1] == ("method",) and method is None:
+        return f"method.name: {_method_name(values)}"
+    if detail["type"] == "extra_forbidden":
+        return _unknown(path, method)
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    if not path:
+        return f"{message}."
+    if detail["type"] == "missing":
+        return f"{path}: required, but not set. {_description(path, method)}".rstrip()
+    value = detail["input"]
+    return f"{path}={value!r}: {message[0].lower() + message[1:]}. {_description(path, method)}".rstrip()
+
+
+_UNION_TAGS = ("int", "float", "str", "tuple", "list", "none")
+"""What pydantic appends to a path for an alternative of a union."""
+
+
+def _method(values: Mapping[str, Any]) -> type[Method] | None:
+    section = values.get("method")
+    name = section.get("name") if isinstance(section, Mapping) else None
+    return METHODS.get(name) if isinstance(name, str) and name in METHODS else None
+
+
+def _method_name(values: Mapping[str, Any]) -> str:
+    section = values.get("method")
+    if isinstance(section, str):
+        return f"write method.name={section} instead of method={section}."
+    name = section.get("name") if isinstance(section, Mapping) else None
+    if name is None:
+        return f"required, but not set. Known methods: {', '.join(METHODS)}."
+    return f"there is no method {name!r}. {did_you_mean(str(name), METHODS)}"
+
+
+def _unknown(path: str, method: type[Method] | None) -> str:
+    if path.startswith("method.") and method is not None:
+        option = path.split(".")[1]
+        users = [name for name in METHODS if option in METHODS.get(name).model_fields]
+        if users and option not in method.model_fields:
+            others = " or ".join(repr(name) for name in users[:3])
+            return f"Method {method.name!r} has no option {option!r}. Remove it, or use method {others}."
+        close = nearest(option, method.model_fields)
+        if close is not None:
+            return (
+                f"Method {method.name!r} has no option {option!r}. Did you mean 'method.{close}'?"
+            )
+    known = list(setting_paths(method))
+    last = canonical(path.split(".")[-1])
+    same = [name for name in known if canonical(name.split(".")[-1]) == last]
+    close = same[0] if same else nearest(path, known, 0.4)
+    if close is None:
+        ends = {name.split(".")[-1]: name for name in known}
+        end = nearest(path.split(".")[-1], ends, 0.6)
+        close = ends[end] if end is not None else None
+    hint = f"Did you mean {close!r}?" if close else f"Sections: {', '.join(Config.model_fields)}."
+    return f"{path} is not a setting. {hint}"
+
+
+def _description(path: str, method: type[Method] | None) -> str:
+    """The description of the setting at `path`."""
+    section: Any = Config
+    for part in path.split("."):
+        if section is Method and method is not None:
+            section = method
+        fields = getattr(section, "model_fields", {})
+        if part not in fields:
+            return ""
+        field = fields[part]
+        section = field.annotation
+    return field.description or ""

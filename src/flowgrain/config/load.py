@@ -1,0 +1,271 @@
+"""Loading a configuration: defaults, a recipe or file, overrides, and errors that name the setting and the fix.
+
+Later sources replace earlier ones: field defaults, the method's values for other sections, the model's defaults, the
+recipe or file, the preset, the overrides.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from flowgrain.config.explain import explain
+from flowgrain.config.presets import apply_preset
+from flowgrain.config.schema import Config
+from flowgrain.methods import METHODS
+from flowgrain.registry import load_plugin
+from flowgrain.settings import SettingsError, did_you_mean
+
+DEFAULT = "demo"
+_RECIPES = files("flowgrain.config").joinpath("recipes")
+_MODELS = files("flowgrain.config").joinpath("models")
+
+Values = dict[str, Any]
+
+
+def load_config(
+    source: str | Path = DEFAULT,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    preset: str | None = None,
+    plugins: Iterable[str | Path] = (),
+) -> Config:
+    """The configuration that `source` names, with `overrides`.
+
+    Args:
+        source: a bundled recipe ("demo", "flux/g2rpo"), a method, a YAML file, or the directory of a run.
+        overrides: "section.key=VALUE" with YAML values, or a mapping of full paths to values.
+        preset: name of a preset, such as "one-gpu".
+        plugins: Python files that register methods, rewards or backbones.
+
+    Raises:
+        SettingsError: the source does not exist, or a setting is wrong. The message names the setting and the fix.
+
+    Example:
+        >>> load_config("g2rpo", {"method.granularities": [1, 2], "training.max_steps": 40})
+    """
+    changes = parse_overrides(overrides)
+    plugin_files = [str(Path(path).expanduser().resolve()) for path in plugins]
+    for path in [*plugin_files, *_plugins_of(changes)]:
+        load_plugin(path)
+    name, values = read_source(source)
+    values.pop("recipe", None)
+    for path in _plugins_of(values):
+        load_plugin(path)
+    named = {"name": name, **values}
+    merged = merge(with_defaults(merge(named, changes)), changes)
+    if preset is not None:
+        merged = merge(apply_preset(preset, merged), changes)
+    if plugin_files:
+        known = _plugins_of(merged)
+        merged = merge(
+            merged, {"runtime": {"plugins": list(dict.fromkeys([*known, *plugin_files]))}}
+        )
+    return validate(merged)
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A validated copy of `config` with `changes` by full path."""
+    return validate(merge(config.to_dict(), parse_overrides(changes)))
+
+
+def with_defaults(values: Values) -> Values:
+    """`values` on top of the method's values for other sections and the model's defaults."""
+    layers: list[Mapping[str, Any]] = []
+    method = _section(values, "method").get("name")
+    if isinstance(method, str) and method in METHODS:
+        layers.append(METHODS.get(method).config_defaults)
+    layers.append(model_defaults(_section(values, "model").get("name", "shapes")))
+    return merge(*layers, values)
+
+
+def model_defaults(name: Any) -> Values:
+    """Default settings of a model. Empty for a model that has none."""
+    file = _MODELS.joinpath(f"{name}.yaml")
+    return read_yaml(file) if file.is_file() else {}
+
+
+def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
+    """Nested values of "section.key=VALUE" words or of a mapping with full paths.
+
+    Raises:
+        SettingsError: a word is not of this form.
+    """
+    if not isinstance(overrides, Mapping):
+        for word in overrides:
+            if "=" not in word or word.startswith("="):
+                raise SettingsError(f"{word!r} is not an override. Write section.key=VALUE.")
+    try:
+        if isinstance(overrides, Mapping):
+            nested = OmegaConf.create()
+            for path, value in overrides.items():
+                OmegaConf.update(nested, path, _plain(value), merge=True, force_add=True)
+        else:
+            nested = OmegaConf.from_dotlist(list(overrides))
+        return _container(nested)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        words = (
+            overrides
+            if not isinstance(overrides, Mapping)
+            else [f"{k}={v}" for k, v in overrides.items()]
+        )
+        raise SettingsError(
+            f"{' '.join(words)}: not a YAML value ({_first_line(error)})."
+        ) from error
+
+
+def merge(*layers: Mapping[str, Any]) -> Values:
+    """Nested mappings merged from left to right. A list replaces a list.
+
+    Raises:
+        SettingsError: a mapping would replace a list or a value.
+    """
+    try:
+        return _container(OmegaConf.merge(*(OmegaConf.create(_plain(layer)) for layer in layers)))
+    except TypeError:
+        lists = [
+            name
+            for name in ("rewards",)
+            if any(isinstance(_plain(x).get(name), dict) for x in layers)
+        ]
+        if lists:
+            raise SettingsError(
+                "rewards is a list. Write it whole: rewards=[hps,clip] or rewards=[{name: hps, weight: 0.5}]."
+            ) from None
+        raise SettingsError(
+            "An override replaces a whole section by a value. Write section.key=VALUE."
+        ) from None
+
+
+def read_source(source: str | Path) -> tuple[str, Values]:
+    """The name and the nested values of a recipe, method, YAML file or run directory."""
+    text = str(source)
+    if text in recipe_names():
+        return text.replace("/", "-"), read_yaml(_RECIPES.joinpath(f"{text}.yaml"))
+    if text in METHODS:
+        name = METHODS.find(text)
+        return str(name), {"method": {"name": name}}
+    path = Path(source).expanduser()
+    if path.exists():
+        file = path / "run.yaml" if path.is_dir() else path
+        if not file.exists():
+            raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
+        values = read_yaml(file)
+        if file.name == "run.yaml":
+            values = run_config(values, file)
+        return file.stem, values
+    known = [*recipe_names(), *METHODS]
+    raise SettingsError(
+        f"There is no recipe, method, file or run {text!r}. {did_you_mean(text, known)}"
+    )
+
+
+def run_config(saved: Values, file: Path) -> Values:
+    """The settings in a run's run.yaml.
+
+    Raises:
+        SettingsError: another version of flowgrain wrote the file, or it contains no settings.
+    """
+    from flowgrain import __version__
+
+    if "config" not in saved:
+        versions = saved.get("versions")
+        version = versions.get("flowgrain") if isinstance(versions, dict) else None
+        if "settings" in saved:
+            raise SettingsError(
+                f"{file}: written by flowgrain {version or '0.1'}, which flowgrain {__version__} cannot read. "
+                f"Install flowgrain=={version or '0.1'} to use this run, or start a new one."
+            )
+        raise SettingsError(f"{file}: contains no settings of a run.")
+    config = saved["config"]
+    if not isinstance(config, dict):
+        raise SettingsError(f"{file}: `config` is not a mapping of sections.")
+    return config
+
+
+def read_yaml(file: Path | Traversable) -> Values:
+    """The mapping in a YAML file.
+
+    Raises:
+        SettingsError: the file is not YAML, or not a mapping with text keys.
+    """
+    try:
+        values = _container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    except (
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        UnicodeDecodeError,
+        OSError,
+        AttributeError,
+        ValueError,
+    ) as error:
+        raise SettingsError(f"{file}: not readable as YAML: {_first_line(error)}.") from error
+    if not all(isinstance(key, str) for key in values):
+        raise SettingsError(
+            f"{file}: keys must be text. Write `section:` and below it `key: value`."
+        )
+    return values
+
+
+def recipe_names() -> list[str]:
+    """Names of the bundled recipes: the demo, then "model/method" in alphabetical order."""
+    names = [entry.name.removesuffix(".yaml") for entry in _RECIPES.iterdir() if entry.is_file()]
+    for folder in (entry for entry in _RECIPES.iterdir() if entry.is_dir()):
+        names += [f"{folder.name}/{entry.name.removesuffix('.yaml')}" for entry in folder.iterdir()]
+    return sorted((n for n in names if not n.startswith("_")), key=lambda name: ("/" in name, name))
+
+
+def recipe_facts(name: str) -> Values:
+    """The `recipe` block of a bundled recipe: title, paper, task, hardware, cost and published result."""
+    facts = read_yaml(_RECIPES.joinpath(f"{name}.yaml")).get("recipe", {})
+    return {"name": name, **facts}
+
+
+def validate(values: Values) -> Config:
+    """The configuration with these nested values.
+
+    Raises:
+        SettingsError: with one line per wrong setting.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(explain(error, values))) from None
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name, {})
+    return section if isinstance(section, Mapping) else {}
+
+
+def _plugins_of(values: Mapping[str, Any]) -> list[str]:
+    plugins = _section(values, "runtime").get("plugins", [])
+    return [str(path) for path in plugins] if isinstance(plugins, list | tuple) else []
+
+
+def _plain(value: Any) -> Any:
+    """`value` without models and tuples, which OmegaConf does not take."""
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="json"))
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _container(config: Any) -> Values:
+    plain = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(plain, dict):
+        raise ValueError("not a mapping of sections")
+    return {key: value for key, value in plain.items()}  # type: ignore[misc]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

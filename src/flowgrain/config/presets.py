@@ -1,0 +1,46 @@
+"""Presets: changes that fit any configuration to a machine."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flowgrain.settings import SettingsError, did_you_mean
+
+PRESETS = {"one-gpu": "LoRA, small batches and rewards on the CPU, for one GPU with 80 GB"}
+
+
+def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` changed by a preset.
+
+    "one-gpu" replaces a full fine-tune by a LoRA of rank 32. The learning rate of a full fine-tune is too small for an
+    adapter, so the preset sets 1e-4, which was not tuned.
+
+    Raises:
+        SettingsError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise SettingsError(
+            f"--preset {name}: there is no such preset. {did_you_mean(name, PRESETS)}"
+        )
+    changed = {key: value for key, value in values.items()}
+    if not values.get("lora", {}).get("rank"):
+        changed["lora"] = {**values.get("lora", {}), "rank": 32, "alpha": 64.0}
+        changed["optimizer"] = {**values.get("optimizer", {}), "learning_rate": 1e-4}
+    model = values.get("model", {}).get("name", "shapes")
+    batch_size = (
+        4 if model == "flux" else 16
+    )  # FLUX.1 has five times the parameters of SD3.5-medium
+    changed["sampling"] = {
+        **values.get("sampling", {}),
+        "batch_size": batch_size,
+        "prompts_per_chunk": 4,
+    }
+    changed["training"] = {**values.get("training", {}), "micro_batch_size": 1}
+    changed["rewards"] = [_on_cpu(reward) for reward in values.get("rewards", [])]
+    return changed
+
+
+def _on_cpu(reward: Any) -> Any:
+    """`reward` on the CPU, if it has a device."""
+    if isinstance(reward, Mapping) and "device" in reward:
+        return {**reward, "device": "cpu"}
+    return reward
