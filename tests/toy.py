@@ -1,7 +1,14 @@
-"""A backbone small enough to be checked a trajectory at a time: six numbers a latent, four pixels an image."""
+"""A backbone small enough to check single trajectories: latents of 6 numbers, 4-pixel images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from flowgrain.data import Prompt
+from flowgrain.models import Conditioning, Dtypes, ModelConfig, NoLora
 
 PROMPTS = ["zero", "one", "two", "three"]
 
@@ -15,56 +22,69 @@ class ToyNet(nn.Module):
         self.w1 = nn.Parameter(0.5 * torch.randn(8, 16, generator=generator))
         self.w2 = nn.Parameter(0.5 * torch.randn(16, 6, generator=generator))
 
-    def forward(self, x, sigma, number):
+    def forward(self, x: Tensor, sigma: Tensor, number: Tensor) -> Tensor:
         into = torch.cat([x.flatten(1), sigma[:, None].to(x), number[:, None].to(x) / 4], 1)
         return (torch.tanh(into @ self.w1) @ self.w2).reshape(x.shape)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         torch.save(self.state_dict(), folder / "weights.pt")
 
 
 class Toy:
-    """See backbones.base.Backbone."""
+    """A `Backbone` without VAE, without LoRA and with four prompts."""
 
+    vae = None
     latent_shape = (2, 3)
     lora_targets: list[str] = []
+    lora_format = NoLora
     embedded_guidance = False
 
     def __init__(self) -> None:
         self.transformer = ToyNet()
 
+    @classmethod
+    def load(cls, model: ModelConfig, dtypes: Dtypes) -> "Toy":
+        return cls()
+
     @property
-    def blocks(self):
+    def blocks(self) -> list[nn.Module]:
         return []
 
-    def to(self, device):
+    def load_lora(self, path: Path) -> None:
+        self.lora_format.lora_state_dict(path)
+
+    def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
+        return 3.0, None
+
+    def to(self, device: torch.device) -> None:
         self.transformer.to(device)
 
-    def check(self, prompts):
-        for number, prompt in enumerate(prompts, 1):
-            if prompt not in PROMPTS:
-                raise ValueError(f"prompt {number}: {prompt!r} is none of {PROMPTS}")
+    def check(self, texts: Sequence[str]) -> None:
+        for number, text in enumerate(texts, 1):
+            if text not in PROMPTS:
+                raise ValueError(f"prompt {number}: {text!r} is not in {PROMPTS}")
 
-    def bundled_prompts(self, split):
+    def bundled_prompts(self, split: str) -> list[str]:
         return PROMPTS
 
-    def encode(self, prompts):
-        return {"number": torch.tensor([PROMPTS.index(p) if p else 0 for p in prompts])}
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        return {"number": torch.tensor([PROMPTS.index(text) if text else 0 for text in texts])}
 
-    def velocity(self, transformer, x, sigma, cond):
+    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         return transformer(x, sigma, cond["number"])
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(latents).mean(1)[:, :, None, None].expand(-1, 3, 2, 2)
 
 
-def red(images, prompts):
-    """A reward that is not linear in the latent, and differs by prompt."""
-    colour = images[:, :, 0, 0]
-    return colour[:, 0] - colour[:, 1] ** 2 + 0.3 * colour[:, 2] * torch.tensor([PROMPTS.index(p) for p in prompts])
+def red(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A reward that is not linear in the latent and depends on the prompt."""
+    color = images[:, :, 0, 0]
+    number = torch.tensor([PROMPTS.index(prompt.text) for prompt in prompts])
+    return color[:, 0] - color[:, 1] ** 2 + 0.3 * color[:, 2] * number
 
 
-def green(images, prompts):
+def green(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """A second reward."""
     return (images[:, 1, 0, 0] - 0.4).abs()

@@ -89,8 +89,9 @@ def guarded(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussi
     """
 
     def objective(edges: Edges) -> EdgeLoss:
+        log_ratio = edges.log_ratio
         drift = edges.transition.kl(edges.old_transition)
-        ratio = (edges.transition.std * (edges.log_ratio + drift)).exp()
+        ratio = (edges.transition.std * (log_ratio + drift)).exp()
         loss, active = _surrogate(ratio, edges.advantage, clip_range)
         kl = _kl(edges, kl_form)
         return EdgeLoss(loss / -edges.step.dt + kl_weight * kl, ratio, active, kl)

@@ -1,1 +1,19 @@
-"""TODO"""
+"""Ranks, sharded parameters and distributed checkpoints. Only this package uses torch.distributed."""
+
+from flowgrain.distributed.world import (
+    SINGLE,
+    World,
+    destroy_process_group,
+    env_rank,
+    init_process_group,
+    local_world_size,
+)
+
+__all__ = [
+    "SINGLE",
+    "World",
+    "destroy_process_group",
+    "env_rank",
+    "init_process_group",
+    "local_world_size",
+]

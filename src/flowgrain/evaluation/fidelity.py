@@ -14,7 +14,17 @@ from flowgrain.training.rollout_batch import Sampled
 from flowgrain.config.schema import Settings, SettingsError
 from flowgrain.training.trainer import Run
 
-_OF_THE_POLICY = ("model", "weights", "revision", "dtype", "lora_rank", "compile", "height", "width", "method")
+_OF_THE_POLICY = (
+    "model",
+    "weights",
+    "revision",
+    "dtype",
+    "lora_rank",
+    "compile",
+    "height",
+    "width",
+    "method",
+)
 """What another rollout of the same policy cannot change; the method, because its plan must train the same edges."""
 
 
@@ -45,7 +55,11 @@ def fidelity(full: Settings, cheap: Settings, steps: int = 3) -> Fidelity:
             )
     run = Run(full)
     other = copy.copy(run)
-    other.settings, other.method, other.sigmas = cheap, algorithms.build(cheap), cheap.grid().to(run.device)
+    other.settings, other.method, other.sigmas = (
+        cheap,
+        algorithms.build(cheap),
+        cheap.grid().to(run.device),
+    )
     other.policy = run.policy.with_tails(cheap)
     how = Normalisation(full.std_scope, full.std_unbiased, full.std_epsilon, full.peers)
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -67,7 +81,12 @@ def fidelity(full: Settings, cheap: Settings, steps: int = 3) -> Fidelity:
         known = (a != 0) & (b != 0)
         flips.append((a.sign() != b.sign())[known].float().mean())
     price = [algorithms.price(one.method, one.settings).forward_passes for one in (run, other)]
-    return Fidelity(np.array(correlations), float(torch.stack(flips).mean()), float(np.median(shares)), price[1] / price[0])
+    return Fidelity(
+        np.array(correlations),
+        float(torch.stack(flips).mean()),
+        float(np.median(shares)),
+        price[1] / price[0],
+    )
 
 
 def _edges(sampled: Sampled) -> tuple[np.ndarray, ...]:

@@ -9,11 +9,10 @@ from flowgrain.models.base import (
     LoraFormat,
     ModelConfig,
     NoLora,
-    check_backbone,
-    load_backbone,
     register_backbone,
     take,
 )
+from flowgrain.models.contract import check_backbone, load_backbone
 
 __all__ = [
     "BACKBONES",

@@ -1,7 +1,7 @@
-"""Faster velocities for the tails of a rollout: cached features (diffusers), quantized copies (torchao).
+"""Approximate velocities for the tails of a rollout: cached features and quantized weights.
 
 Approximate tails only affect rewards. Stochastic steps, and therefore log-probabilities, always use
-the exact policy.
+the exact policy. Feature caches come from diffusers, quantization from torchao.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ def check_tails(
     """Check that the settings of approximate tails work with this model and device.
 
     Args:
-        tail_cache: value of sampling.tail_cache: none, first_block:THRESHOLD or taylorseer:INTERVAL.
-        tail_weights: value of sampling.tail_weights: same, int8 or float8.
+        tail_cache: value of sampling.tail_cache, such as taylorseer:3.
+        tail_weights: value of sampling.tail_weights, such as int8.
         model: transformer.
         device: device on which it samples.
         sharded: whether the weights that sample are sharded over several processes.
@@ -62,8 +62,8 @@ def check_tails(
     name = type(model).__name__.removeprefix("FSDP")
     if tail_cache.startswith("first_block") and name not in _FIRST_BLOCK_MODELS:
         raise SettingsError(
-            f"sampling.tail_cache={tail_cache}: the first-block cache of diffusers does not support "
-            f"{name}. Use taylorseer:3."
+            f"sampling.tail_cache={tail_cache}: the first-block cache of diffusers does not "
+            f"support {name}. Use taylorseer:3."
         )
     if not quantized:
         return
@@ -111,18 +111,18 @@ def feature_cache(model: nn.Module, setting: str) -> Iterator[CacheStep]:
     if setting == "none":
         yield _no_cache
         return
-    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.hooks import HookRegistry
     from diffusers.models.cache_utils import CacheMixin
+
+    # Called as a function, because SD3's transformer is not a CacheMixin. It only uses the hooks.
+    cache_context: Callable[..., AbstractContextManager[None]] = CacheMixin.cache_context
 
     registry = HookRegistry.check_if_exists_or_initialize(model)
 
     def step(continues: bool) -> AbstractContextManager[None]:
         if not continues:
             registry.reset_stateful_hooks(recurse=True)
-        # A function of the mixin, because SD3's transformer does not inherit from it. It only uses
-        # the hooks of the model.
-        context: AbstractContextManager[None] = CacheMixin.cache_context(model, "tail")
-        return context
+        return cache_context(model, "tail")
 
     hooks = _add_hooks(model, setting)
     registry.invalidate_child_registries_cache()
@@ -140,26 +140,20 @@ def _no_cache(continues: bool) -> AbstractContextManager[None]:  # noqa: ARG001
 
 def _add_hooks(model: nn.Module, setting: str) -> tuple[str, ...]:
     """Add the hooks of the cache `setting` to the layers of `model`. Returns the hooks' names."""
-    from diffusers.hooks import (
-        FirstBlockCacheConfig,
-        TaylorSeerCacheConfig,
-        apply_first_block_cache,
-        apply_taylorseer_cache,
-    )
-    from diffusers.hooks.first_block_cache import _FBC_BLOCK_HOOK, _FBC_LEADER_BLOCK_HOOK
-    from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
+    from diffusers.hooks import first_block_cache, taylorseer_cache
 
     kind, _, number = setting.partition(":")
     if kind == "first_block":
-        apply_first_block_cache(model, FirstBlockCacheConfig(threshold=float(number)))
-        return _FBC_LEADER_BLOCK_HOOK, _FBC_BLOCK_HOOK
-    # Single blocks of FLUX.1: the output layer is predicted, so the layers before it can be skipped.
+        threshold = first_block_cache.FirstBlockCacheConfig(threshold=float(number))
+        first_block_cache.apply_first_block_cache(model, threshold)
+        return first_block_cache._FBC_LEADER_BLOCK_HOOK, first_block_cache._FBC_BLOCK_HOOK
+    # Single blocks of FLUX.1: the output layer is predicted, so the layers before it are skipped.
     skipped = [
         rf"{re.escape(name)}\.(attn|proj_mlp)"
         for name, block in model.named_modules()
         if "proj_out" in dict(block.named_children())
     ]
-    config = TaylorSeerCacheConfig(
+    config = taylorseer_cache.TaylorSeerCacheConfig(
         cache_interval=int(number),
         disable_cache_before_step=2,  # Linear extrapolation needs two exact steps.
         max_order=1,
@@ -167,8 +161,8 @@ def _add_hooks(model: nn.Module, setting: str) -> tuple[str, ...]:
         cache_identifiers=[rf"(.*blocks|layers)\.\d+\.{_LAYERS}"],
         skip_predict_identifiers=skipped,
     )
-    apply_taylorseer_cache(model, config)
-    return (_TAYLORSEER_CACHE_HOOK,)
+    taylorseer_cache.apply_taylorseer_cache(model, config)
+    return (taylorseer_cache._TAYLORSEER_CACHE_HOOK,)
 
 
 @cache
@@ -192,7 +186,6 @@ class QuantizedCopy:
     Attributes:
         model: the copy.
         layers: names of the quantized layers.
-        stale: set by the owner when the policy has changed since the last `update`.
     """
 
     def __init__(
@@ -206,7 +199,7 @@ class QuantizedCopy:
             kind: "int8" or "float8".
             dtype: dtype of the layers that are not quantized.
         """
-        self.kind, self.dtype, self.stale = kind, dtype, False
+        self.kind, self.dtype = kind, dtype
         self.layers = {
             f"{block}.{name}"
             for block in blocks
@@ -241,7 +234,6 @@ class QuantizedCopy:
                 self._quantize(layer, lambda *_: True, value.device)
             else:
                 self.model.get_parameter(name).copy_(value.detach())
-        self.stale = False
 
     def _quantize(
         self, module: nn.Module, selected: Callable[[nn.Module, str], bool], device: torch.device

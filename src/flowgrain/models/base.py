@@ -13,7 +13,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from flowgrain.registry import Registry
-from flowgrain.settings import Section, Setting, SettingsError, did_you_mean
+from flowgrain.settings import Section, Setting
 
 Conditioning = dict[str, Tensor]
 """Encoded prompts: named tensors with one row per prompt."""
@@ -24,8 +24,8 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 class ModelConfig(Section):
     """Settings of the section `model`: which backbone to use, its weights and the image size.
 
-    The bundled model `shapes` only uses `name` and `path`: its images are always 32 x 32 pixels, and
-    it is always loaded in float32.
+    The bundled model `shapes` only uses `name` and `path`. Its images always have 32 x 32
+    pixels, and it is always loaded in float32.
 
     Example:
         >>> ModelConfig(name="flux", path="black-forest-labs/FLUX.1-dev", height=720, width=720)
@@ -142,7 +142,7 @@ class Backbone(Protocol):
 
     @property
     def vae(self) -> nn.Module | None:
-        """The image decoder, for memory estimates. None if the backbone decodes without a module."""
+        """The image decoder, for memory estimates. None if no module decodes the latents."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -288,94 +288,3 @@ def register_backbone(name: str) -> Callable[[C], C]:
         return backbone_class
 
     return register
-
-
-def load_backbone(model: ModelConfig, dtypes: Dtypes) -> Backbone:
-    """Return the backbone `model.name` with its weights, checked by `check_backbone`.
-
-    Raises:
-        SettingsError: the backbone does not exist, or a setting cannot be used.
-        ValueError: the backbone lacks a member of the protocol.
-    """
-    if model.name not in BACKBONES:
-        hint = did_you_mean(model.name, BACKBONES)
-        raise SettingsError(f"model.name={model.name}: there is no such backbone. {hint}")
-    return check_backbone(BACKBONES.get(model.name).load(model, dtypes))
-
-
-def check_backbone(backbone: Any) -> Backbone:
-    """Return `backbone`, if it has all members of the `Backbone` protocol with the right types.
-
-    Raises:
-        ValueError: a member is missing or has another type. The message names it.
-    """
-    for name, expected, valid in _MEMBERS:
-        try:
-            value = getattr(backbone, name)
-        except AttributeError as error:
-            raise ValueError(
-                _contract(backbone, name, f"is missing ({error})", expected)
-            ) from error
-        if not valid(value):
-            raise ValueError(_contract(backbone, name, f"is {value!r:.80}", expected))
-    inside = {id(module) for module in backbone.transformer.modules()}
-    if not all(id(block) in inside for block in backbone.blocks):
-        raise ValueError(
-            _contract(
-                backbone, "blocks", "contains other modules", "a list of parts of transformer"
-            )
-        )
-    checked: Backbone = backbone
-    return checked
-
-
-def _contract(backbone: Any, name: str, problem: str, expected: str) -> str:
-    return (
-        f"backbone {type(backbone).__name__}: member {name!r} {problem}. Define {name!r} as {expected}; "
-        "see flowgrain.models.Backbone."
-    )
-
-
-def _has_methods(value: Any, *names: str) -> bool:
-    return all(callable(getattr(value, name, None)) for name in names)
-
-
-def _is_transformer(value: Any) -> bool:
-    return isinstance(value, nn.Module) and _has_methods(value, "save_pretrained")
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-_MEMBERS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("transformer", "a torch.nn.Module with a method save_pretrained", _is_transformer),
-    ("vae", "a torch.nn.Module or None", lambda v: v is None or isinstance(v, nn.Module)),
-    ("latent_shape", "a tuple of integers", _is_shape),
-    ("lora_targets", "a list of strings", lambda v: _is_list(v, str)),
-    (
-        "lora_format",
-        "a LoRA loader mixin of diffusers, or NoLora",
-        lambda v: _has_methods(v, "save_lora_weights", "lora_state_dict"),
-    ),
-    ("blocks", "a list of torch.nn.Module", lambda v: _is_list(v, nn.Module)),
-    ("embedded_guidance", "a bool", lambda v: isinstance(v, bool)),
-    *(
-        (name, "a method", callable)
-        for name in (
-            "load_lora",
-            "natural_shift",
-            "to",
-            "check",
-            "bundled_prompts",
-            "encode",
-            "velocity",
-            "decode",
-        )
-    ),
-)
-"""Name, required type in words, and test of every member of `Backbone`."""

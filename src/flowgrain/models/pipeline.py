@@ -28,7 +28,10 @@ from flowgrain.models.loading import (
 from flowgrain.models.tokens import check_lengths, token_counts
 from flowgrain.settings import SettingsError
 
-JOINT_ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+JOINT_ATTENTION = [
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+]
 """Attention layers of joint blocks, for image and text tokens. Flow-GRPO adapts these layers."""
 
 _PROMPTS_IN_MEMORY = 512
@@ -228,7 +231,7 @@ class PipelineBackbone(ABC):
         """Conditioning of one text, one row, from the pipeline's own encode_prompt."""
 
     def _padded(self, embeds: Tensor) -> Conditioning:
-        """Pad the embeddings [n, D] of n tokens: "embeds" [1, max_prompt_tokens, D], "length" [1]."""
+        """Embeddings [n, D] as "embeds" [1, max_prompt_tokens, D] and their "length" [1], n."""
         missing = self.config.max_prompt_tokens - len(embeds)
         length = torch.tensor([len(embeds)])
         return {"embeds": F.pad(embeds, (0, 0, 0, missing))[None], "length": length}

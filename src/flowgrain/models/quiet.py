@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Any
 
 
 def quiet_libraries() -> None:
@@ -11,11 +12,10 @@ def quiet_libraries() -> None:
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     import diffusers
-
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    libraries: tuple[Any, ...] = (diffusers, transformers)
+    for library in libraries:
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)

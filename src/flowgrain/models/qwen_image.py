@@ -74,7 +74,10 @@ class QwenImageBackbone(PipelineBackbone):
     def guide(self, v: Tensor, v_free: Tensor, guidance: float) -> Tensor:
         """Return the guided velocity, where each token [64] is rescaled to its norm in `v`."""
         guided = v_free + guidance * (v - v_free)
-        return guided * (v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        rescaled: Tensor = guided * (
+            v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        )
+        return rescaled
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, tokens, 64]."""

@@ -5,11 +5,11 @@ Shapes: B rows. Latents are [4, 8, 8], images [3, 32, 32].
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel
-from diffusers.loaders import SD3LoraLoaderMixin
+from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,7 +18,12 @@ from flowgrain.settings import SettingsError
 from flowgrain.shapes import grammar
 from flowgrain.shapes.grammar import MAX_WORDS, VOCABULARY, tokenize
 
+# diffusers has no type annotations.
+_Transformer: Any = SD3Transformer2DModel
+_Autoencoder: Any = AutoencoderTiny
+
 WEIGHTS = Path(__file__).parent.parent / "shapes" / "weights"
+BUNDLED = ModelConfig(name="shapes")
 WIDTH = 64
 """Width of a word embedding."""
 
@@ -39,9 +44,9 @@ class WordTable(nn.Module):
         return embeddings
 
 
-def build_transformer() -> SD3Transformer2DModel:
-    """Return the transformer with random weights: 16 image tokens, 6 words, 4 blocks of width 96."""
-    return SD3Transformer2DModel(
+def build_transformer() -> Any:
+    """Return the transformer with random weights: 4 blocks of width 96, 16 image tokens."""
+    return _Transformer(
         sample_size=8,
         patch_size=2,
         in_channels=4,
@@ -60,25 +65,30 @@ class ShapesBackbone:
     """`Backbone` of the bundled model, with classifier-free guidance."""
 
     latent_shape = (4, 8, 8)
-    lora_format = SD3LoraLoaderMixin
-    lora_targets: ClassVar[list[str]] = (
-        "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-    )
+    lora_format: Any = SD3LoraLoaderMixin
+    lora_targets: ClassVar[list[str]] = [
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ]
     embedded_guidance = False
 
-    def __init__(
-        self, transformer: SD3Transformer2DModel, words: WordTable, vae: AutoencoderTiny
-    ) -> None:
-        """Combine the parts. The word table and the autoencoder are frozen."""
+    def __init__(self, transformer: Any, words: WordTable, vae: Any) -> None:
+        """Combine the parts. The word table and the autoencoder are frozen.
+
+        Args:
+            transformer: an SD3Transformer2DModel.
+            words: word embeddings.
+            vae: an AutoencoderTiny.
+        """
         self.transformer = transformer
         self.words = words.requires_grad_(False).eval()
-        self.vae = vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.vae: Any = vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     @classmethod
     def load(
         cls,
-        model: ModelConfig = ModelConfig(),
-        dtypes: Dtypes = Dtypes(),  # noqa: ARG003
+        model: ModelConfig = BUNDLED,
+        dtypes: Dtypes | None = None,  # noqa: ARG003
     ) -> "ShapesBackbone":
         """Return the backbone with the bundled weights, or with those in `model.path`.
 
@@ -97,8 +107,8 @@ class ShapesBackbone:
             )
         words = WordTable()
         words.load_state_dict(load_file(folder / "words.safetensors"))
-        transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
-        return cls(transformer, words, AutoencoderTiny.from_pretrained(folder / "vae"))
+        transformer = _Transformer.from_pretrained(folder / "transformer")
+        return cls(transformer, words, _Autoencoder.from_pretrained(folder / "vae"))
 
     def save(self, folder: Path) -> None:
         """Write the weights to a directory, in the format of `load`."""

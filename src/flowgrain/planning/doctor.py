@@ -1,207 +1,327 @@
-"""What a recipe will need and do, found out before it runs: `flowgrain doctor`."""
+"""Checks of a configuration before a long run: memory, disk, prompts, the model and every reward (`flowgrain doctor`)."""
 
 import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+from torch import Tensor
 
-from flowgrain.methods.algorithms import price
-from flowgrain.models import take
-from flowgrain.methods.calibration import calibration_price
-from flowgrain.rewards import score
-from flowgrain.rewards.base import MASKED
-from flowgrain.config.schema import Settings
-from flowgrain.training.trainer import Run
+from flowgrain.config.schema import Config
+from flowgrain.data import Prompt
+from flowgrain.methods import ForwardProcess
+from flowgrain.methods.calibration import calibration_cost
+from flowgrain.models import Conditioning, take
+from flowgrain.planning.memory import memory
+from flowgrain.planning.plan import prompt_cost
+from flowgrain.planning.sizes import ModelSize, model_size, size_of_loaded
+from flowgrain.rewards import NOT_FINITE, Reward, score
+from flowgrain.training import Trainer
+from flowgrain.training.load import compute_device, compute_dtype, load_model
+from flowgrain.training.tails import Tails
 
-MOST_TAIL_ERROR = 0.05
-"""Relative error of quantized velocities above which they are not recommended."""
+MAX_TAIL_ERROR = 0.05
+"""Relative error of quantized velocities above which the check fails."""
+MAX_ROWS = 64
+"""Largest batch of the trial forward pass."""
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: its name, whether it is well, and what was found or what would mend it."""
+    """The result of a check.
 
-    what: str
-    well: bool
-    said: str
+    Attributes:
+        name: what was checked.
+        ok: whether the run can start.
+        message: what was found, and the fix if `ok` is false.
+    """
+
+    name: str
+    ok: bool
+    message: str
+
+
+def examine(config: Config, out: Path | None = None) -> list[Finding]:
+    """Check everything that `config` needs. Nothing is trained or written.
+
+    Memory is checked before the weights are loaded, if the size of the model is known by then. If
+    it does not suffice, the model is not loaded.
+
+    Args:
+        config: configuration of the run.
+        out: directory of the run. Default: runs/NAME.
+
+    Raises:
+        SettingsError: a setting cannot be used.
+    """
+    out = out or Path("runs") / config.name
+    device = compute_device(config.runtime.device)
+    size = model_size(config.model)
+    backbone = None
+    if size is None:
+        backbone = load_model(config)
+        size = size_of_loaded(backbone)
+    enough = check_memory(config, size, device)
+    before = [check_versions(), check_device(config, device), enough, check_disk(config, size, out)]
+    if not enough.ok:
+        return [*before, check_cost(config, rows_per_row=None, rate=None)]
+    try:
+        trainer = Trainer(config, out, backbone=backbone)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        message = f"The model cannot be loaded: {reason} {_less_memory(config)}"
+        return [*before, Finding("loading", False, message)]
+    return [*before, *check_parts(trainer)]
+
+
+def check_parts(trainer: Trainer) -> list[Finding]:
+    """Check the prompts, the model and the rewards of a trainer, and give the cost of the run."""
+    config = trainer.config
+    trial = Trial.of(trainer)
+    forward, rate = attempt("forward pass", partial(forward_rate, trial), partial(_rate, trial))
+    findings = [check_prompts(trainer), forward]
+    if config.tail_schedule != "interleaved":
+        findings.append(attempt("approximate tail", partial(tail_quality, trial), str)[0])
+    decoding, images = attempt("decoding", partial(decode_noise, trial), _image_size)
+    findings.append(decoding)
+    for name, reward in trainer.eval_rewards.items():
+        prompt = (trainer.prompts if name in trainer.rewards else trainer.eval_prompts)[0]
+        findings.append(
+            attempt(f"reward {name}", partial(score_noise, reward, images, prompt), str)[0]
+        )
+    guided = config.sampling.guidance_scale != 1 and not trainer.backbone.embedded_guidance
+    return [*findings, check_cost(config, 2 if guided else 1, rate)]
+
+
+def attempt(
+    name: str, check: Callable[[], T], describe: Callable[[T], str]
+) -> tuple[Finding, T | None]:
+    """The finding of a check that returns a result or raises an error, and the result."""
+    try:
+        result = check()
+    except Exception as error:  # a check runs code of models and rewards, which may raise anything
+        return Finding(name, False, f"{type(error).__name__}: {error}"), None
+    return Finding(name, True, describe(result)), result
+
+
+# ---------------------------------------------------------------------- without the model
+
+
+def check_versions() -> Finding:
+    """The versions of the most important packages."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    return Finding("versions", True, versions)
+
+
+def check_device(config: Config, device: torch.device) -> Finding:
+    """The compute device and dtype."""
+    dtype = compute_dtype(config.runtime.dtype, device)
+    return Finding("device", True, f"{device}, {str(dtype).removeprefix('torch.')}")
+
+
+def check_memory(config: Config, size: ModelSize, device: torch.device) -> Finding:
+    """Whether the parts of the run fit into the memory of the device."""
+    needed = memory(config, size, compute_dtype(config.runtime.dtype, device))
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
+    parts = ", ".join(f"{name} {_gigabytes(part)}" for name, part in needed.parts.items())
+    message = (
+        f"{_gigabytes(needed.total)} of {_gigabytes(available)}, without activations: {parts}."
+    )
+    if needed.fits(available):
+        return Finding("memory", True, message)
+    advice = f"The model was not loaded. {_less_memory(config)}"
+    return Finding("memory", False, f"{message} This does not fit. {advice}")
+
+
+def _less_memory(config: Config) -> str:
+    """Settings that save memory."""
+    ways = [] if config.lora.rank else ["lora.rank=32"]
+    ways += [] if config.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+    ways += ["a smaller training.prompts_per_step", "more GPUs"]
+    return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
+
+
+def check_disk(config: Config, size: ModelSize, out: Path) -> Finding:
+    """Whether the checkpoints of the run fit on the disk of `out`."""
+    adapter = config.lora.rank * size.adapter
+    trained = adapter if config.lora.rank else size.transformer
+    keeps_old = isinstance(config.method, ForwardProcess)
+    copies = 3 + bool(config.training.ema_decay) + keeps_old  # parameters and two moments
+    count = config.training.keep_checkpoints + 2  # the best one, and the one being written
+    needed = 4 * trained * copies * count
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    message = f"{_gigabytes(needed)} for checkpoints, {_gigabytes(free)} free in {folder}."
+    if needed < free:
+        return Finding("disk", True, message)
+    setting = f"training.keep_checkpoints={config.training.keep_checkpoints}"
+    return Finding("disk", False, f"{message} Free some space, or lower {setting}.")
+
+
+def check_cost(config: Config, rows_per_row: int | None, rate: float | None) -> Finding:
+    """The cost of the run.
+
+    Args:
+        config: configuration of the run.
+        rows_per_row: 2 if true CFG doubles every row; None if not known.
+        rate: rows per second through the model, if it was measured.
+    """
+    cost, training = prompt_cost(config), config.training
+    sentences = [
+        f"{training.max_steps:,} steps of {training.prompts_per_step} prompts.",
+        f"A prompt takes {cost.forward_passes:,} sampling forward passes, "
+        f"{cost.train_forward_passes:,} with gradient, {cost.decodes:,} decodes and "
+        f"{cost.reward_calls:,} reward calls.",
+    ]
+    if rows_per_row == 2:
+        sentences.append("True CFG doubles the rows of every pass.")
+    calibration = calibration_cost(config.method, config.sampling.num_steps).forward_passes
+    if calibration:
+        sentences.append(f"The calibration takes {calibration:,} forward passes first.")
+    if rate is not None:
+        seconds = cost.passes * training.prompts_per_step / rate
+        hours = seconds * training.max_steps / 3600
+        sentences.append(
+            f"About {seconds:.0f} s per step and {hours:.1f} h in total, without decoding and scoring."
+        )
+    return Finding("cost", True, " ".join(sentences))
+
+
+# ---------------------------------------------------------------------- with the model
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a run holds, by part, without activations."""
+class Trial:
+    """A batch of noise for trial forward passes: x [B, *L], sigma [B] and the conditioning of the first prompt."""
 
-    parts: dict[str, int]
+    trainer: Trainer
+    x: Tensor
+    sigma: Tensor
+    cond: Conditioning
 
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
+    @classmethod
+    def of(cls, trainer: Trainer) -> "Trial":
+        """A batch as large as those of the run, but at most 64 rows."""
+        rows = min(trainer.config.sampling.batch_size, MAX_ROWS)
+        x = torch.randn(rows, *trainer.backbone.latent_shape, device=trainer.device)
+        sigma = torch.full((rows,), 0.5, device=trainer.device)
+        index = torch.zeros(rows, dtype=torch.long, device=trainer.device)
+        cond = take(trainer.policy.encode([trainer.prompts[0].text]), index)
+        return cls(trainer, x, sigma, cond)
 
-
-def memory(run: Run) -> Memory:
-    """What a run's weights, gradients, optimizer, copies and latents take."""
-    policy, s = run.policy, run.settings
-    weights = sum(p.numel() * p.element_size() for p in policy.transformer.parameters())
-    trained = sum(p.numel() for p in policy.trained.values())
-    tree = price(run.method, s)
-    of_latent = 4 * torch.Size(run.backbone.latent_shape).numel()
-    parts = {
-        "transformer": weights,
-        "gradients": 4 * trained,
-        "AdamW": 8 * trained,
-        "EMA": 4 * trained if policy.ema is not None else 0,
-        "reference": weights if policy.frozen is not None else 0,
-        "sampling copy": sum(p.numel() * p.element_size() for p in policy.sampler.parameters())
-        if policy.sampler is not policy.transformer
-        else 0,
-        "quantised copy": policy.quantised.size if policy.quantised is not None else 0,
-        "VAE": sum(p.numel() * p.element_size() for p in run.backbone.vae.parameters()),
-        "old policy": 0 if policy.old is None else 4 * trained if policy.lora else weights,
-        "latents kept for the update": of_latent
-        * s.prompts_per_step
-        * (tree.decodes + tree.trained_edges + tree.train_forward_passes),
-    }
-    return Memory({name: size for name, size in parts.items() if size})
+    def velocity(self) -> Tensor:
+        """v [B, *L] of the policy."""
+        guidance = self.trainer.config.sampling.guidance_scale
+        return self.trainer.policy.sample_velocity(self.x, self.sigma, self.cond, guidance)
 
 
-def examine(s: Settings, out: Path | None = None) -> list[Finding]:
-    """Loads everything, tries one forward, one decode and every reward, and weighs what the run needs. Raises SettingsError."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    findings = [Finding("versions", True, versions)]
-    try:
-        run = Run(s, out)
-    except torch.OutOfMemoryError as error:
-        advice = "try lora_rank=32, a smaller dtype, or more GPUs"
-        return [*findings, Finding("memory", False, f"the model does not even load: {str(error).splitlines()[0]}; {advice}")]
-    findings.append(Finding("device", True, f"{run.device}, computing in {run.policy.dtype}"))
-    findings.append(_prompts_finding(run))
-    prompts = run.prompts[:1]
-    rows = min(s.rows_per_pass, 64)
+def forward_rate(trial: Trial) -> float:
+    """Rows per second through the model.
 
-    def trial(what: str, work: Callable[[], str]) -> None:
-        try:
-            findings.append(Finding(what, True, work()))
-        except Exception as error:  # whatever it is, it is what the person wants to read
-            findings.append(Finding(what, False, f"{type(error).__name__}: {error}"))
-
-    rate: list[float] = []
-    x = torch.randn(rows, *run.backbone.latent_shape, device=run.device)
-    sigma = torch.full((rows,), 0.5, device=run.device)
-
-    def forward() -> str:
-        cond = take(run.policy.encode(prompts), torch.zeros(rows, dtype=torch.long, device=run.device))
-        for _ in range(2):  # the first one warms up
-            begin = time.perf_counter()
-            v = run.policy.sample_velocity(x, sigma, cond, s.guidance_scale)
-            finite = bool(v.isfinite().all())  # also waits for the device
-            rate[:] = [rows / (time.perf_counter() - begin)]
+    Raises:
+        ValueError: the velocity is not finite.
+    """
+    rate = 0.0
+    for _ in range(2):  # the first call is slower
+        begin = time.perf_counter()
+        finite = bool(trial.velocity().isfinite().all())  # waits for the device
+        rate = len(trial.x) / (time.perf_counter() - begin)
         if not finite:
-            raise ValueError("the velocity is not finite: try dtype=float32")
-        return f"{rows} rows, {rate[0]:,.0f} rows a second"
+            raise ValueError("the velocity is not finite. Try runtime.dtype=float32")
+    return rate
 
-    images: list[torch.Tensor] = []
 
-    def decode() -> str:
-        images.append(run.backbone.decode(x[:1]).cpu())
-        return f"an image of {images[0].shape[-1]}x{images[0].shape[-2]}"
+def _rate(trial: Trial, rate: float) -> str:
+    return f"{len(trial.x)} rows, {rate:,.0f} rows per second"
 
-    def tail() -> str:
-        cond = take(run.policy.encode(prompts), torch.zeros(rows, dtype=torch.long, device=run.device))
-        with run.policy.tail() as velocity:
-            exact, error = x, 0.0
-            for place in range(3):  # the third call is the first that a cache can make cheaper
-                begin = time.perf_counter()
-                v = velocity(x, sigma - 0.05 * place, cond, s.guidance_scale, place > 0)
-                seconds = time.perf_counter() - begin
-                if not v.isfinite().all():
-                    raise ValueError("the velocity is not finite")
-                exact = run.policy.sample_velocity(x, sigma - 0.05 * place, cond, s.guidance_scale) if place == 0 else exact
-                error = float((v.float() - exact.float()).norm() / exact.float().norm()) if place == 0 else error
-        if s.tail_weights != "same" and error > MOST_TAIL_ERROR:
-            raise ValueError(f"quantized velocities have a relative error of {error:.1%}; leave out tail_weights={s.tail_weights}")
-        return f"{rows} rows, {rows / seconds:,.0f} rows a second, relative error of the first step {error:.1%}"
 
-    trial("forward", forward)
-    if s.order_of_tails != "mixed":
-        trial("cheaper tail", tail)
-    trial("decode", decode)
-    for name, reward in run.eval_rewards.items():
+def tail_quality(trial: Trial) -> str:
+    """Speed of approximate tails, and the relative error of their first step.
 
-        def one(reward=reward, name=name) -> str:
-            if not images:
-                raise ValueError("there is no image to score: decoding failed")
-            tried = run.prompts[:1] if name in run.rewards else run.eval_prompts[:1]
-            found = score(reward, images[0], tried)
-            if found.failed and found.reason != MASKED:
-                raise ValueError(found.reason or "no score")
-            return "does not apply to the first prompt" if found.failed else f"{float(found.values[0]):.3f} on an image of noise"
+    Raises:
+        ValueError: the velocity is not finite, or a quantized copy is too inexact.
+    """
+    sampling, x = trial.trainer.config.sampling, trial.x
+    exact = trial.velocity().float()
+    error = seconds = 0.0
+    with Tails(trial.trainer.policy, sampling).open() as velocity:
+        for step in range(3):  # a cache makes the third call cheaper, but not the first two
+            begin = time.perf_counter()
+            sigma = trial.sigma - 0.05 * step
+            v = velocity(x, sigma, trial.cond, sampling.guidance_scale, step > 0)
+            if not v.isfinite().all():
+                raise ValueError("the velocity is not finite")
+            seconds = time.perf_counter() - begin
+            if step == 0:
+                error = float((v.float() - exact).norm() / exact.norm())
+    if sampling.tail_weights != "same" and error > MAX_TAIL_ERROR:
+        raise ValueError(
+            f"the relative error of quantized velocities is {error:.1%}, more than "
+            f"{MAX_TAIL_ERROR:.0%}. Remove sampling.tail_weights={sampling.tail_weights}"
+        )
+    return (
+        f"{len(x)} rows, {len(x) / seconds:,.0f} rows per second in the third step, "
+        f"relative error of the first step {error:.1%}"
+    )
 
-        trial(f"reward {name}", one)
-    findings += [_memory_finding(run), _disk_finding(run), _cost_finding(run, rate[0] if rate else None)]
-    return findings
+
+def decode_noise(trial: Trial) -> Tensor:
+    """An image [1, 3, H, W] of noise."""
+    return trial.trainer.backbone.decode(trial.x[:1]).cpu()
+
+
+def _image_size(images: Tensor) -> str:
+    height, width = images.shape[-2:]
+    return f"an image of {height} x {width} pixels"
+
+
+def score_noise(reward: Reward, images: Tensor | None, prompt: Prompt) -> str:
+    """The score of an image of noise.
+
+    Raises:
+        ValueError: there is no image, or the reward failed.
+    """
+    if images is None:
+        raise ValueError("there is no image to score, because decoding failed")
+    scores = score(reward, images, [prompt])
+    if not scores.failed:
+        return f"{float(scores.values[0]):.3f} for an image of noise"
+    if scores.reason == NOT_FINITE:
+        return "does not apply to the first prompt"
+    raise ValueError(scores.reason or "no score")
+
+
+def check_prompts(trainer: Trainer) -> Finding:
+    """The numbers of prompts, and whether training and evaluation share some."""
+    training = trainer.config.training
+    texts = [prompt.text for prompt in trainer.prompts]
+    eval_texts = [prompt.text for prompt in trainer.eval_prompts]
+    repeats, shared = len(texts) - len(set(texts)), len(set(texts) & set(eval_texts))
+    epochs = training.max_steps * training.prompts_per_step / len(texts)
+    sentences = [
+        f"{len(texts):,} for training ({epochs:.2g} epochs), {len(eval_texts):,} for evaluation."
+    ]
+    if repeats:
+        sentences.append(f"{repeats:,} training prompts are repeats.")
+    if shared:
+        sentences.append(
+            f"{shared:,} evaluation prompts are also training prompts. Remove them from data.prompts."
+        )
+    return Finding("prompts", not shared, " ".join(sentences))
 
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
-
-
-def _prompts_finding(run: Run) -> Finding:
-    trained, held_out = set(run.prompts), set(run.eval_prompts)
-    repeats, both = len(run.prompts) - len(trained), len(trained & held_out)
-    epochs = run.settings.max_steps * run.settings.prompts_per_step / len(run.prompts)
-    told = [f"{len(run.prompts):,} to train on, {epochs:.2g} epochs", f"{len(run.eval_prompts):,} held out"]
-    told += [f"{repeats:,} of the former are repeats"] if repeats else []
-    told += [f"{both:,} of the latter are trained on too: leave them out of prompts, or the evaluation is none"] if both else []
-    return Finding("prompts", not both, "; ".join(told))
-
-
-def _memory_finding(run: Run) -> Finding:
-    needed = memory(run)
-    there = torch.cuda.mem_get_info()[1] if run.device.type == "cuda" else psutil.virtual_memory().total
-    told = ", ".join(f"{name} {_gigabytes(size)}" for name, size in needed.parts.items())
-    said = f"{_gigabytes(needed.total)} of {_gigabytes(there)}, without activations ({told})"
-    if needed.total > 0.9 * there:
-        ways = ["gradient_checkpointing=true", "smaller prompts_per_step"]
-        ways = ["lora_rank=32", *ways] if not run.policy.lora else ways
-        return Finding("memory", False, f"{said}; it does not fit: try {', '.join(ways)}")
-    return Finding("memory", True, said)
-
-
-def _disk_finding(run: Run) -> Finding:
-    s = run.settings
-    of_checkpoint = sum(4 * p.numel() for p in run.policy.trained.values()) * (3 + (run.policy.ema is not None))
-    needed = of_checkpoint * (s.keep_checkpoints + 2)  # the best one, and the one being written
-    folder = run.out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    said = f"{_gigabytes(needed)} of checkpoints, {_gigabytes(free)} free in {folder}"
-    return Finding(
-        "disk", needed < free, said if needed < free else f"{said}; free some, or lower keep_checkpoints={s.keep_checkpoints}"
-    )
-
-
-def _cost_finding(run: Run, rate: float | None) -> Finding:
-    s = run.settings
-    one = price(run.method, s)
-    passes = one.passes * s.prompts_per_step
-    guided = 2 if s.guidance_scale != 1 and not run.backbone.embedded_guidance else 1
-    said = (
-        f"{s.max_steps} steps of {s.prompts_per_step} prompts; a prompt takes {one.forward_passes:,} sampling passes, "
-        f"{one.train_forward_passes:,} with gradient, {one.decodes:,} decodes and {one.reward_calls:,} reward calls"
-    )
-    if guided == 2:
-        said += "; true CFG makes two rows of each pass"
-    calibration = calibration_price(s).forward_passes
-    if calibration:
-        said += f"; {calibration:,} passes of calibration before"
-    if rate:
-        seconds = passes / rate
-        said += f"; about {seconds:.0f} s a step and {seconds * s.max_steps / 3600:.1f} h in all, without decoding and scoring"
-    return Finding("the run", True, said)

@@ -1,26 +1,34 @@
-"""How long a step should take on so many GPUs, and what it moves and holds: from passes, FLOPs, bytes and link speeds.
+"""The expected time, transfers and memory of a training step on several GPUs: passes, FLOPs, bytes and link speeds.
 
-A model, not a measurement: docs/scaling.md says what it leaves out and how it did where something was measured.
+A model, not a measurement. The documentation compares it with measurements and lists what it
+leaves out.
 """
 
 import math
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from flowgrain.methods.algorithms import build, price
-from flowgrain.config.schema import Settings, SettingsError
+from flowgrain.config.schema import Config
+from flowgrain.methods.cost import num_updates
+from flowgrain.planning.memory import GPUS_PER_MACHINE, Layout, Memory, memory
+from flowgrain.planning.plan import prompt_cost
+from flowgrain.planning.sizes import ModelSize, embeds_guidance, forward_flops, model_size
+from flowgrain.settings import SettingsError, did_you_mean
+from flowgrain.training.load import compute_dtype
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """bf16 FLOP/s without sparsity, bytes of memory, bytes/s to another GPU of the machine and to another machine, one way."""
+    """A GPU, in the figures of its manufacturer.
+
+    Attributes:
+        flops: bfloat16 FLOP/s without sparsity.
+        memory: bytes.
+        near: bytes/s to another GPU of the machine, in one direction.
+        far: bytes/s to a GPU of another machine, in one direction.
+    """
 
     flops: float
     memory: float
@@ -28,21 +36,27 @@ class Gpu:
     far: float
 
 
-GPUS = {
+GPUS: Mapping[str, Gpu] = {
     "a100": Gpu(312e12, 80e9, 300e9, 25e9),
     "h100": Gpu(989e12, 80e9, 450e9, 50e9),
     "h200": Gpu(989e12, 141e9, 450e9, 50e9),
 }
-"""Makers' figures."""
+"""Known GPUs by name."""
 
-UTILISATION = 0.5
-"""Share of the card's FLOP/s that a transformer in full batches is taken to reach."""
-_PER_MACHINE = 8
+UTILIZATION = 0.5
+"""Share of a GPU's FLOP/s that a transformer is assumed to reach."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one GPU: seconds a step by part, bytes moved a step, bytes held by part (no activations, no VAE), FLOPs of a pass."""
+    """The forecast for one of the GPUs.
+
+    Attributes:
+        seconds: seconds per training step, by part.
+        moved: bytes per training step over the links, by part.
+        held: bytes of memory by part, see `memory`.
+        flops_of_pass: FLOPs of one forward pass.
+    """
 
     seconds: dict[str, float]
     moved: dict[str, float]
@@ -51,134 +65,114 @@ class Forecast:
 
     @property
     def total(self) -> float:
+        """Seconds per training step, without text encoders, decoding and rewards."""
         return sum(self.seconds.values())
 
 
-class _Size(NamedTuple):
-    """What a model's FLOPs depend on, named as in the settings."""
+def forecast(config: Config, gpus: int, gpu: str, utilization: float = UTILIZATION) -> Forecast:
+    """The forecast of a training step of `config`.
 
-    model: str
-    height: int
-    width: int
-    max_prompt_tokens: int
-    t5: bool
+    Args:
+        config: configuration of the run.
+        gpus: number of GPUs.
+        gpu: name of the GPU, see `GPUS`.
+        utilization: share of the GPU's FLOP/s that is reached.
 
-
-def _flux(s: _Size) -> tuple[nn.Module, dict[str, Tensor]]:
-    """FLUX.1-dev's transformer, and inputs of one row."""
-    tokens, words = s.height * s.width // 256, s.max_prompt_tokens
-    inputs = {
-        "hidden_states": torch.empty(1, tokens, 64),
-        "encoder_hidden_states": torch.empty(1, words, 4096),
-        "pooled_projections": torch.empty(1, 768),
-        "timestep": torch.empty(1),
-        "guidance": torch.empty(1),
-        "img_ids": torch.empty(tokens, 3),
-        "txt_ids": torch.empty(words, 3),
-    }
-    return FluxTransformer2DModel(guidance_embeds=True), inputs
-
-
-def _sd3(s: _Size) -> tuple[nn.Module, dict[str, Tensor]]:
-    """SD3.5-medium's transformer, and inputs of one row; CLIP's 77 words stand before T5's."""
-    model = SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=24,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(13)),
-        qk_norm="rms_norm",
-    )
-    inputs = {
-        "hidden_states": torch.empty(1, 16, s.height // 8, s.width // 8),
-        "encoder_hidden_states": torch.empty(1, 77 + s.max_prompt_tokens * s.t5, 4096),
-        "pooled_projections": torch.empty(1, 2048),
-        "timestep": torch.empty(1),
-    }
-    return model, inputs
-
-
-_PUBLISHED = {"flux": _flux, "sd3": _sd3}
-
-
-def flops_of_pass(s: Settings) -> tuple[float, int, int]:
-    """FLOPs of one row through the published model of `s` at its size, its parameters, and those of its adapter."""
-    flops, parameters, of_rank_one = _counted(_Size(*(getattr(s, name) for name in _Size._fields)))
-    return flops, parameters, s.lora_rank * of_rank_one
-
-
-@lru_cache
-def _counted(s: _Size) -> tuple[float, int, int]:
-    """FLOPs of a row, parameters, and those of an adapter of rank 1."""
-    with torch.device("meta"):
-        model, inputs = _PUBLISHED[s.model](s)
-    parameters = sum(p.numel() for p in model.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**inputs)
-    layers = [
-        m for name, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(r"\.(to|add)_(?!qkv)\w+(\.0)?$", name)
-    ]
-    adapter = sum(m.in_features + m.out_features for m in layers)
-    return float(counter.get_total_flops()), parameters, adapter
-
-
-def forecast(s: Settings, gpus: int, name: str, utilisation: float = UTILISATION) -> Forecast:
-    """What a step of `s` should take on each of `gpus` cards `name`. Raises SettingsError for a card or model it does not know."""
-    if name not in GPUS:
-        raise SettingsError(f"--gpu {name}: is not known; known: {', '.join(GPUS)}")
-    if s.model not in _PUBLISHED:
-        raise SettingsError(f"model={s.model}: its published size is not known here; {' and '.join(_PUBLISHED)} are")
-    gpu, (flops, parameters, adapter) = GPUS[name], flops_of_pass(s)
-    one = price(build(s), s)
-    mine = -(-s.prompts_per_step // gpus)  # prompts of this GPU; those that only fill up count too
-    guided = 2 if s.model == "sd3" and s.guidance_scale != 1 else 1
-    rows, frozen, gradient = (guided * mine * n for n in (one.forward_passes, one.frozen_forward_passes, one.train_forward_passes))
-    speed = utilisation * gpu.flops
-    lora = s.lora_rank > 0
-    shared = gpus > 1 and not (lora and s.rollout_weights != "sharded")
-    replica = gpus > 1 and s.rollout_weights != "sharded"
-    calls = math.ceil(rows / guided / s.rows_per_pass)
-    updates = 1 if s.updates_per_rollout == "per_step" else int(s.updates_per_rollout)
-    trained = adapter if lora else parameters
-    passes = gradient / guided / (s.train_rows_per_pass or s.rows_per_pass)
-    # Weights are sharded within a machine; across machines only gradients go, a machine's share each.
-    parts = min(gpus, _PER_MACHINE) if shared else 1
-    near, machines = (parts - 1) / parts, -(-gpus // _PER_MACHINE)
-    moved = {
-        "rollout": 0.0 if replica else 2 * parameters * near * calls,
-        "refresh of the replica": 4.0 * parameters * near * updates if replica and not lora else 0.0,
-        "weights of the update": 2 * 4.0 * parameters * near * passes,
-        "gradients": 4.0 * trained * near * updates,
-        "gradients between machines": 2 * 4.0 * trained / parts * (machines - 1) / machines * updates,
-    }
-    checkpointing = 4 if s.gradient_checkpointing else 3
+    Raises:
+        SettingsError: the GPU or the model is not known.
+    """
+    if gpu not in GPUS:
+        raise SettingsError(f"--gpu {gpu}: there is no such GPU. {did_you_mean(gpu, GPUS)}")
+    flops = forward_flops(config.model)
+    size = model_size(config.model)
+    if size is None:
+        raise SettingsError(f"model.path={config.model.path}: the size of this model is not known.")
+    passes = _passes(config, gpus)
+    moved = _moved(config, size, passes, gpus)
+    link, speed = GPUS[gpu], utilization * GPUS[gpu].flops
+    forwards_of_update = 4 if config.model.gradient_checkpointing else 3
+    update_passes = forwards_of_update * passes.gradient + passes.frozen
+    rest = moved["refresh of the replica"] + moved["gradients"]
     seconds = {
-        "sampling": max(rows * flops / speed, moved["rollout"] / gpu.near),
-        "update": max((checkpointing * gradient + frozen) * flops / speed, moved["weights of the update"] / gpu.near),
-        "links": (moved["refresh of the replica"] + moved["gradients"]) / gpu.near + moved["gradients between machines"] / gpu.far,
+        "sampling": max(passes.sampling * flops / speed, moved["rollout"] / link.near),
+        "update": max(update_passes * flops / speed, moved["weights of the update"] / link.near),
+        "links": rest / link.near + moved["gradients between machines"] / link.far,
     }
-    held = {
-        "weights": (2.0 if lora else 4.0) * parameters / parts,
-        "gradients": 4.0 * trained,  # added up whole until the last pass of an update
-        "AdamW": 8.0 * trained / parts,
-        "EMA": 4.0 * trained / parts if s.ema_decay else 0.0,
-        "reference": 4.0 * parameters / parts if s.kl_weight and not lora else 0.0,
-        "sampling copy": 0.0 if lora else 2.0 * parameters / (1 if replica or gpus == 1 else parts),
-    }
-    return Forecast(seconds, {k: v for k, v in moved.items() if v}, {k: v for k, v in held.items() if v}, flops)
+    dtype = compute_dtype(config.runtime.dtype, torch.device("cuda"))
+    held = memory(config, size, dtype, gpus).parts
+    return Forecast(seconds, {name: size for name, size in moved.items() if size}, held, flops)
 
 
-def told(found: Forecast, gpus: int, name: str) -> list[tuple[str, str]]:
-    """A forecast in words, a line each: what, and how much."""
-    memory = GPUS[name].memory
-    lines: list[tuple[str, Any]] = [("a forward pass", f"{found.flops_of_pass / 1e12:.1f} TFLOP")]
-    lines += [(f"seconds a step, {part}", f"{value:,.1f}") for part, value in found.seconds.items()]
-    lines.append((f"seconds a step on {gpus} x {name}", f"{found.total:,.1f}, without text encoders, decoding and rewards"))
-    lines += [(f"moved a step, {part}", f"{value / 1e9:,.1f} GB") for part, value in found.moved.items()]
-    lines += [(f"held, {part}", f"{value / 1e9:,.1f} GB") for part, value in found.held.items()]
-    held = sum(found.held.values())
-    fits = "without activations" if held < 0.9 * memory else "does not fit"
-    return [*lines, ("held in all", f"{held / 1e9:,.1f} of {memory / 1e9:,.0f} GB, {fits}")]
+@dataclass(frozen=True)
+class _Passes:
+    """Forward passes of one GPU per step. With true CFG a row counts twice in `sampling`, `gradient` and `frozen`."""
+
+    sampling: int
+    gradient: int
+    frozen: float
+    rows_per_row: int
+
+
+def _passes(config: Config, gpus: int) -> _Passes:
+    cost = prompt_cost(config)
+    prompts = -(-config.training.prompts_per_step // gpus)  # all GPUs get the same number
+    guided = config.sampling.guidance_scale != 1 and not embeds_guidance(config.model)
+    rows = 2 if guided else 1
+    return _Passes(
+        rows * prompts * cost.forward_passes,
+        rows * prompts * cost.train_forward_passes,
+        rows * prompts * cost.frozen_forward_passes,
+        rows,
+    )
+
+
+def _moved(config: Config, size: ModelSize, passes: _Passes, gpus: int) -> dict[str, float]:
+    """Bytes that one GPU receives per step, by part.
+
+    Parameters are sharded within a machine. Between machines only gradients are exchanged.
+    """
+    layout = Layout.of(config, gpus)
+    width = compute_dtype(config.runtime.dtype, torch.device("cuda")).itemsize
+    parameters = size.transformer
+    trained = config.lora.rank * size.adapter if layout.lora else parameters
+    calls = math.ceil(passes.sampling / passes.rows_per_row / config.sampling.batch_size)
+    micro_batches = passes.gradient / passes.rows_per_row / config.micro_batch_size
+    updates = num_updates(config.method, config.tree(), config.training.prompts_per_step)
+    received = (layout.shards - 1) / layout.shards  # share of an all-gather or reduce-scatter
+    machines = -(-gpus // GPUS_PER_MACHINE)
+    sharded_rollout = not layout.replica
+    refreshed = layout.replica and not layout.lora
+    return {
+        "rollout": width * parameters * received * calls if sharded_rollout else 0.0,
+        "refresh of the replica": 4.0 * parameters * received * updates if refreshed else 0.0,
+        "weights of the update": 2 * 4.0 * parameters * received * micro_batches,
+        "gradients": 4.0 * trained * received * updates,
+        "gradients between machines": 2
+        * 4.0
+        * trained
+        / layout.shards
+        * (machines - 1)
+        / machines
+        * updates,
+    }
+
+
+def forecast_rows(found: Forecast, gpus: int, gpu: str) -> list[tuple[str, str]]:
+    """A forecast as lines of text: a name and a value each."""
+    held = Memory(found.held)
+    available = GPUS[gpu].memory
+    seconds = [(f"seconds per step, {part}", f"{s:,.1f}") for part, s in found.seconds.items()]
+    moved = [(f"moved per step, {part}", f"{b / 1e9:,.1f} GB") for part, b in found.moved.items()]
+    parts = [(f"memory, {part}", f"{b / 1e9:,.1f} GB") for part, b in held.parts.items()]
+    fits = "without activations" if held.fits(available) else "does not fit"
+    return [
+        ("one forward pass", f"{found.flops_of_pass / 1e12:.1f} TFLOP"),
+        *seconds,
+        (
+            f"seconds per step on {gpus} x {gpu}",
+            f"{found.total:,.1f}, without text encoders, decoding and rewards",
+        ),
+        *moved,
+        *parts,
+        ("memory in total", f"{held.total / 1e9:,.1f} of {available / 1e9:,.0f} GB, {fits}"),
+    ]

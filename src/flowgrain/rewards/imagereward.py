@@ -184,8 +184,9 @@ class ImageReward:
         words = model.text.config.vocab_size
         if len(self.tokenizer) != words:
             raise OptionError(
-                f"path={path}: the tokenizer has {len(self.tokenizer)} tokens, including two of BLIP, "
-                f"but {checkpoint} has {words}. Use the tokenizer of the checkpoint."
+                f"path={path}: the tokenizer has {len(self.tokenizer)} tokens, "
+                f"including two of BLIP, but {checkpoint} has {words}. "
+                "Use the tokenizer of the checkpoint."
             )
         self.preprocess = Preprocess(model.size, "torchvision")
 

@@ -57,8 +57,10 @@ class ScoreRequest(BaseModel):
         """The prompts.
 
         Raises:
-            ValueError: the number of fields is not the number of prompts.
+            ValueError: there are no prompts, or the number of fields is not their number.
         """
+        if not self.prompts:
+            raise ValueError("there are no prompts")
         fields = self.fields if self.fields is not None else [{} for _ in self.prompts]
         if len(fields) != len(self.prompts):
             raise ValueError(f"{len(fields)} fields for {len(self.prompts)} prompts")

@@ -85,8 +85,8 @@ class Towers:
     """
 
     def __init__(self, folder: Path = WEIGHTS, /) -> None:
-        self.model: Any = CLIPModel.from_pretrained(folder / "towers")
-        self.model.eval().requires_grad_(False)
+        model = CLIPModel.from_pretrained(folder / "towers")
+        self.model: Any = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -1,1 +1,1 @@
-"""The bundled world: scenes of coloured shapes, a grammar of prompts, a renderer and an exact oracle."""
+"""The shapes world: scenes of colored shapes, a grammar of prompts, a renderer, an exact oracle."""

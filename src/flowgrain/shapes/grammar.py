@@ -1,4 +1,7 @@
-"""The prompts of the shapes world: a small grammar, its parser, and the split into training, validation and held-out prompts."""
+"""Prompts of the shapes world: a grammar, its parser, and the train, validation and held-out split.
+
+Examples: "three green circles", "red square and blue circle", "yellow triangle above cyan square".
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,18 +9,25 @@ from functools import cache
 from itertools import product
 
 NUMBERS = ("one", "two", "three", "four")
-COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
+COLORS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("above", "below", "left of", "right of")
 
 _LINKS = ("and", "above", "below", "left", "right", "of")
-VOCABULARY = ("<pad>", *NUMBERS, *COLOURS, *SHAPES, *(s + "s" for s in SHAPES), *_LINKS)
+VOCABULARY = ("<pad>", *NUMBERS, *COLORS, *SHAPES, *(s + "s" for s in SHAPES), *_LINKS)
 MAX_WORDS = 6
+NUM_VALIDATION = 256
+"""Number of validation prompts."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for: `objects` as (colour, shape) indices, and how the first stands to the second, if it says."""
+    """The scene that a prompt describes.
+
+    Attributes:
+        objects: (color, shape) of each object, as indices into `COLORS` and `SHAPES`.
+        relation: position of the first object relative to the second, from `RELATIONS`, or None.
+    """
 
     objects: tuple[tuple[int, int], ...]
     relation: str | None = None
@@ -25,30 +35,42 @@ class Scene:
 
 @cache
 def parse(prompt: str) -> Scene:
-    """The scene that `prompt` describes. Raises ValueError, with an example, for a prompt outside the grammar."""
+    """Return the scene that `prompt` describes.
+
+    Raises:
+        ValueError: the grammar does not contain the prompt. The message has valid examples.
+    """
     words = prompt.split()
     numeral = words[0] if words else ""
     if numeral in NUMBERS and len(words) == 3:
         count = NUMBERS.index(numeral) + 1
         shape = words[2] if count == 1 else words[2].removesuffix("s")
-        if words[1] in COLOURS and shape in SHAPES and (count == 1) == (shape == words[2]):
-            return Scene(((COLOURS.index(words[1]), SHAPES.index(shape)),) * count)
+        if words[1] in COLORS and shape in SHAPES and (count == 1) == (shape == words[2]):
+            return Scene(((COLORS.index(words[1]), SHAPES.index(shape)),) * count)
     middle = " ".join(words[2:-2])
     if len(words) >= 5 and middle in ("and", *RELATIONS):
         pairs = ((words[0], words[1]), (words[-2], words[-1]))
-        if all(colour in COLOURS and shape in SHAPES for colour, shape in pairs):
-            objects = tuple((COLOURS.index(colour), SHAPES.index(shape)) for colour, shape in pairs)
+        if all(color in COLORS and shape in SHAPES for color, shape in pairs):
+            objects = tuple((COLORS.index(color), SHAPES.index(shape)) for color, shape in pairs)
             return Scene(objects, None if middle == "and" else middle)
     if len(words) > MAX_WORDS:
-        raise ValueError(f"the prompt {prompt!r} has {len(words)} words; the shapes model reads {MAX_WORDS} at most")
+        raise ValueError(
+            f"the prompt {prompt!r} has {len(words)} words. The maximum of the shapes model is "
+            f"{MAX_WORDS}."
+        )
     raise ValueError(
-        f"the shapes model cannot read the prompt {prompt!r}; it knows prompts such as 'three green circles', "
-        "'red square and blue circle' or 'yellow triangle above cyan square'"
+        f"the shapes model cannot read the prompt {prompt!r}. Use prompts such as "
+        "'three green circles', 'red square and blue circle' or "
+        "'yellow triangle above cyan square'."
     )
 
 
 def tokenize(prompt: str) -> list[int]:
-    """Word indices of `prompt`, padded with 0 to MAX_WORDS. Raises ValueError like `parse`."""
+    """Return the indices of the words of `prompt` in `VOCABULARY`, padded with 0 to `MAX_WORDS`.
+
+    Raises:
+        ValueError: the grammar does not contain the prompt.
+    """
     parse(prompt)
     words = [VOCABULARY.index(word) for word in prompt.split()]
     return words + [0] * (MAX_WORDS - len(words))
@@ -56,29 +78,39 @@ def tokenize(prompt: str) -> list[int]:
 
 @cache
 def all_prompts() -> tuple[str, ...]:
-    """Every prompt of the grammar, in a fixed order. Pairs name two different things."""
+    """Return all prompts of the grammar in a fixed order. The two objects of a pair differ."""
     counts = [
-        f"{number} {colour} {shape}{'' if number == 'one' else 's'}" for number, colour, shape in product(NUMBERS, COLOURS, SHAPES)
+        f"{number} {color} {shape}{'' if number == 'one' else 's'}"
+        for number, color, shape in product(NUMBERS, COLORS, SHAPES)
     ]
-    things = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
-    pairs = [f"{a} {word} {b}" for word in ("and", *RELATIONS) for a, b in product(things, things) if a != b]
+    objects = [f"{color} {shape}" for color, shape in product(COLORS, SHAPES)]
+    pairs = [
+        f"{a} {link} {b}"
+        for link in ("and", *RELATIONS)
+        for a, b in product(objects, objects)
+        if a != b
+    ]
     return tuple(counts + pairs)
-
-
-VALIDATION = 256
 
 
 @cache
 def prompts(split: str) -> tuple[str, ...]:
-    """The prompts of `split`: "train", "validation" (settings are chosen on these) or "held-out" (results are reported on these).
+    """Return the prompts of a split, in a shuffled but fixed order.
 
-    About a third of all prompts, picked by a hash of the text, is not trained on; the first VALIDATION of them validate.
+    A hash of the text selects about a third of all prompts, which are not trained on. The first
+    `NUM_VALIDATION` of them are the validation prompts.
+
+    Args:
+        split: "train", "validation" (to choose settings) or "held-out" (to report results).
     """
-    aside = [p for p in all_prompts() if hashlib.blake2b(p.encode()).digest()[0] % 3 == 0]
-    chosen = sorted(set(all_prompts()) - set(aside) if split == "train" else aside, key=_shuffled)
-    return tuple({"train": chosen, "validation": chosen[:VALIDATION], "held-out": chosen[VALIDATION:]}[split])
+    unseen = [p for p in all_prompts() if hashlib.blake2b(p.encode()).digest()[0] % 3 == 0]
+    if split == "train":
+        return tuple(sorted(set(all_prompts()) - set(unseen), key=_shuffled))
+    ordered = sorted(unseen, key=_shuffled)
+    splits = {"validation": ordered[:NUM_VALIDATION], "held-out": ordered[NUM_VALIDATION:]}
+    return tuple(splits[split])
 
 
 def _shuffled(prompt: str) -> bytes:
-    """A hash order mixes counts, pairs and relations, so that the first n prompts are a fair sample of all."""
+    """Sort key that mixes all kinds of prompts: the first n prompts represent the whole split."""
     return hashlib.blake2b(prompt.encode(), salt=b"order").digest()

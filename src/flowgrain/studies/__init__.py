@@ -1,1 +1,1 @@
-"""TODO"""
+"""Comparisons of several methods on one model at equal budget."""

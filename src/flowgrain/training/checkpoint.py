@@ -1,9 +1,8 @@
-"""Checkpoints: written to a temporary name, flushed, verified by checksum, then renamed; the last N and the best are kept."""
+"""Checkpoints: written under a temporary name, flushed, verified by checksum, then renamed. The last N and the best stay."""
 
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,13 +11,106 @@ from typing import Any
 
 from torch import Tensor
 
-from flowgrain.distributed.mesh import ALONE, Group, read_tensors, write_tensors
+from flowgrain.distributed import SINGLE, World
+from flowgrain.distributed.storage import read_tensors, write_tensors
+from flowgrain.training.files import flush
 
 _NAME = re.compile(r"step-(\d{6,})$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message says which, why and what is still good."""
+    """A checkpoint could not be written or read. The message says which one, why, and what is still good."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The training step of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    score: float | None,
+    keep: int,
+    world: World = SINGLE,
+) -> Path:
+    """Write a checkpoint to `folder`/step-NNNNNN and delete those that are no longer kept. All ranks call it together.
+
+    Args:
+        folder: directory of the checkpoints.
+        step: training step.
+        tensors: written as safetensors, each rank its own shards.
+        state: written as JSON.
+        score: ranks checkpoints, because the best one is kept. None does not compete.
+        keep: number of latest checkpoints to keep.
+        world: ranks.
+
+    Raises:
+        CheckpointError: on all ranks, if it could not be written or does not read back as written. Earlier checkpoints
+            are intact.
+    """
+    final = folder / f"step-{step:06d}"
+    temporary = folder / f".tmp-{final.name}"
+
+    def begin() -> None:
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+
+    def end() -> None:
+        if world.is_main:
+            _write_manifest(temporary, {"step": step, "score": score, "state": state})
+            replace_folder(temporary, final)
+            flush(folder)
+
+    try:
+        _together(begin, world)
+        _together(lambda: write_tensors(temporary, tensors, world), world)
+        _together(end, world)
+    except OSError as error:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        rest = checkpoints(folder)
+        good = (
+            f"The last good checkpoint is {rest[-1]}" if rest else "There is no earlier checkpoint"
+        )
+        raise CheckpointError(
+            f"could not write the checkpoint {final}: {error}. {good}. Free some disk space and resume"
+        ) from error
+    if world.is_main:
+        _delete_old(folder, keep, final)
+    return final
+
+
+def _together(work: Callable[[], None], world: World) -> None:
+    """Do `work` on all ranks. Raises OSError on all of them if it failed on any."""
+    failure = None
+    try:
+        work()
+    except (OSError, RuntimeError) as error:
+        failure = str(error)
+    failures = [message for message in world.gather(failure) if message is not None]
+    if failures:
+        raise OSError("; ".join(dict.fromkeys(failures)))
+
+
+def _write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        flush(file)
+    checksums = {file.name: _checksum(file) for file in files}
+    (folder / "manifest.json").write_text(json.dumps({**values, "sha256": checksums}))
+    flush(folder / "manifest.json")
+    flush(folder)
 
 
 def _checksum(path: Path) -> str:
@@ -26,97 +118,8 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that a reader finds either the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    found = [path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(_NAME.match(path.name)[1]))  # type: ignore[index]
-
-
-def save(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    plain: Mapping[str, Any],
-    score: float | None,
-    keep: int,
-    group: Group = ALONE,
-) -> Path:
-    """Writes `tensors` (safetensors) and `plain` (JSON) as `folder`/step-NNNNNN and drops what is no longer kept.
-
-    score ranks checkpoints for "the best is kept"; None does not compete. All processes of `group` call it together, each writes
-    its share. Raises CheckpointError in all of them, with every earlier checkpoint intact, if it could not be written (a full
-    disk, say) or does not read back as written.
-    """
-    final = folder / f"step-{step:06d}"
-    temporary = folder / f".tmp-{final.name}"
-
-    def together(work: Callable[[], None]) -> None:
-        """Does a part of it, and raises OSError everywhere if it failed anywhere."""
-        try:
-            work()
-            failed = None
-        except (OSError, RuntimeError) as error:
-            failed = str(error)
-        every = [one for one in group.collect(failed) if one is not None]
-        if every:
-            raise OSError("; ".join(dict.fromkeys(every)))
-
-    def begin() -> None:
-        if group.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-
-    def end() -> None:
-        if not group.first:
-            return
-        files = sorted(temporary.glob("*.safetensors"))
-        for file in files:
-            _flush(file)
-        manifest = {"step": step, "score": score, "sha256": {file.name: _checksum(file) for file in files}, "plain": plain}
-        (temporary / "manifest.json").write_text(json.dumps(manifest))
-        _flush(temporary / "manifest.json")
-        _flush(temporary)
-        replace_folder(temporary, final)
-        _flush(folder)
-
-    try:
-        together(begin)
-        together(lambda: write_tensors(temporary, tensors, group))
-        together(end)
-    except OSError as error:
-        if group.first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        rest = checkpoints(folder)
-        good = f"the last good one is {rest[-1]}" if rest else "there is no earlier one"
-        raise CheckpointError(f"could not write the checkpoint {final}: {error}; {good}; free some space and resume") from error
-    if group.first:
-        _drop_old(folder, keep, final)
-    return final
-
-
 def replace_folder(new: Path, final: Path) -> None:
-    """Puts the folder `new` in the place of `final` so that a kill at any moment leaves the old or the new one, whole."""
+    """Move directory `new` to `final`. A kill at any moment leaves the complete old or the complete new directory."""
     before = final.with_name(f".old-{final.name}")
     shutil.rmtree(before, ignore_errors=True)
     if final.exists():
@@ -125,38 +128,38 @@ def replace_folder(new: Path, final: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def mend(folder: Path) -> None:
-    """Puts back what a kill in the middle of `replace_folder` left aside, and removes half-written checkpoints."""
+def repair(folder: Path) -> None:
+    """Finish what a kill interrupted: restore replaced checkpoints, delete incomplete ones."""
     for before in folder.glob(".old-step-*"):
         final = before.with_name(before.name.removeprefix(".old-"))
         if final.exists():
             shutil.rmtree(before, ignore_errors=True)
         else:
             before.rename(final)
-    for half in folder.glob(".tmp-step-*"):
-        shutil.rmtree(half, ignore_errors=True)
+    for incomplete in folder.glob(".tmp-step-*"):
+        shutil.rmtree(incomplete, ignore_errors=True)
 
 
-def set_aside(path: Path) -> None:
-    """Renames a damaged checkpoint so that it no longer counts as one."""
+def mark_damaged(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is no longer used."""
     replace_folder(path, path.with_name(f"damaged-{path.name}"))
 
 
 def _score(path: Path) -> float | None:
     try:
-        found = json.loads((path / "manifest.json").read_text())["score"]
+        score = json.loads((path / "manifest.json").read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the highest score, if any has one."""
-    scored = [(score, path) for path in checkpoints(folder) if (score := _score(path)) is not None]
+    """The checkpoint with the highest score. None if no checkpoint has a score."""
+    scored = [(s, path) for path in checkpoints(folder) if (s := _score(path)) is not None]
     return max(scored, default=(0, None), key=lambda pair: pair[0])[1]
 
 
-def _drop_old(folder: Path, keep: int, written: Path) -> None:
+def _delete_old(folder: Path, keep: int, written: Path) -> None:
     kept = {*checkpoints(folder)[-keep:], best(folder), written}
     for path in checkpoints(folder):
         if path not in kept:
@@ -164,27 +167,37 @@ def _drop_old(folder: Path, keep: int, written: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What checkpoint `path` holds beside tensors. Raises CheckpointError naming it if it is damaged or incomplete."""
+    """The JSON state of checkpoint `path`, after verifying the checksums of its tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or incomplete.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, checksum in manifest["sha256"].items():
             if _checksum(path / name) != checksum:
-                raise ValueError(f"the checksum of {name} does not match what was written")
-        return dict(manifest["plain"])
+                raise ValueError(f"the checksum of {name} does not match")
+        return dict(manifest["state"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
-def load_last_good(folder: Path, group: Group = ALONE) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that reads back whole, what it holds beside tensors, and a message for each damaged one passed over.
+def load_last_good(
+    folder: Path, world: World = SINGLE
+) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest undamaged checkpoint, its state, and a message per damaged checkpoint that was skipped.
 
-    None if the folder holds no checkpoint. Raises CheckpointError if it holds some and none is good. Only reads: the run may
-    be writing its next checkpoint at this moment. The first process looks, for all.
+    None without checkpoints. It only reads, because the run may be writing its next checkpoint. Rank 0 reads for all.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged.
     """
-    found = group.collect(_last_good(folder) if group.first else None)[0]
-    if isinstance(found, CheckpointError):
-        raise found
-    return found
+    result = world.gather(_last_good(folder) if world.is_main else None)[0]
+    if isinstance(result, CheckpointError):
+        raise result
+    if result is None:
+        raise CheckpointError(f"rank 0 sent no checkpoint of {folder}")
+    return result
 
 
 def _last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]] | CheckpointError:
@@ -195,13 +208,19 @@ def _last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]] | 
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
-        return CheckpointError(f"{'; '.join(damaged)}; there is no good one left in {folder}: start anew with another --out")
+        return CheckpointError(
+            f"{'; '.join(damaged)}. No undamaged checkpoint is left in {folder}. Start a new run with another --out"
+        )
     return None, {}, damaged
 
 
-def read(path: Path, tensors: Mapping[str, Tensor], group: Group = ALONE) -> None:
-    """Fills `tensors` in place from checkpoint `path`. Raises CheckpointError for one that it does not have."""
+def read(path: Path, tensors: Mapping[str, Tensor], world: World = SINGLE) -> None:
+    """Fill `tensors` in place from checkpoint `path`.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a tensor.
+    """
     try:
-        read_tensors(path, tensors, group)
+        read_tensors(path, tensors, world)
     except OSError as error:
-        raise CheckpointError(f"the checkpoint {path} is another model's: {error}") from error
+        raise CheckpointError(f"the checkpoint {path} belongs to another model: {error}") from error

@@ -1,4 +1,7 @@
-"""Images of held-out prompts and every metric on them, from the same noise every time."""
+"""Images of held-out prompts from fixed noise, and their scores.
+
+Shapes: I images, *L latent, H x W pixels.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,142 +10,193 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
-from flowgrain.models import take
-from flowgrain.training.policy import Policy
-from flowgrain.data import latent_noise
-from flowgrain.rewards import Reward, explained
+from flowgrain.config.schema import Config
 from flowgrain.core.rollout import rollout
 from flowgrain.core.sde import ODE
-from flowgrain.config.schema import Settings
 from flowgrain.core.tree import Planner
+from flowgrain.data import Prompt, as_prompts, latent_noise
+from flowgrain.models import take
+from flowgrain.rewards import Reward, score_with_parts
+from flowgrain.training.policy import Policy
 
 log = logging.getLogger(__name__)
+
+Column = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores[metric] [I] with NaN where a reward failed; parts and weights ["metric/part"] [I], where a reward has parts."""
+    """Images of prompts and their scores.
 
-    prompts: list[str]
+    Attributes:
+        prompts: I prompts.
+        num_steps: ODE steps.
+        scores: [I] by reward, NaN where the reward failed.
+        parts: [I] by "reward/part", for rewards that report parts.
+        part_weights: [I] by "reward/part", the weight of an image in the mean of the part.
+        images: [I, 3, H, W], possibly only the first ones.
+    """
+
+    prompts: list[Prompt]
     num_steps: int
-    scores: dict[str, NDArray[np.float32]]
-    parts: dict[str, NDArray[np.float32]]
-    weights: dict[str, NDArray[np.float32]]
+    scores: dict[str, Column]
+    parts: dict[str, Column]
+    part_weights: dict[str, Column]
     images: Tensor
 
     def means(self) -> dict[str, float]:
-        """Mean of each metric over the images that were scored."""
+        """Mean score of each reward over the scored images."""
         return {name: mean(values) for name, values in self.scores.items()}
 
     def part_means(self) -> dict[str, float]:
         """Weighted mean of each part."""
-        return {name: mean(values, self.weights.get(name)) for name, values in self.parts.items()}
+        weights = self.part_weights
+        return {name: mean(values, weights.get(name)) for name, values in self.parts.items()}
 
 
 def mean(values: NDArray[np.floating], weights: NDArray[np.floating] | None = None) -> float:
-    """Mean of finite `values`, weighted or not; NaN if there is none."""
-    there = np.isfinite(values)
+    """Weighted mean of the finite `values`. NaN if there are none."""
+    finite = np.isfinite(values)
     weights = np.ones(len(values)) if weights is None else weights
-    return float((values[there] * weights[there]).sum() / weights[there].sum()) if weights[there].sum() > 0 else float("nan")
+    total = weights[finite].sum()
+    return float((values[finite] * weights[finite]).sum() / total) if total > 0 else float("nan")
 
 
-def joined(parts: Sequence[Evaluation], prompts: list[str]) -> Evaluation:
-    """One evaluation of `prompts` from those of the processes to which they were dealt in turn; its images are fewer."""
-
-    def in_turn(values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        return np.stack(values, 1).reshape(-1)[: len(prompts)]
-
-    def column(kind: str, name: str) -> NDArray[np.float32]:
-        nothing = np.full(len(parts[0].prompts), np.nan if kind != "weights" else 0.0, dtype=np.float32)
-        return in_turn([getattr(part, kind).get(name, nothing) for part in parts])
-
-    kinds = {
-        kind: {name: column(kind, name) for name in dict.fromkeys(n for part in parts for n in getattr(part, kind))}
-        for kind in ("scores", "parts", "weights")
+def interleave(parts: Sequence[Evaluation], prompts: list[Prompt]) -> Evaluation:
+    """One evaluation of `prompts`, from those of the ranks to which the prompts were assigned in turn."""
+    columns = {
+        kind: _interleaved_columns([getattr(part, kind) for part in parts], fill, parts[0], prompts)
+        for kind, fill in (("scores", np.nan), ("parts", np.nan), ("part_weights", 0.0))
     }
     images = torch.stack([part.images for part in parts], 1).flatten(0, 1)[: len(prompts)]
-    return Evaluation(prompts, parts[0].num_steps, images=images, **kinds)
+    return Evaluation(prompts, parts[0].num_steps, images=images, **columns)
 
 
-def interval(values: NDArray[np.floating]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95% interval (Student's t) over finite `values`; NaN ends for fewer than two."""
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return (float(values.mean()) if len(values) else float("nan"), float("nan"), float("nan"))
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    mean = float(values.mean())
-    return mean, mean - half, mean + half
+def _interleaved_columns(
+    of_ranks: Sequence[Mapping[str, Column]], fill: float, first: Evaluation, prompts: list[Prompt]
+) -> dict[str, Column]:
+    missing = np.full(len(first.prompts), fill, dtype=np.float32)
+    names = dict.fromkeys(name for columns in of_ranks for name in columns)
+    return {
+        name: np.stack([c.get(name, missing) for c in of_ranks], 1).reshape(-1)[: len(prompts)]
+        for name in names
+    }
 
 
-def sample(policy: Policy, prompts: Sequence[str], noise: Tensor, sigmas: Tensor, guidance: float, rows_per_pass: int) -> Tensor:
-    """Images [I, 3, H, W] of `prompts` from the initial latents `noise` [I, *L], by ODE steps on the grid `sigmas` [T + 1]."""
+def sample(
+    policy: Policy,
+    texts: Sequence[str],
+    noise: Tensor,
+    sigmas: Tensor,
+    guidance: float,
+    batch_size: int,
+) -> Tensor:
+    """Images [I, 3, H, W] by the ODE.
+
+    Args:
+        policy: samples.
+        texts: I prompts.
+        noise: [I, *L] initial latents.
+        sigmas: [T + 1] grid.
+        guidance: guidance scale.
+        batch_size: rows of one model call.
+    """
     planner = Planner(len(sigmas) - 1)
     planner.image(planner.ode(planner.root()))
-    cond = policy.encode(list(prompts))
+    cond = policy.encode(list(texts))
 
     def velocity(x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
         return policy.sample_velocity(x, sigma, take(cond, prompt), guidance)
 
-    tree = planner.tree().repeat(len(prompts))
+    tree = planner.tree().repeat(len(texts))
     result = rollout(
-        tree, velocity, ODE(), sigmas.to(policy.device), lambda prompt, _: noise[torch.from_numpy(prompt)], rows_per_pass
+        tree,
+        velocity,
+        ODE(),
+        sigmas.to(policy.device),
+        lambda prompt, _: noise[torch.from_numpy(prompt)],
+        batch_size,
     )
-    return decode(policy, result.at(tree.leaves), rows_per_pass)
+    return decode(policy, result.at(tree.leaves), batch_size)
 
 
-def draw(policy: Policy, s: Settings, prompts: Sequence[str], num_steps: int, seed: int) -> Tensor:
-    """Images [I, 3, H, W] in 0..1, one for each of `prompts`, with the averaged weights. Raises ValueError for unreadable ones."""
-    policy.backbone.check(prompts)
-    noise = torch.stack([latent_noise(policy.backbone.latent_shape, "sample", seed, i) for i in range(len(prompts))])
+def sample_images(
+    policy: Policy, config: Config, texts: Sequence[str], num_steps: int, seed: int
+) -> Tensor:
+    """Images [I, 3, H, W] in 0..1 of `texts`, with the EMA parameters.
+
+    Raises:
+        ValueError: the backbone cannot encode a text.
+    """
+    policy.backbone.check(texts)
+    shape = policy.backbone.latent_shape
+    noise = torch.stack([latent_noise(shape, "sample", seed, i) for i in range(len(texts))])
+    sigmas, batch_size = config.sigmas(num_steps), config.sampling.batch_size
     with policy.averaged():
-        return sample(policy, prompts, noise, s.grid(num_steps), s.eval_guidance, s.rows_per_pass)
+        return sample(policy, texts, noise, sigmas, config.eval_guidance, batch_size)
 
 
-def decode(policy: Policy, latents: Tensor, rows_per_pass: int) -> Tensor:
-    """Images [I, 3, H, W] on the CPU of clean latents [I, *L], `rows_per_pass` at a time."""
-    return torch.cat([policy.backbone.decode(part).cpu() for part in latents.split(rows_per_pass)])
+def decode(policy: Policy, latents: Tensor, batch_size: int) -> Tensor:
+    """Images [I, 3, H, W] on the CPU of clean latents [I, *L], `batch_size` at a time."""
+    parts = latents.split(batch_size)
+    return torch.cat([policy.backbone.decode(part).cpu() for part in parts])
 
 
 def evaluation_noise(shape: Sequence[int], seed: int, places: Sequence[int]) -> Tensor:
-    """Initial latents [I, *L] of the held-out images at `places`: of one seed they never change."""
+    """Initial latents [I, *L] of the evaluation images at `places`. They depend only on the seed and the place."""
     return torch.stack([latent_noise(shape, "evaluate", seed, i) for i in places])
 
 
 def evaluate(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     rewards: Mapping[str, Reward],
     *,
     sigmas: Tensor,
     guidance: float,
-    rows_per_pass: int,
-    reward_batch: int = 256,
+    batch_size: int,
+    reward_batch_sizes: Mapping[str, int] | None = None,
     seed: int = 0,
     places: Sequence[int] | None = None,
 ) -> Evaluation:
-    """Samples an image for each of `prompts` with the averaged weights and scores it by every reward.
+    """Sample an image for each prompt with the EMA parameters, and score it by every reward.
 
-    The noise of an image is that of its place among all held-out prompts; by default they are all here.
+    Args:
+        policy: samples.
+        prompts: I prompts.
+        rewards: by name.
+        sigmas: [T + 1] grid.
+        guidance: guidance scale.
+        batch_size: rows of one model call.
+        reward_batch_sizes: images of one reward call by name. Default: 256.
+        seed: seed of the initial noise.
+        places: position of each prompt among all evaluation prompts, which selects its noise. Default: 0 to I - 1.
     """
-    images = []
+    images, prompts = [], as_prompts(prompts)
     places = range(len(prompts)) if places is None else places
+    chunk_size = 4 * batch_size
     with policy.averaged():
-        for first in range(0, len(prompts), 4 * rows_per_pass):
-            part = prompts[first : first + 4 * rows_per_pass]
-            noise = evaluation_noise(policy.backbone.latent_shape, seed, places[first : first + len(part)])
-            images.append(sample(policy, part, noise, sigmas, guidance, rows_per_pass))
+        for first in range(0, len(prompts), chunk_size):
+            texts = [prompt.text for prompt in prompts[first : first + chunk_size]]
+            of_chunk = places[first : first + len(texts)]
+            noise = evaluation_noise(policy.backbone.latent_shape, seed, of_chunk)
+            images.append(sample(policy, texts, noise, sigmas, guidance, batch_size))
     everything = torch.cat(images)
-    scores: dict[str, NDArray[np.float32]] = {}
-    parts: dict[str, NDArray[np.float32]] = {}
-    weights: dict[str, NDArray[np.float32]] = {}
+    evaluation = Evaluation(prompts, len(sigmas) - 1, {}, {}, {}, everything)
     for name, reward in rewards.items():
-        found, of_part, weight_of_part = explained(reward, everything, prompts, reward_batch)
-        if found.failed:
-            log.warning("%s could not score %d of %d images: %s", name, found.failed, len(prompts), found.reason)
-        scores[name] = found.values.numpy()
-        parts |= {f"{name}/{part}": values.numpy() for part, values in of_part.items()}
-        weights |= {f"{name}/{part}": values.numpy() for part, values in weight_of_part.items()}
-    return Evaluation(list(prompts), len(sigmas) - 1, scores, parts, weights, everything)
+        size = (reward_batch_sizes or {}).get(name, 256)
+        scores, parts, weights = score_with_parts(reward, everything, prompts, size)
+        if scores.failed:
+            log.warning(
+                "%s could not score %d of %d images: %s",
+                name,
+                scores.failed,
+                len(prompts),
+                scores.reason,
+            )
+        evaluation.scores[name] = scores.values.numpy()
+        evaluation.parts.update({f"{name}/{part}": v.numpy() for part, v in parts.items()})
+        evaluation.part_weights.update({f"{name}/{part}": v.numpy() for part, v in weights.items()})
+    return evaluation

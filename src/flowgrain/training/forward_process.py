@@ -1,90 +1,102 @@
-"""The update of a method that trains on finished images by noising them again (DiffusionNFT), beside the one of train.py.
+"""The losses of methods that train on finished images by adding noise to them again.
 
-Letters: I images, B rows of a micro-batch, *L latent.
+Shapes: I images, B rows of a micro-batch, *L latent.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowgrain.models import take
-from flowgrain.core.objective import ForwardProcess
-from flowgrain.distributed.mesh import reduce_gradients_now
-from flowgrain.training.policy import Policy
-from flowgrain.data import latent_noise
-from flowgrain.training.rollout_batch import Metrics, Sampled
+from flowgrain.config.schema import Config
 from flowgrain.core.sde import per_row
-from flowgrain.config.schema import Settings
-
-Optimise = Callable[[list[Tensor]], tuple[Tensor, bool]]
-"""optimise(losses) takes the optimizer step of the gradients at hand; the gradient's norm, and whether it was skipped."""
-
-
-MeanOfAll = Callable[[Mapping[str, list[Tensor]]], dict[str, float]]
-"""The mean of each name's values over all processes."""
+from flowgrain.data import latent_noise
+from flowgrain.methods import ForwardProcess
+from flowgrain.models import take
+from flowgrain.training.losses import TermRecord, Terms, Update
+from flowgrain.training.policy import Policy
+from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 
 
-def contrast(
-    s: Settings,
-    policy: Policy,
-    sigmas: Tensor,
-    sampled: Sampled,
-    process: ForwardProcess,
-    optimise: Optimise,
-    mean_of_all: MeanOfAll,
-) -> Metrics:
-    """The optimizer steps of one rollout: every image at `process.times` levels of the grid `sigmas` [T + 1], drawn for each."""
-    leaves = sampled.whole.leaves
-    random = np.random.default_rng([s.seed, sampled.step])
-    levels = random.permuted(np.tile(np.arange(s.num_steps), (len(leaves), 1)), axis=1)[:, : process.times]  # (I, times)
-    of_prompt = sampled.whole.prompt[leaves]
-    shares = [
-        leaves[np.isin(of_prompt, part)] for part in np.array_split(np.unique(of_prompt), int(s.updates_per_rollout)) if len(part)
-    ]
-    size = s.train_rows_per_pass or s.rows_per_pass
-    losses, distances, norms, skipped = [], [], [], 0
-    for share in shares:
-        done = []
-        # A row a level of an image: sizes are counted in those.
-        passes = sampled.passes(share.repeat(process.times), size)
-        taken = 0
-        for place, (rows, counts) in enumerate(passes):
-            reduce_gradients_now(policy.transformer, place == len(passes) - 1)
-            image = np.searchsorted(leaves, sampled.there(rows)).clip(max=len(leaves) - 1)  # among all images
-            k = levels[image, np.arange(taken, taken + len(rows)) % process.times]
-            taken += len(rows)
-            x0 = sampled.result.at(rows).float()  # (B, *L)
-            keys = zip(image.tolist(), k.tolist(), strict=True)
-            eps = torch.stack([latent_noise(x0.shape[1:], "forward", s.seed, sampled.step, *key) for key in keys]).to(x0)
-            sigma = sigmas[torch.from_numpy(k).to(policy.device)]
-            x = (1 - per_row(sigma, x0)) * x0 + per_row(sigma, x0) * eps
-            cond = take(sampled.cond, torch.from_numpy(sampled.result.tree.prompt[rows]).to(policy.device))
-            at = (x, sigma, cond, s.guidance_scale)
-            v = policy.train_velocity(*at)
-            advantage = sampled.advantage[torch.from_numpy(image)].to(policy.device)
-            loss = process.loss(v, policy.old_velocity(*at), eps - x0, sigma, advantage)
-            if s.kl_weight:
-                distance = (v - policy.reference_velocity(*at)).square().flatten(1).mean(1)
-                loss = loss + s.kl_weight * distance
-                distances += [distance.detach()] if counts else []
-            (loss.sum() * counts / (len(share) * process.times)).backward()
-            done += [loss.detach()] if counts else []
-        losses += done
-        norm, was_skipped = optimise(done)
-        norms.append(norm)
-        skipped += was_skipped
-    policy.drag_old(process.decay(sampled.step))
-    rows_in_all = len(leaves) * process.times
-    metrics: Metrics = {
-        "loss": mean_of_all({"loss": losses})["loss"],
-        "grad_norm": float(torch.stack(norms).mean()),
-        "updates": len(shares),
-        "updates/skipped": skipped,
-        "train_forward_passes": rows_in_all,
-        "frozen_forward_passes": rows_in_all * (2 if s.kl_weight else 1),
-    }
-    if s.kl_weight:
-        metrics["kl"] = mean_of_all({"kl": distances})["kl"]
-    return metrics
+class ForwardProcessLoss:
+    """See `losses.RolloutLoss`. Every image is noised at several levels of the grid, drawn for each image."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: ForwardProcess,
+        policy: Policy,
+        batch: RolloutBatch,
+        sigmas: Tensor,
+    ) -> None:
+        self.method, self.policy, self.batch, self.sigmas = method, policy, batch, sigmas
+        self.seed, self.guidance = config.runtime.seed, config.sampling.guidance_scale
+        num_steps = len(sigmas) - 1
+        self.num_levels = method.num_levels(num_steps)
+        self.leaves = leaves = batch.tree.leaves
+        random = np.random.default_rng([self.seed, batch.step])
+        indices = np.tile(np.arange(num_steps), (len(leaves), 1))
+        self.levels = random.permuted(indices, axis=1)[:, : self.num_levels]  # (I, num_levels)
+        self.updates: Sequence[Update] = [
+            self._update(rows, config.micro_batch_size) for rows in self._shares()
+        ]
+
+    def _shares(self) -> list[np.ndarray]:
+        """The leaves of every optimizer update: equal shares of the prompts."""
+        prompt = self.batch.tree.prompt[self.leaves]
+        updates = int(self.method.updates_per_rollout)
+        shares = [part for part in np.array_split(np.unique(prompt), updates) if len(part)]
+        return [self.leaves[np.isin(prompt, part)] for part in shares]
+
+    def _update(self, leaves: np.ndarray, size: int) -> Update:
+        # A row is one level of one image.
+        rows = leaves.repeat(self.num_levels)
+        return Update(leaves, self.batch.micro_batches(rows, size), len(rows))
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def terms(self, number: int, place: int) -> Terms:
+        """Loss [B] of the rows of a micro-batch, and their squared distance [B] to the reference if it has a weight."""
+        batch, policy = self.batch, self.policy
+        micro_batches = self.updates[number].micro_batches
+        rows = micro_batches[place].rows
+        taken = sum(len(before.rows) for before in micro_batches[:place])
+        image = np.searchsorted(self.leaves, batch.global_rows(rows)).clip(max=len(self.leaves) - 1)
+        k = self.levels[image, np.arange(taken, taken + len(rows)) % self.num_levels]
+        x0 = batch.rollout.at(rows).float()  # (B, *L)
+        eps = self._noise(image, k, x0)
+        sigma = self.sigmas[torch.from_numpy(k).to(policy.device)]
+        x = (1 - per_row(sigma, x0)) * x0 + per_row(sigma, x0) * eps
+        prompt = torch.from_numpy(batch.rollout.tree.prompt[rows]).to(policy.device)
+        inputs = (x, sigma, take(batch.cond, prompt), self.guidance)
+        v = policy.train_velocity(*inputs)
+        advantage = batch.advantage[torch.from_numpy(image)].to(policy.device)
+        loss = self.method.loss(v, policy.old_velocity(*inputs), eps - x0, sigma, advantage)
+        if not self.method.kl_weight:
+            return {"loss": loss}
+        distance = (v - policy.reference_velocity(*inputs)).square().flatten(1).mean(1)
+        return {"loss": loss + self.method.kl_weight * distance, "kl": distance}
+
+    def _noise(self, image: np.ndarray, k: np.ndarray, x0: Tensor) -> Tensor:
+        """eps [B, *L] of image number `image` [B] at grid index `k` [B]."""
+        step = self.batch.step
+        keys = zip(image.tolist(), k.tolist(), strict=True)
+        noise = [latent_noise(x0.shape[1:], "forward", self.seed, step, *key) for key in keys]
+        return torch.stack(noise).to(x0)
+
+    def finish(self) -> None:
+        """Move the old policy toward the trained one."""
+        self.policy.move_old(self.method.decay(self.batch.step))
+
+    def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002
+        """Loss, distance to the reference, and forward passes of the step."""
+        rows = len(self.leaves) * self.num_levels
+        weighted = bool(self.method.kl_weight)
+        metrics: Metrics = {
+            "loss": means["loss"],
+            "train_forward_passes": rows,
+            "frozen_forward_passes": rows * (2 if weighted else 1),
+        }
+        return metrics | ({"kl": means["kl"]} if weighted else {})

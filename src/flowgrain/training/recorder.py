@@ -1,133 +1,64 @@
-"""What a run leaves in its folder: run.yaml, metrics.jsonl, evaluations/, images/ and report.html."""
+"""The files of a run: run.yaml, metrics.jsonl, evaluations/ and images/."""
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import yaml
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
-
-from flowgrain.methods.calibration import Calibration
-from flowgrain.training.checkpoint import write_atomically
+from flowgrain.config.schema import Config
+from flowgrain.methods.calibration import CalibrationResult
+from flowgrain.settings import SettingsError
 from flowgrain.training.evaluate import Evaluation
-from flowgrain.config.schema import Settings, SettingsError, settings
-from flowgrain.core.tree import Ints, Tree
+from flowgrain.training.files import write_atomically
+from flowgrain.training.pictures import contact_sheet, enlarge, to_pixels
+from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+from flowgrain.training.run_files import write_run
 
-SHOWN = 24  # images kept of an evaluation
-_PACKAGES = ("flowgrain", "torch", "diffusers", "transformers", "peft", "numpy")
-
-
-def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """Images [I, 3, H, W] in 0..1 as bytes [I, H, W, 3]."""
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+SHOWN = 24
+"""Images of an evaluation that are kept."""
 
 
-def contact_sheet(pixels: NDArray[np.uint8], columns: int) -> Image.Image:
-    """Tiles [I, H, W, 3] row by row on one picture, unscaled."""
-    count, h, w, _ = pixels.shape
-    rows = math.ceil(count / columns)
-    sheet = np.zeros((rows * columns, h, w, 3), dtype=np.uint8)
-    sheet[:count] = pixels
-    return Image.fromarray(sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3))
+class Recorder:
+    """Writes the files of a run.
 
+    Args:
+        folder: directory of the run.
+        config: settings.
+        given: what the Trainer got from Python instead of the settings.
+    """
 
-def enlarged(image: Image.Image, tile: int, least: int = 128) -> Image.Image:
-    """`image` made of tiles `tile` pixels wide, enlarged by a whole number so that a tile is at least `least` wide."""
-    factor = max(1, math.ceil(least / tile))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine and git revision, for the record of a run."""
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "git_revision": _git_revision(Path(__file__).parent),
-    }
-
-
-def _git_revision(here: Path) -> str | None:
-    """The commit this package was run from; None without git or where the package is not under version control."""
-
-    def git(*words: str) -> str:
-        found = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
-        return found.stdout.strip() if found.returncode == 0 else ""
-
-    try:
-        return (git("rev-parse", "HEAD") or None) if git("ls-files", "--error-unmatch", "__init__.py") else None
-    except OSError:
-        return None
-
-
-def read_saved(path: Path) -> dict[str, Any]:
-    """What run.yaml says, of a run's folder or the file itself. Raises SettingsError if there is nothing to read."""
-    file = path / "run.yaml" if path.is_dir() else path
-    try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise SettingsError(f"{path}: there is no run here (no run.yaml)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: not readable as YAML: {error}") from None
-    if not isinstance(saved, dict) or not isinstance(saved.get("settings", {}), dict) or not all(isinstance(k, str) for k in saved):
-        raise SettingsError(f"{file}: not a file of settings; write a line `key: value` for each")
-    return saved
-
-
-def read_settings(path: Path, /, **changes: Any) -> Settings:
-    """The settings saved in a run's folder or its run.yaml, with `changes`. Raises SettingsError if there are none."""
-    saved = read_saved(path)
-    return settings({**saved.get("settings", saved), **changes})
-
-
-def _json(line: dict[str, Any]) -> str:
-    """One line of JSON, with null for what is not a finite number."""
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}, allow_nan=False)
-
-
-class Record:
-    """The folder of a run."""
-
-    def __init__(self, folder: Path, s: Settings, given: Sequence[str] = ()) -> None:
-        self.folder = folder
-        self.settings = s
-        self.given = list(given)
+    def __init__(self, folder: Path, config: Config, given: Sequence[str] = ()) -> None:
+        self.folder, self.config, self.given = folder, config, list(given)
         self._resumed = False
-        self._loggers: list[Any] = []
+        self._loggers: list[Callable[[Metrics], None]] = []
 
     def start(self) -> None:
-        """Makes the folder. Raises SettingsError if it already holds a run that is not being resumed."""
+        """Create the directory.
+
+        Raises:
+            SettingsError: it already contains a run that is not being resumed, or it cannot be created.
+        """
         if not self._resumed and (self.folder / "metrics.jsonl").exists():
             raise SettingsError(
-                f"{self.folder} already holds a run; go on with it by `--resume {self.folder}`, or give another name or --out"
+                f"{self.folder} already contains a run. Resume it with --resume {self.folder}, or set another --out."
             )
         try:
             for part in ("checkpoints", "images", "evaluations"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise SettingsError(f"--out {self.folder}: cannot be made a run's folder ({error}); name another") from error
-        self._loggers = [_open_logger(kind, self.folder, self.settings) for kind in self.settings.loggers]
-        saved = {"settings": self.settings.model_dump(mode="json"), "given": self.given, **describe_environment()}
-        write_atomically(self.folder / "run.yaml", yaml.safe_dump(saved, sort_keys=False))
+            raise SettingsError(
+                f"--out {self.folder}: cannot be created ({error}). Set another directory."
+            ) from error
+        loggers = self.config.runtime.loggers
+        self._loggers = [_open_logger(kind, self.folder, self.config) for kind in loggers]
+        write_run(self.folder, self.config, self.given)
         (self.folder / "metrics.jsonl").touch()
 
-    def metrics(self, line: dict[str, Any]) -> None:
-        """Appends one line to metrics.jsonl and flushes it to the disk."""
+    def write_metrics(self, line: Metrics) -> None:
+        """Append a line to metrics.jsonl and flush it to the disk."""
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json(line) + "\n")
             file.flush()
@@ -135,95 +66,129 @@ class Record:
         for log in self._loggers:
             log(line)
 
-    def read(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    def read_metrics(self) -> list[Metrics]:
+        """All lines of metrics.jsonl, without a last line that a kill truncated."""
         lines = []
         for text in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                lines.append({key: math.nan if value is None else value for key, value in json.loads(text).items()})
+                values = json.loads(text).items()
+                lines.append({k: math.nan if value is None else value for k, value in values})
         return lines
 
-    def forget_after(self, step: int) -> None:
-        """Drops what was written after `step`, which a resumed run writes again; from step 0 on everything."""
+    def discard_after(self, step: int) -> None:
+        """Delete what was written after `step`, because the resumed run writes it again. Step 0 deletes everything."""
         self._resumed = True
         if (self.folder / "metrics.jsonl").exists():
-            kept = [line for line in self.read() if 0 < line["step"] <= step or (line["step"] == 0 and step > 0)]
-            write_atomically(self.folder / "metrics.jsonl", "".join(_json(line) + "\n" for line in kept))
+            kept = [
+                m for m in self.read_metrics() if m["step"] <= step and (m["step"] > 0 or step > 0)
+            ]
+            text = "".join(_json(line) + "\n" for line in kept)
+            write_atomically(self.folder / "metrics.jsonl", text)
         for part in ("", "evaluations", "images"):
-            for path in (self.folder / part).glob(".*.tmp"):  # a kill came before it was whole
+            for path in (self.folder / part).glob(".*.tmp"):  # incomplete files
                 path.unlink()
         for part in ("evaluations", "images"):
             for path in (self.folder / part).glob("*-[0-9]*"):
                 if int(path.stem.split("-")[-1]) > (step or -1):
                     path.unlink()
 
-    def keep_evaluation(self, step: int, found: Evaluation) -> None:
-        """Writes the scores of every image and the first images."""
-        saved = {
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Write the scores of every image, and a contact sheet of the first ones."""
+        values = {
             "step": step,
-            "num_steps": found.num_steps,
-            "prompts": found.prompts,
-            "scores": {name: [float(v) for v in values] for name, values in found.scores.items()},
-            "parts": found.part_means(),
+            "num_steps": evaluation.num_steps,
+            "prompts": [prompt.text for prompt in evaluation.prompts],
+            "scores": {k: [float(v) for v in values] for k, values in evaluation.scores.items()},
+            "parts": evaluation.part_means(),
         }
-        pixels = to_pixels(found.images[:SHOWN])
-        enlarged(contact_sheet(pixels, 8), pixels.shape[2]).save(self.folder / "images" / f"evaluation-{step:06d}.png")
-        write_atomically(self.folder / "evaluations" / f"step-{step:06d}.json", json.dumps(saved))
+        pixels = to_pixels(evaluation.images[:SHOWN])
+        sheet = enlarge(contact_sheet(pixels, 8), pixels.shape[2])
+        sheet.save(self.folder / "images" / f"evaluation-{step:06d}.png")
+        write_atomically(self.folder / "evaluations" / f"step-{step:06d}.json", json.dumps(values))
 
-    def keep_tree(
-        self, step: int, tree: Tree, prompt: str, images: Tensor, rewards: dict[str, Tensor], credited: Ints, advantage: Tensor
-    ) -> None:
-        """Writes the tree of the step's first prompt: table, images, rewards, advantages of the rows `credited`."""
-        if (
-            step != 1
-            and step != self.settings.max_steps
-            and not (self.settings.eval_every and step % self.settings.eval_every == 0)
-        ):
+    def write_tree(self, batch: RolloutBatch) -> None:
+        """Write the tree of the step's first prompt at the first step, the last step and steps with an evaluation."""
+        step, every = batch.step, self.config.evaluation.every
+        if step not in (1, self.config.training.max_steps) and not (every and step % every == 0):
             return
-        first = int((tree.prompt == 0).sum())  # rows of the first prompt come first
-        leaves = tree.leaves[tree.leaves < first]
-        edges = credited[credited < first]
-        of_first = tree.image < first
-        table = {
-            "step": step,
-            "prompt": prompt,
-            "num_steps": tree.num_steps,
-            "parent": tree.parent[:first].tolist(),
-            "level": tree.level[:first].tolist(),
-            "stochastic": tree.stochastic[:first].tolist(),
-            "leaves": leaves.tolist(),
-            "image": tree.image[of_first].tolist(),
-            "channel": tree.channel[of_first].tolist(),
-            "rewards": {name: [float(v) for v in values[: len(leaves)]] for name, values in rewards.items()},
-            "edges": edges.tolist(),
-            "advantage": [float(v) for v in advantage[: len(edges)]],
-        }
-        (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        contact_sheet(to_pixels(images[: len(leaves)]), 16).save(self.folder / "images" / f"tree-{step:06d}.png")
-        write_atomically(self.folder / "images" / f"tree-{step:06d}.json", json.dumps(table))
+        images = self.folder / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        table, leaves = _first_tree(batch)
+        sheet = contact_sheet(to_pixels(batch.images[:leaves]), 16)
+        sheet.save(images / f"tree-{step:06d}.png")
+        write_atomically(images / f"tree-{step:06d}.json", json.dumps(table))
 
-    def keep_calibration(self, found: Calibration) -> None:
-        """Writes psi and the rounds that led to it."""
+    def write_calibration(self, result: CalibrationResult) -> None:
+        """Write psi and the rounds that led to it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "calibration.json", json.dumps(found.as_dict()))
+        write_atomically(self.folder / "calibration.json", json.dumps(result.as_dict()))
 
 
-def _open_logger(kind: str, folder: Path, s: Settings) -> Any:
-    """A function that logs one line of metrics. Raises SettingsError if its library is not installed."""
+def _first_tree(batch: RolloutBatch) -> tuple[dict[str, Any], int]:
+    """The tree of the first prompt as plain values, and its number of leaves."""
+    tree = batch.tree
+    rows = int((tree.prompt == 0).sum())  # the rows of the first prompt come first
+    leaves = tree.leaves[tree.leaves < rows]
+    edges = batch.credited[batch.credited < rows]
+    of_first = tree.image < rows
+    values = {
+        "step": batch.step,
+        "prompt": batch.prompts[0].text,
+        "num_steps": tree.num_steps,
+        "parent": tree.parent[:rows].tolist(),
+        "grid_index": tree.grid_index[:rows].tolist(),
+        "stochastic": tree.stochastic[:rows].tolist(),
+        "leaves": leaves.tolist(),
+        "image": tree.image[of_first].tolist(),
+        "channel": tree.channel[of_first].tolist(),
+        "rewards": {
+            name: [float(v) for v in scores.values[: len(leaves)]]
+            for name, scores in batch.scores.items()
+        },
+        "edges": edges.tolist(),
+        "advantage": [float(v) for v in batch.advantage[: len(edges)]],
+    }
+    return values, len(leaves)
+
+
+def _json(line: Metrics) -> str:
+    """One line of JSON. Numbers that are not finite become null."""
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+    }
+    return json.dumps(finite, allow_nan=False)
+
+
+def _open_logger(kind: str, folder: Path, config: Config) -> Callable[[Metrics], None]:
+    """A function that logs one line of metrics.
+
+    Raises:
+        SettingsError: the library of the logger is not installed.
+    """
     try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
-
-            def log(line: dict[str, Any]) -> None:
-                for name, value in line.items():
-                    writer.add_scalar(name, value, line["step"])
-                writer.flush()
-
-            return log
-        import wandb
+        return _tensorboard(folder) if kind == "tensorboard" else _wandb(folder, config)
     except ImportError as error:
-        raise SettingsError(f"loggers={kind}: {error}; install it with `pip install {kind}`") from error
-    run = wandb.init(project="flowgrain", name=s.name, dir=str(folder), config=s.model_dump(mode="json"))
+        raise SettingsError(
+            f"runtime.loggers: {kind} is not installed ({error}). Run pip install {kind}."
+        ) from error
+
+
+def _tensorboard(folder: Path) -> Callable[[Metrics], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(line: Metrics) -> None:
+        for name, value in line.items():
+            writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
+        writer.flush()  # type: ignore[no-untyped-call]
+
+    return log
+
+
+def _wandb(folder: Path, config: Config) -> Callable[[Metrics], None]:
+    import wandb
+
+    settings = config.to_dict()
+    run = wandb.init(project="flowgrain", name=config.name, dir=str(folder), config=settings)
     return lambda line: run.log(line, step=line["step"])

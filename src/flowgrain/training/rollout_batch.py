@@ -1,4 +1,7 @@
-"""What a training step holds between its rollout and its update."""
+"""What a training step has between its rollout and its update.
+
+Shapes: P prompts, E trained edges, I images.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,63 +9,90 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from flowgrain.models import Conditioning
-from flowgrain.distributed.mesh import Group
-from flowgrain.rewards import Scores
 from flowgrain.core.rollout import Rollout
 from flowgrain.core.tree import Ints, Tree
+from flowgrain.data import Prompt
+from flowgrain.distributed import World
+from flowgrain.models import Conditioning
+from flowgrain.rewards import Scores
 
 Metrics = dict[str, Any]
-"""A line of metrics.jsonl."""
+"""One line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """What a step has before its update.
+class MicroBatch:
+    """Rows of this rank for one forward pass with gradient.
 
-    whole is the tree of all prompts, its structure alone; scores [I], credited, advantage and weight [E] are of it, the same in
-    every process. credited: the trained edges, or the leaves where a method trains on images. result, images and cond are
-    of the prompts that were dealt to this process, every `group.size`-th.
+    Attributes:
+        rows: rows of this rank's tree.
+        counts: False for a repeated row, which a rank without rows uses so that all ranks run the same passes.
+    """
+
+    rows: Ints
+    counts: bool
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Rollouts, scores and advantages of one training step.
+
+    Attributes:
+        step: training step.
+        prompts: P prompts of the step, over all ranks.
+        tree: tree of all prompts, without latents. The same on every rank.
+        world: ranks. A rank holds every `world.size`-th prompt.
+        cond: conditioning of this rank's prompts.
+        rollout: latents of this rank's prompts.
+        images: images of this rank's leaves.
+        scores: scores [I] of all images by reward.
+        credited: rows of `tree` with an advantage: trained edges [E], or leaves [I] if the method trains on images.
+        advantage: one per credited row.
+        edge_weight: weight of each credited row in the loss.
     """
 
     step: int
-    prompts: list[str]
-    whole: Tree
-    group: Group
+    prompts: list[Prompt]
+    tree: Tree
+    world: World
     cond: Conditioning
-    result: Rollout
+    rollout: Rollout
     images: Tensor
     scores: dict[str, Scores]
     credited: Ints
     advantage: Tensor
-    weight: Tensor
+    edge_weight: Tensor
 
     @property
-    def _rows(self) -> int:
-        return len(self.whole) // self.whole.num_prompts
+    def _rows_per_prompt(self) -> int:
+        return len(self.tree) // self.tree.num_prompts
 
-    def here(self, rows: Ints) -> Ints:
-        """Of the rows `rows` of the whole tree those that this process has, as rows of its own tree."""
-        prompt, offset = np.divmod(rows, self._rows)
-        mine = prompt % self.group.size == self.group.rank
-        return (prompt[mine] // self.group.size) * self._rows + offset[mine]
+    def local_rows(self, rows: Ints) -> Ints:
+        """The rows among `rows` of the whole tree that this rank holds, as rows of its own tree."""
+        prompt, offset = np.divmod(rows, self._rows_per_prompt)
+        mine = prompt % self.world.size == self.world.rank
+        return (prompt[mine] // self.world.size) * self._rows_per_prompt + offset[mine]
 
-    def there(self, rows: Ints) -> Ints:
-        """Rows of this process's tree as rows of the whole one."""
-        prompt, offset = np.divmod(rows, self._rows)
-        return (prompt * self.group.size + self.group.rank) * self._rows + offset
+    def global_rows(self, rows: Ints) -> Ints:
+        """Rows of this rank's tree as rows of the whole tree."""
+        prompt, offset = np.divmod(rows, self._rows_per_prompt)
+        return (prompt * self.world.size + self.world.rank) * self._rows_per_prompt + offset
 
-    def most(self, rows: Ints) -> int:
-        """How many of the rows `rows` of the whole tree the process has that has the most of them."""
-        return int(np.bincount(rows // self._rows % self.group.size, minlength=1).max(initial=0))
+    def micro_batches(self, rows: Ints, size: int) -> list[MicroBatch]:
+        """The rows among `rows` of the whole tree that this rank holds, `size` at a time.
 
-    def passes(self, rows: Ints, size: int) -> list[tuple[Ints, bool]]:
-        """This process's passes over `rows` of the whole tree, `size` of its own rows at a time, and whether a pass counts.
-
-        All processes make as many, since each takes all of them through the sharded weights: one that has too few rows repeats a
-        row that counts for nothing.
+        Every rank gets the same number of micro-batches, because sharded parameters need all ranks. A rank with too few
+        rows repeats a row that does not count.
         """
-        mine = self.here(rows)
-        own = [(mine[i : i + size], True) for i in range(0, len(mine), size)]
-        stand_in = mine[:1] if len(mine) else np.array([rows[0] % self._rows], dtype=np.int64)
-        return own + [(stand_in, False)] * (-(-self.most(rows) // size) - len(own))
+        mine = self.local_rows(rows)
+        batches = [MicroBatch(mine[i : i + size], True) for i in range(0, len(mine), size)]
+        spare = (
+            mine[:1] if len(mine) else np.array([rows[0] % self._rows_per_prompt], dtype=np.int64)
+        )
+        missing = -(-self._most_rows(rows) // size) - len(batches)
+        return batches + [MicroBatch(spare, False)] * missing
+
+    def _most_rows(self, rows: Ints) -> int:
+        """The largest number of rows among `rows` that a rank holds."""
+        rank = rows // self._rows_per_prompt % self.world.size
+        return int(np.bincount(rank, minlength=1).max(initial=0))

@@ -1,0 +1,60 @@
+"""Sharded parameters with FSDP2."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from flowgrain.distributed.world import World
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
+    """Shard `model` in place, first each of its `blocks`, then the rest. A single process changes nothing.
+
+    Gradients are summed over ranks, not averaged. Parameters are resharded after every forward pass, because they may
+    change before the next one.
+    """
+    if world.mesh is None:
+        return
+    # The output of a wrapped module is a view. Nothing here writes to it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    for module in (*blocks, model):
+        fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # the only reduction of gloo
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass of `model` sums gradients over ranks. Otherwise it only accumulates them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The unsharded tensor. All ranks must call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_into(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy tensor by tensor, also from sharded to unsharded ones. All ranks must call it together."""
+    for target, source in zip(targets, sources, strict=True):
+        same_layout = isinstance(target, DTensor) == isinstance(source, DTensor)
+        target.copy_(source if same_layout else full_tensor(source))
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The unsharded state dict on the CPU of rank 0, and nothing on other ranks. Gathers one tensor at a time."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]
+
+
+def class_name(model: nn.Module) -> str:
+    """Name of the model's class. FSDP2 derives a class of its own when it shards a model."""
+    return type(model).__name__.removeprefix("FSDP")

@@ -1,0 +1,125 @@
+"""The ranks of a run. A single process is a world of size 1 and takes the same path.
+
+Prompts are assigned to ranks, and a comparison group stays on one rank. Everything except gradients and parameters
+travels as small host objects, a few times per step.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from flowgrain.core.tree import Ints
+
+T = TypeVar("T")
+_TIMEOUT = timedelta(hours=1)
+# A slow reward on one rank is not an error. torchrun notices a dead rank and ends all of them.
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        mesh: device mesh on which parameters are sharded. None for a single process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def assign(self, count: int) -> Ints:
+        """Which of `count` items belong to this rank: every `size`-th one.
+
+        All ranks get the same number of items, so that they do the same work at the same time. Some numbers may
+        therefore be `count` or larger. Their results are discarded.
+        """
+        return np.arange(-(-count // self.size), dtype=np.int64) * self.size + self.rank
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in order of rank. Values are small objects, pickled between the run's own processes."""
+        if self.mesh is None:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def interleave(self, parts: Sequence[Tensor], count: int) -> Tensor:
+        """The `count` items [count, ...] that were assigned to ranks, if rank r computed parts[r]."""
+        return torch.stack(list(parts), 1).flatten(0, 1)[:count]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        return any(self.gather(flag))
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients of replicated parameters over the ranks. FSDP sums the gradients of sharded ones."""
+        grads = [
+            p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
+        ]
+        if self.mesh is None or not grads:
+            return
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        totals = flat.split([grad.numel() for grad in grads])
+        for grad, total in zip(grads, totals, strict=True):
+            grad.copy_(total.view_as(grad))
+
+
+SINGLE = World()
+"""The world of a single process."""
+
+
+def init_process_group(device: torch.device) -> World:
+    """Join the processes that torchrun started. Without torchrun, the world of a single process.
+
+    With several machines the mesh is hybrid: parameters are sharded within a machine and replicated across machines.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return SINGLE
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if local < size and size % local == 0:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh(device.type, (size // local, local), mesh_dim_names=names)
+    else:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return World(dist.get_rank(), size, mesh)
+
+
+def destroy_process_group() -> None:
+    """Destroy the process group, if one was initialized."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def env_rank() -> tuple[int, int, int]:
+    """Rank, world size and local rank as torchrun set them, without a process group. (0, 1, 0) without torchrun."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in names.items())
+    return rank, size, local
+
+
+def local_world_size() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,0 +1,155 @@
+"""Files of an evaluation: scores as Parquet, one file per chunk, and images as PNG.
+
+Shapes: I images, H x W pixels.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+from PIL import Image
+from pyarrow import parquet
+
+from flowgrain.evaluation.request import EvaluationRequest
+from flowgrain.evaluation.targets import Target
+from flowgrain.settings import SettingsError
+from flowgrain.training.evaluate import Evaluation
+from flowgrain.training.pictures import to_pixels
+
+log = logging.getLogger(__name__)
+CHUNK_SIZE = 64
+"""Images of a chunk. An interruption loses at most the unfinished chunk."""
+PART_WEIGHT = "#weight"
+"""Suffix of the columns with the weights of a part."""
+
+Columns = dict[str, NDArray[Any]]
+"""Columns [I]: model, steps, seed, place, prompt, metrics, "metric/part", weights of parts."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images that are sampled, scored and saved together.
+
+    Attributes:
+        target: the model.
+        steps: ODE steps.
+        seed: seed of the initial noise.
+        first: place of the first image among all prompts.
+        count: number of images.
+    """
+
+    target: Target
+    steps: int
+    seed: int
+    first: int
+    count: int
+
+    @property
+    def places(self) -> range:
+        """Places of the images among all prompts."""
+        return range(self.first, self.first + self.count)
+
+    def file(self, folder: Path) -> Path:
+        """The file of the scores."""
+        name = f"{self.steps:04d}-{self.seed}-{self.first:06d}.parquet"
+        return folder / "scores" / self.target.label / name
+
+    def image(self, folder: Path, place: int) -> Path:
+        """The file of the image at `place`."""
+        return image_path(folder, self.target.label, self.steps, self.seed, place)
+
+
+def chunks(request: EvaluationRequest, num_prompts: int) -> Iterator[Chunk]:
+    """All chunks of a request, model by model."""
+    for target in request.targets:
+        for steps in request.steps:
+            for seed in request.seeds:
+                for first in range(0, num_prompts, CHUNK_SIZE):
+                    count = min(CHUNK_SIZE, num_prompts - first)
+                    yield Chunk(target, steps, seed, first, count)
+
+
+def image_path(folder: Path, label: str, steps: int, seed: int, place: int) -> Path:
+    """The file of the image at `place` among all prompts."""
+    return folder / "images" / label / f"{steps:04d}-{seed}" / f"{place:06d}.png"
+
+
+def read_chunk(folder: Path, chunk: Chunk) -> Columns | None:
+    """The columns of a finished chunk. None if its file is missing or damaged."""
+    file = chunk.file(folder)
+    if not file.exists():
+        return None
+    try:
+        return _columns(parquet.read_table(file))
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        log.warning("%s is damaged (%s). Its images are evaluated again.", file, error)
+        return None
+
+
+def write_chunk(folder: Path, chunk: Chunk, evaluation: Evaluation) -> None:
+    """Write the scores of a chunk. A reader finds the complete file or none."""
+    columns: dict[str, Any] = {
+        "model": [chunk.target.label] * chunk.count,
+        "steps": [chunk.steps] * chunk.count,
+        "seed": [chunk.seed] * chunk.count,
+        "place": list(chunk.places),
+        "prompt": [prompt.text for prompt in evaluation.prompts],
+        **evaluation.scores,
+        **evaluation.parts,
+        **{f"{name}{PART_WEIGHT}": values for name, values in evaluation.part_weights.items()},
+    }
+    file = chunk.file(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _write_table(pyarrow.table(columns), file)
+
+
+def write_images(folder: Path, chunk: Chunk, evaluation: Evaluation) -> None:
+    """Write the images of a chunk."""
+    for place, pixels in zip(chunk.places, to_pixels(evaluation.images), strict=True):
+        file = chunk.image(folder, place)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+
+
+def read_scores(folder: Path) -> Columns:
+    """All finished chunks of an evaluation as columns. Also writes them to `folder`/scores.parquet.
+
+    Raises:
+        SettingsError: no chunk is finished, or a file cannot be read.
+    """
+    files = sorted((folder / "scores").glob("*/*.parquet"))
+    if not files:
+        raise SettingsError(
+            f"{folder}: contains no scores yet. Run `flowgrain evaluate ... --out {folder}`."
+        )
+    tables = []
+    for file in files:
+        try:
+            tables.append(parquet.read_table(file))
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise SettingsError(
+                f"{file}: cannot be read ({error}). Delete it and repeat the command, which "
+                "evaluates these images again."
+            ) from None
+    table = pyarrow.concat_tables(tables, promote_options="default")
+    _write_table(table, folder / "scores.parquet")
+    return _columns(table)
+
+
+def _columns(table: Any) -> Columns:
+    return {
+        name: np.asarray(table.column(name).to_numpy(zero_copy_only=False))
+        for name in table.column_names
+    }
+
+
+def _write_table(table: Any, file: Path) -> None:
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
+    parquet.write_table(table, temporary)
+    temporary.replace(file)

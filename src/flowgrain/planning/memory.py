@@ -1,0 +1,112 @@
+"""The memory of a run on each GPU by part, from numbers of parameters. `doctor` and the forecast share it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flowgrain.config.schema import Config
+from flowgrain.methods import ForwardProcess
+from flowgrain.planning.sizes import ModelSize
+
+GPUS_PER_MACHINE = 8
+"""Assumed number of GPUs of a machine. Parameters are sharded within a machine."""
+USABLE_SHARE = 0.9
+"""Share of the memory that the parts may take. The rest is for activations."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run divides its parameters among GPUs.
+
+    Attributes:
+        lora: only an adapter is trained.
+        replica: every GPU samples with whole parameters of its own, although it trains with others.
+        shards: number of GPUs among which trained parameters are divided. 1: not divided.
+    """
+
+    lora: bool
+    replica: bool
+    shards: int
+
+    @classmethod
+    def of(cls, config: Config, gpus: int) -> "Layout":
+        """The layout on `gpus` GPUs. runtime.rollout_weights=auto counts as replica."""
+        lora = config.lora.rank > 0
+        replica = gpus > 1 and config.runtime.rollout_weights != "sharded"
+        sharded = gpus > 1 and not (lora and replica)
+        return cls(lora, replica, min(gpus, GPUS_PER_MACHINE) if sharded else 1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run holds on each GPU, by part. Activations and text encoders are not included."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """All parts, in bytes."""
+        return sum(self.parts.values())
+
+    def fits(self, available: float) -> bool:
+        """Whether the parts leave 10% of `available` bytes for activations."""
+        return self.total < USABLE_SHARE * available
+
+
+def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -> Memory:
+    """The memory of a training run on each GPU. It follows `training.copies`.
+
+    Args:
+        config: configuration of the run.
+        size: size of its model.
+        dtype: compute dtype, see runtime.dtype.
+        gpus: number of GPUs.
+
+    Returns:
+        Bytes by part. Parts that the run does not have are left out.
+    """
+    layout, width, shards = Layout.of(config, gpus), dtype.itemsize, Layout.of(config, gpus).shards
+    adapter = config.lora.rank * size.adapter
+    trained = adapter if layout.lora else size.transformer
+    # Trained parameters, gradients and optimizer states are float32.
+    frozen = width * size.transformer if layout.lora else 0
+    weights = (frozen + 4 * trained) / shards
+    keeps_reference = config.method.kl_weight > 0 and not layout.lora
+    keeps_old = isinstance(config.method, ForwardProcess)
+    shares_frozen = layout.lora and shards == 1
+    parts = {
+        "weights": weights,
+        "gradients": 4.0 * trained,  # whole until the last micro-batch of an update
+        "AdamW": 8.0 * trained / shards,
+        "EMA": 4.0 * trained / shards if config.training.ema_decay else 0.0,
+        "reference": weights if keeps_reference else 0.0,
+        "old policy": (4.0 * trained if shares_frozen else weights) if keeps_old else 0.0,
+        "sampling copy": _sampling_copy(size, dtype, layout),
+        "quantized copy": _quantized_copy(config, size, width),
+        "VAE": (2.0 if config.model.vae_dtype == "bfloat16" else 4.0) * size.vae,
+        "latents": _latents(config, size, gpus),
+    }
+    return Memory({name: value for name, value in parts.items() if value})
+
+
+def _sampling_copy(size: ModelSize, dtype: torch.dtype, layout: Layout) -> float:
+    """Bytes of the copy that samples. A float32 run on one GPU and a LoRA sample with the trained model itself."""
+    if layout.lora or (dtype == torch.float32 and not layout.replica):
+        return 0.0
+    return dtype.itemsize * size.transformer / (1 if layout.replica else layout.shards)
+
+
+def _quantized_copy(config: Config, size: ModelSize, width: int) -> float:
+    """Bytes of the copy for tails: one per quantized parameter, `width` per other parameter."""
+    if config.sampling.tail_weights == "same":
+        return 0.0
+    other = size.transformer - size.quantizable + config.lora.rank * size.adapter
+    return float(size.quantizable + width * other)
+
+
+def _latents(config: Config, size: ModelSize, gpus: int) -> float:
+    """Bytes of the float32 latents that a rollout keeps: leaves, trained edges and their parents."""
+    tree = config.tree()
+    kept = len(tree.leaves) + len(tree.edges) + len(tree.trained_parents)
+    prompts = -(-config.training.prompts_per_step // gpus)
+    return 4.0 * size.latent * prompts * kept

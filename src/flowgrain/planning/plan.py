@@ -1,0 +1,93 @@
+"""The cost of a configuration per prompt, by counting its tree: `flowgrain plan`."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flowgrain.config.schema import Config
+from flowgrain.core.cost import Cost
+from flowgrain.core.schedule import schedule
+from flowgrain.core.tree import Tree
+from flowgrain.methods import price
+from flowgrain.methods.calibration import calibration_cost
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run. Nothing is loaded or sampled.
+
+    Attributes:
+        config: configuration of the run.
+    """
+
+    config: Config
+
+    @cached_property
+    def tree(self) -> Tree:
+        """Tree of one prompt at the first training step."""
+        return self.config.tree()
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Cost of one prompt at the first training step."""
+        return prompt_cost(self.config)
+
+    @cached_property
+    def published_forward_passes(self) -> int:
+        """Sampling forward passes per prompt of the method's published code. 0 if unknown."""
+        return self.config.method.published_passes(self.config.sampling.num_steps)
+
+    @cached_property
+    def peak_latents(self) -> int:
+        """Largest number of latents of one prompt that are held at once."""
+        config = self.config
+        return schedule(self.tree, config.sampling.batch_size, config.tail_schedule).num_slots
+
+    @cached_property
+    def calibration_forward_passes(self) -> int:
+        """Forward passes of the calibration, once per run. 0 if the method needs none."""
+        config = self.config
+        calibration = calibration_cost(config.method, config.sampling.num_steps)
+        return calibration.forward_passes
+
+    @cached_property
+    def forward_passes_of_steps(self) -> list[int]:
+        """Sampling forward passes per prompt of every training step."""
+        steps = self.config.training.max_steps
+        if not self.config.method.plan_varies:
+            return [self.cost.forward_passes] * steps
+        return [len(self.config.tree(step).evaluated) for step in range(1, steps + 1)]
+
+    @property
+    def mean_forward_passes(self) -> float:
+        """Sampling forward passes per prompt, mean over the training steps."""
+        return sum(self.forward_passes_of_steps) / len(self.forward_passes_of_steps)
+
+    @property
+    def total_forward_passes(self) -> int:
+        """Sampling forward passes of the whole run, without calibration."""
+        return sum(self.forward_passes_of_steps) * self.config.training.prompts_per_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers by name, per prompt. Numbers that do not apply are left out."""
+        numbers: dict[str, Any] = {"method": self.config.method.name, **vars(self.cost)}
+        if self.published_forward_passes:
+            numbers["published_forward_passes"] = self.published_forward_passes
+        numbers["peak_latents"] = self.peak_latents
+        if self.calibration_forward_passes:
+            numbers["calibration_forward_passes"] = self.calibration_forward_passes
+        if self.config.method.plan_varies:
+            numbers["mean_forward_passes"] = self.mean_forward_passes
+        return numbers
+
+
+def prompt_cost(config: Config, step: int = 1) -> Cost:
+    """The cost of one prompt at training step `step`."""
+    return price(
+        config.method,
+        config.sampling.num_steps,
+        num_rewards=len(config.rewards),
+        prompts_per_step=config.training.prompts_per_step,
+        step=step,
+        seed=config.runtime.seed,
+    )

@@ -1,0 +1,124 @@
+"""Curves as inline SVG, in colors that suit a light and a dark page."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+PALETTE = (
+    "#2f6fde",
+    "#d9822b",
+    "#2a9d63",
+    "#b44ac0",
+    "#c23b3b",
+    "#1f9eb0",
+    "#8a6d3b",
+    "#7d84a0",
+    "#8fae2c",
+    "#e06c9f",
+)
+INK = "#123456"  # replaced by the text color of the page
+STYLE: dict[str, Any] = {
+    "svg.hashsalt": "flowgrain",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "font.size": 10,
+    "legend.frameon": False,
+}
+Floats = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure.
+
+    Attributes:
+        x: positions.
+        y: values.
+        label: entry in the legend.
+        low: lower ends of an interval at every position.
+        high: upper ends.
+        raw: values before smoothing, drawn as a faint line.
+        markers: whether to mark every value.
+        dashed: whether the line is dashed.
+        color: a color of the palette. Default: the next one.
+    """
+
+    x: Floats
+    y: Floats
+    label: str = ""
+    low: Floats | None = None
+    high: Floats | None = None
+    raw: Floats | None = None
+    markers: bool = False
+    dashed: bool = False
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a page: its title and its SVG."""
+
+    title: str
+    svg: str
+
+
+def draw_figure(
+    title: str,
+    curves: Sequence[Curve],
+    xlabel: str,
+    ylabel: str,
+    *,
+    yscale: Literal["linear", "log"] = "linear",
+    ylim: tuple[float, float] | None = None,
+) -> Figure:
+    """The figure with `curves`. It has no background, and its text has the color of the page."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(5.2, 3.1), layout="constrained")
+        for number, curve in enumerate(curves):
+            _draw_curve(axes, curve, curve.color or PALETTE[number % len(PALETTE)])
+        axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+        if ylim is not None:
+            axes.set_ylim(*ylim)
+        if any(curve.label for curve in curves):
+            axes.legend(fontsize=8 if len(curves) > 3 else 9)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    text = file.getvalue()
+    return Figure(title, text[text.index("<svg") :].replace(INK, "currentColor"))
+
+
+def _draw_curve(axes: Axes, curve: Curve, color: str) -> None:
+    if curve.raw is not None:
+        axes.plot(curve.x, curve.raw, color=color, alpha=0.3, linewidth=1)
+    if curve.low is not None and curve.high is not None:
+        axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.16, linewidth=0)
+    axes.plot(
+        curve.x,
+        curve.y,
+        linestyle="--" if curve.dashed else "-",
+        marker="o" if curve.markers else "",
+        markersize=4,
+        linewidth=2,
+        color=color,
+        label=curve.label or None,
+    )

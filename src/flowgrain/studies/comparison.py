@@ -1,0 +1,221 @@
+"""The specification of a comparison, and loading it from YAML."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict, ValidationError
+
+from flowgrain.config.load import Values, merge, parse_overrides, read_yaml
+from flowgrain.config.schema import Rewards
+from flowgrain.methods import METHODS
+from flowgrain.registry import load_plugin
+from flowgrain.settings import IntTuple, Section, Setting, SettingsError, did_you_mean
+
+DEFAULT = "full"
+RESERVED = (
+    "name",
+    "rewards",
+    "runtime.seed",
+    "training.max_steps",
+    "training.max_seconds",
+    "training.checkpoint_every",
+    "evaluation.every",
+)
+"""Settings that a comparison determines for every run."""
+
+_BUNDLED = files("flowgrain.studies").joinpath("comparisons")
+_SETTINGS = ("common", "overrides")
+"""Keys with settings of runs. They are merged with the keys of the extended comparison."""
+
+Unit = Literal["passes", "updates", "seconds"]
+RewardSet = Annotated[Rewards, Field(min_length=1)]
+
+
+class Measurement(Section):
+    """How the model of a finished run is measured."""
+
+    num_steps: IntTuple = Setting(
+        (10, 16, 20), "Inference steps. Every number is measured.", unit="steps", min_length=1
+    )
+    num_prompts: int = Setting(256, "Held-out prompts.", unit="prompts", ge=2)
+    images_per_prompt: int = Setting(2, "Images per prompt.", unit="images", ge=2)
+
+
+class Comparison(Section):
+    """Methods x reward sets x seeds, each with the same budget. Create it with `load_comparison`.
+
+    The settings of a run are `common`, then the settings of its method, then `overrides`. Later
+    settings replace earlier ones.
+    """
+
+    name: str = Setting(
+        ..., "Name. The default directory is comparisons/NAME.", pattern=r"^[\w.+-]+$"
+    )
+    methods: dict[str, dict[str, Any]] = Setting(
+        ...,
+        "Settings of each method by label. Without method.name, the label is the method's name.",
+        min_length=1,
+    )
+    rewards: dict[str, RewardSet] = Setting(..., "Lists of trained rewards by label.", min_length=1)
+    seeds: IntTuple = Setting(..., "Seeds. Each is a run.", min_length=1)
+    budget: float = Setting(..., "Budget of a run, in `unit`.", gt=0)
+    unit: Unit = Setting(
+        "passes",
+        "Unit of the budget. passes: forward passes, decodes and reward calls, see core.cost.Cost.units.",
+    )
+    common: dict[str, Any] = Setting({}, "Settings of all runs.")
+    overrides: dict[str, Any] = Setting({}, "Settings of all runs that replace those of methods.")
+    baselines: dict[str, str] = Setting(
+        {}, "Method to which the difference of a method is taken. Default: the first one."
+    )
+    learning_rates: Annotated[tuple[float, ...], Strict(False)] = Setting(
+        (), "Learning rates. If set, every method runs with each of them."
+    )
+    measurement: Measurement = Setting(Measurement(), "Measurement of finished runs.")
+    curve_points: int = Setting(
+        4, "Evaluations during training, for the curves.", unit="evaluations", ge=0
+    )
+
+
+def load_comparison(
+    source: str | Path = DEFAULT,
+    *,
+    methods: Sequence[str] | None = None,
+    rewards: Sequence[Sequence[str]] | None = None,
+    seeds: Sequence[int] | None = None,
+    budget: float | None = None,
+    unit: str | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    plugins: Iterable[str | Path] = (),
+) -> Comparison:
+    """The comparison that `source` names, with changes.
+
+    Args:
+        source: a bundled comparison ("full", "quick", "sweep", "ablations") or a YAML file.
+        methods: labels of the comparison or names of methods, in place of the methods of `source`.
+        rewards: reward sets as lists of names, in place of the reward sets of `source`.
+        seeds: seeds, in place of the seeds of `source`.
+        budget: budget of a run.
+        unit: unit of the budget.
+        overrides: settings of all runs as "section.key=VALUE", or by full path.
+        plugins: Python files that register methods, rewards or backbones.
+
+    Raises:
+        SettingsError: the source does not exist, or a value is wrong.
+    """
+    values, known = _read(source)
+    given = {"methods": methods, "seeds": seeds, "budget": budget, "unit": unit}
+    values |= {key: value for key, value in given.items() if value is not None}
+    if rewards is not None:
+        values["rewards"] = _reward_sets(rewards)
+    for key in _SETTINGS:
+        values[key] = parse_overrides(values.get(key) or {})
+    values["overrides"] = merge(values["overrides"], parse_overrides(overrides))
+    values["common"] = _with_plugins(values["common"], plugins)
+    values["methods"] = _selected(values.get("methods"), known)
+    try:
+        return Comparison.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(error))) from None
+
+
+def comparison_names() -> list[str]:
+    """Names of the bundled comparisons."""
+    names = (entry.name.removesuffix(".yaml") for entry in _BUNDLED.iterdir())
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def _read(source: str | Path) -> tuple[Values, Values]:
+    """The values of a comparison, and the methods by label that it and those it extends know."""
+    if str(source) in comparison_names():
+        own = read_yaml(_BUNDLED.joinpath(f"{source}.yaml"))
+    elif Path(source).is_file():
+        own = read_yaml(Path(source))
+    else:
+        hint = did_you_mean(str(source), comparison_names())
+        raise SettingsError(f"There is no comparison or file {str(source)!r}. {hint}")
+    base, known = _read(own.pop("extends")) if "extends" in own else ({}, {})
+    methods = own.get("methods")
+    if isinstance(methods, Mapping):
+        known = {**known, **methods}
+    merged = {key: merge(base.get(key) or {}, own.get(key) or {}) for key in _SETTINGS}
+    return {**base, **own, **merged}, known
+
+
+def _selected(methods: Any, known: Values) -> Any:
+    """The settings of each of `methods` by label, with the settings of the methods they extend.
+
+    A list names entries of `known`, or registered methods.
+    """
+    if isinstance(methods, Mapping):
+        return {label: _resolved(label, methods) for label in methods}
+    if not isinstance(methods, list | tuple):
+        return methods
+    chosen: Values = {}
+    for word in map(str, methods):
+        label = word if word in known else METHODS.find(word)
+        if label is None:
+            hint = did_you_mean(word, dict.fromkeys([*METHODS, *known]))
+            raise SettingsError(f"methods: there is no method {word!r}. {hint}")
+        if label in chosen:
+            raise SettingsError(f"methods: {label!r} occurs twice. List every method once.")
+        chosen[label] = _resolved(label, known) if label in known else {}
+    return chosen
+
+
+def _resolved(label: str, methods: Mapping[str, Any]) -> Values:
+    """The settings of `label`, on top of the settings of the label that it extends."""
+    own = methods[label] or {}
+    if not isinstance(own, Mapping):
+        raise SettingsError(
+            f"methods.{label}={own!r}: not a mapping. Write section: {{key: value}}."
+        )
+    own = dict(own)
+    base = own.pop("extends", None)
+    if base is None:
+        return parse_overrides(own)
+    if base not in methods or base == label:
+        raise SettingsError(
+            f"methods.{label}.extends={base}: there is no such label. {did_you_mean(str(base), methods)}"
+        )
+    name = {"method": {"name": base}}
+    return merge(name, _resolved(base, methods), parse_overrides(own))
+
+
+def _reward_sets(rewards: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Reward sets by label, such as "towers+preference"."""
+    sets: dict[str, list[str]] = {}
+    for names in rewards:
+        label = "+".join(names)
+        if label in sets:
+            raise SettingsError(f"rewards: {','.join(names)} occurs twice. List every set once.")
+        sets[label] = list(names)
+    return sets
+
+
+def _with_plugins(common: Values, plugins: Iterable[str | Path]) -> Values:
+    """`common` with `plugins`, which are loaded, because they may register a compared method."""
+    own = common.get("runtime", {}).get("plugins", [])
+    paths = [*own, *(str(Path(path).expanduser().resolve()) for path in plugins)]
+    for path in paths:
+        load_plugin(path)
+    return merge(common, {"runtime": {"plugins": list(dict.fromkeys(paths))}}) if paths else common
+
+
+def _explain(error: ValidationError) -> Iterable[str]:
+    """One message per wrong value of a comparison."""
+    for detail in error.errors():
+        path = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            keys = [
+                *Comparison.model_fields,
+                *(f"measurement.{k}" for k in Measurement.model_fields),
+            ]
+            yield f"{path} is not a key of a comparison. {did_you_mean(path, keys)}"
+        elif detail["type"] == "missing":
+            yield f"{path}: required, but not set."
+        else:
+            message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+            yield f"{path}={detail['input']!r}: {message[0].lower() + message[1:]}."

@@ -1,0 +1,214 @@
+"""Collecting a rollout batch: sample the tree, decode its leaves, score the images, assign advantages.
+
+Shapes: P prompts, N rows of a tree, I images, *L latent.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowgrain.config.schema import Config
+from flowgrain.core import credit
+from flowgrain.core.rollout import Noise, Rollout, TailVelocity, concatenate, rollout
+from flowgrain.core.sde import ODE, Kernel
+from flowgrain.core.tree import Ints, Tree
+from flowgrain.data import Prompt, keyed_noise, prompts_of_step
+from flowgrain.distributed import SINGLE, World
+from flowgrain.methods import ForwardProcess, Method, PolicyGradient, plan_tree
+from flowgrain.models import Conditioning, take
+from flowgrain.rewards import Reward, Scorer, Scores
+from flowgrain.training.errors import RunStopped
+from flowgrain.training.evaluate import decode
+from flowgrain.training.policy import Policy
+from flowgrain.training.rollout_batch import RolloutBatch
+from flowgrain.training.tails import Tails
+from flowgrain.training.timer import StageTimer
+
+
+@dataclass(frozen=True)
+class ScoredTree:
+    """A tree of one prompt, executed for several prompts and scored.
+
+    cond, rollout and images belong to this rank's prompts; scores [I] to all prompts.
+    """
+
+    cond: Conditioning
+    rollout: Rollout
+    images: Tensor
+    scores: dict[str, Scores]
+
+
+class RolloutCollector:
+    """Collects the rollout batch of a training step.
+
+    Args:
+        config: settings of sampling, rewards and training.
+        method: plan and credit. It may differ from config.method by its state.
+        policy: samples.
+        rewards: trained rewards by name.
+        prompts: training prompts.
+        world: ranks.
+        timer: measures the stages.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        policy: Policy,
+        rewards: Mapping[str, Reward],
+        prompts: Sequence[Prompt],
+        world: World = SINGLE,
+        timer: StageTimer | None = None,
+    ) -> None:
+        self.config, self.method, self.policy = config, method, policy
+        self.rewards, self.prompts, self.world = rewards, prompts, world
+        self.timer = timer or StageTimer(policy.device)
+        self.sigmas = config.sigmas().to(policy.device)
+        self.tails = Tails(policy, config.sampling)
+        weights = config.reward_weights
+        self.reward_weights = {name: weights.get(name, 1.0) for name in rewards}
+
+    def collect(self, step: int) -> RolloutBatch:
+        """Sample and score the tree of training step `step`, and assign an advantage to every credited row."""
+        config, method = self.config, self.method
+        seed, num_prompts = config.runtime.seed, config.training.prompts_per_step
+        prompts = prompts_of_step(self.prompts, step, num_prompts, seed)
+        one = plan_tree(method, config.sampling.num_steps, step, seed)
+        noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
+        scored = self.score_tree(one, prompts, self.kernel(), noise)
+
+        tree, how = one.repeat(len(prompts)), method.normalization()
+        values = {name: scores.values for name, scores in scored.scores.items()}
+        advantage = credit.combine(
+            method.credit,
+            tree,
+            values,
+            self.reward_weights,
+            how,
+            method.reward_mix,
+            method.advantage_clip,
+        )
+        trains_images = isinstance(method, ForwardProcess)
+        edge_weight = torch.ones_like(advantage)
+        if isinstance(method, PolicyGradient) and method.best_of:
+            edge_weight = credit.extremes(advantage, how.groups(tree), method.best_of)
+        return RolloutBatch(
+            step=step,
+            prompts=prompts,
+            tree=tree,
+            world=self.world,
+            cond=scored.cond,
+            rollout=scored.rollout,
+            images=scored.images,
+            scores=scored.scores,
+            credited=tree.leaves if trains_images else tree.edges,
+            advantage=advantage,
+            edge_weight=edge_weight,
+        )
+
+    def kernel(self) -> Kernel:
+        """The transition of the method's stochastic steps. A method without them never uses it."""
+        method = self.method
+        return method.kernel(self.sigmas) if isinstance(method, PolicyGradient) else ODE()
+
+    def score_tree(
+        self, one: Tree, prompts: Sequence[Prompt], kernel: Kernel, noise: Noise
+    ) -> ScoredTree:
+        """Execute the tree `one` for this rank's share of `prompts`, decode the leaves and score them.
+
+        Prompts are processed in chunks. The rewards of a chunk are computed while the next chunk is sampled.
+        """
+        sampling, timer = self.config.sampling, self.timer
+        assigned = self.world.assign(len(prompts))
+        mine = [prompts[i % len(prompts)] for i in assigned]
+        with timer.measure("encode"):
+            cond = self.policy.encode([prompt.text for prompt in mine])
+        size = sampling.prompts_per_chunk or len(mine)
+        batch_sizes = {reward.name: reward.batch_size for reward in self.config.rewards}
+        rollouts, images = [], []
+        with Scorer(self.rewards, batch_sizes, background=size < len(mine)) as scorer:
+            for first in range(0, len(mine), size):
+                chunk = _Chunk(self, cond, noise, assigned, first)
+                tree = one.repeat(len(mine[first : first + size]))
+                with timer.measure("sample"):
+                    rollouts.append(chunk.rollout(tree, kernel))
+                with timer.measure("decode"):
+                    latents = rollouts[-1].at(tree.leaves)
+                    images.append(decode(self.policy, latents, sampling.batch_size))
+                with timer.measure("score"):
+                    owners = tree.prompt[tree.leaves]
+                    scorer.submit(images[-1], [mine[first + p] for p in owners])
+            with timer.measure("score"):
+                scores = scorer.results()
+        whole = rollouts[0] if len(rollouts) == 1 else concatenate(one.repeat(len(mine)), rollouts)
+        gathered = self._gather(scores, len(prompts), len(assigned))
+        return ScoredTree(cond, whole, torch.cat(images), gathered)
+
+    def _gather(self, scores: Mapping[str, Scores], count: int, assigned: int) -> dict[str, Scores]:
+        """The scores of the images of all `count` prompts. Every rank scored those of its `assigned` prompts."""
+        parts = self.world.gather({name: (s.values, s.reason) for name, s in scores.items()})
+        gathered = {}
+        for name in scores:
+            per_prompt = [part[name][0].reshape(assigned, -1) for part in parts]
+            values = self.world.interleave(per_prompt, count).flatten()
+            reason = next((part[name][1] for part in parts if part[name][1]), None)
+            gathered[name] = Scores(values, int(values.isnan().sum()), reason)
+        return gathered
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The prompts from number `first` of this rank that are sampled together."""
+
+    collector: RolloutCollector
+    cond: Conditioning
+    of_assigned: Noise
+    assigned: Ints
+    first: int
+
+    def rollout(self, tree: Tree, kernel: Kernel) -> Rollout:
+        collector = self.collector
+        return rollout(
+            tree,
+            self.velocity,
+            kernel,
+            collector.sigmas,
+            self.noise,
+            collector.config.sampling.batch_size,
+            tail=self.tail,
+            tail_schedule=collector.config.tail_schedule,
+        )
+
+    def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        cond = take(self.cond, self.first + prompt)
+        guidance = self.collector.config.sampling.guidance_scale
+        return self.collector.policy.rollout_velocity(x, sigma, cond, guidance)
+
+    def noise(self, prompt: Ints, draw: Ints) -> Tensor:
+        return self.of_assigned(self.assigned[self.first + prompt], draw)
+
+    @contextmanager
+    def tail(self) -> Iterator[TailVelocity]:
+        guidance = self.collector.config.sampling.guidance_scale
+        with self.collector.tails.open() as velocity:
+            yield lambda x, sigma, prompt, continues: velocity(
+                x, sigma, take(self.cond, self.first + prompt), guidance, continues
+            )
+
+
+def check_failed_rewards(scores: Mapping[str, Scores], allowed: float) -> None:
+    """Check that at most the share `allowed` of the images has no score.
+
+    Raises:
+        RunStopped: a reward failed on more images.
+    """
+    for name, of_reward in scores.items():
+        if of_reward.failed > allowed * len(of_reward.values):
+            raise RunStopped(
+                f"reward {name!r} failed on {of_reward.failed} of {len(of_reward.values)} images "
+                f"({of_reward.reason}), more than training.max_failed_rewards={allowed:g} allows"
+            )

@@ -1,0 +1,13 @@
+"""Errors that end a run."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot continue. The message gives the reason and the command that resumes it."""
+
+
+class Diverged(RunStopped):
+    """Several updates in a row had a non-finite loss or gradient."""
+
+
+class Interrupted(RunStopped):
+    """SIGINT or SIGTERM arrived. The current step was finished and saved."""

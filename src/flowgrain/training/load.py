@@ -1,0 +1,143 @@
+"""What a run loads: devices and dtypes, the backbone, rewards and prompts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from flowgrain.config.schema import Config
+from flowgrain.data import Prompt, as_prompts, read_prompts
+from flowgrain.models import Backbone, Dtypes, load_backbone
+from flowgrain.rewards import Reward, build_reward
+from flowgrain.settings import SettingsError
+
+
+def compute_device(setting: str) -> torch.device:
+    """The device of setting runtime.device.
+
+    Raises:
+        SettingsError: this machine has no such device.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("runtime.device=cuda: torch finds no GPU. Use cpu or auto.")
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(setting)
+
+
+def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """The dtype of a dtype setting. auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is often slower."""
+    if setting == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if setting == "bfloat16" else torch.float32
+
+
+def load_dtypes(config: Config, train: bool = True) -> Dtypes:
+    """The dtypes in which the parts of a model are loaded.
+
+    A full fine-tune loads float32 master parameters. With LoRA the frozen transformer is loaded in the compute dtype.
+    auto is float32 for the VAE, because rounding would be visible, and the compute dtype for text encoders.
+
+    Raises:
+        SettingsError: this machine lacks the device.
+    """
+    device = compute_device(config.runtime.device)
+    frozen = config.lora.rank > 0 or not train
+    transformer = compute_dtype(config.runtime.dtype, device) if frozen else torch.float32
+    vae = torch.bfloat16 if config.model.vae_dtype == "bfloat16" else torch.float32
+    return Dtypes(transformer, vae, compute_dtype(config.model.encoder_dtype, device))
+
+
+def load_model(config: Config, train: bool = True) -> Backbone:
+    """The backbone of `config`, for training or only for sampling.
+
+    Raises:
+        SettingsError: a setting of the model cannot be used.
+    """
+    try:
+        return load_backbone(config.model, load_dtypes(config, train))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def load_rewards(
+    config: Config, given: Mapping[str, Reward] | None = None
+) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The trained rewards, and all rewards that evaluation uses.
+
+    Args:
+        config: its rewards are loaded, except those in `given`.
+        given: rewards from Python by name, in place of config.rewards.
+
+    Raises:
+        SettingsError: a reward cannot be loaded.
+    """
+    if given is not None:
+        trained = dict(given)
+    else:
+        trained = {reward.name: build_reward(reward) for reward in config.rewards}
+    others = {
+        reward.name: build_reward(reward)
+        for reward in config.evaluation.rewards
+        if reward.name not in trained
+    }
+    return trained, {**trained, **others}
+
+
+def load_prompts(
+    config: Config,
+    backbone: Backbone,
+    use: Literal["train", "eval"],
+    given: Sequence[str | Prompt] | None = None,
+) -> list[Prompt]:
+    """The prompts to train on or to evaluate.
+
+    Args:
+        config: names the prompt files.
+        backbone: checks that it can encode every prompt, and may bring prompts of its own.
+        use: "train" or "eval".
+        given: prompts from Python, in place of a file.
+
+    Raises:
+        SettingsError: there are no prompts, or one is blank or cannot be encoded.
+    """
+    setting = "data.prompts" if use == "train" else "data.eval_prompts"
+    path = config.data.prompts if use == "train" else config.data.eval_prompts
+    source = setting if given is not None or path is None else f"{setting}={path}"
+    if given is not None:
+        chosen = as_prompts(given)
+    elif path is not None:
+        chosen = read_prompts(setting, path)
+    else:
+        split = "train" if use == "train" else config.evaluation.split
+        chosen = as_prompts(backbone.bundled_prompts(split))
+    if config.data.prompts is not None and (use == "train" or not chosen) and given is None:
+        chosen = _without_or_only_held_out(config, backbone, use)
+        source = f"data.prompts={config.data.prompts}"
+    if not chosen:
+        raise SettingsError(f"{setting}: there are no prompts. Give the path of a prompt file.")
+    for number, prompt in enumerate(chosen, 1):
+        if not prompt.text.strip():
+            raise SettingsError(f"{source}: prompt {number} is blank. Write a prompt or remove it.")
+    try:
+        backbone.check([prompt.text for prompt in chosen])
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from error
+    return chosen
+
+
+def _without_or_only_held_out(
+    config: Config, backbone: Backbone, use: Literal["train", "eval"]
+) -> list[Prompt]:
+    """The training prompts of data.prompts, or the last tenth of them if nothing else can be evaluated."""
+    prompts = read_prompts("data.prompts", str(config.data.prompts))
+    other_source = config.data.eval_prompts or backbone.bundled_prompts(config.evaluation.split)
+    if other_source:
+        return prompts if use == "train" else []
+    if len(prompts) < 2:
+        raise SettingsError(
+            f"data.prompts={config.data.prompts}: one prompt cannot be divided into training and evaluation. "
+            "Set data.eval_prompts."
+        )
+    held_out = min(config.evaluation.num_prompts, max(1, len(prompts) // 10))
+    return prompts[:-held_out] if use == "train" else prompts[-held_out:]

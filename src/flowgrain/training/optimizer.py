@@ -1,0 +1,76 @@
+"""AdamW on the trained parameters, with gradient clipping. Updates that are not finite are skipped."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from flowgrain.config.schema import OptimizerConfig
+from flowgrain.distributed import World
+from flowgrain.distributed.sharding import full_tensor
+from flowgrain.training.policy import Policy
+
+
+class PolicyOptimizer:
+    """The optimizer of a policy.
+
+    Attributes:
+        adamw: torch's optimizer.
+        skipped_in_a_row: updates that were skipped since the last good one.
+    """
+
+    def __init__(self, policy: Policy, settings: OptimizerConfig, world: World) -> None:
+        self.policy, self.settings, self.world = policy, settings, world
+        self.adamw = torch.optim.AdamW(
+            policy.parameters.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,  # without temporary copies of the parameters
+        )
+        self.skipped_in_a_row = 0
+
+    def step(self, losses: Sequence[Tensor]) -> tuple[Tensor, bool]:
+        """Take an optimizer step, unless a gradient or one of `losses` is not finite on any rank.
+
+        Returns:
+            The norm of the gradient, and whether the step was skipped.
+        """
+        parameters = list(self.policy.parameters.values())
+        self.world.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        norm = full_tensor(norm)
+        finite = bool(torch.isfinite(norm)) and all(bool(loss.isfinite().all()) for loss in losses)
+        skipped = self.world.any(not finite)
+        if not skipped:
+            self.adamw.step()
+            self.policy.after_update()
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.adamw.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    @property
+    def diverged(self) -> bool:
+        """Whether too many updates in a row were skipped."""
+        return self.skipped_in_a_row >= self.settings.max_skipped_updates
+
+    def tensors(self) -> dict[str, Tensor]:
+        """AdamW's state by name, for a checkpoint. The tensors themselves, not copies."""
+        return {
+            f"optimizer.{kind}.{name}": value
+            for name, parameter in self.policy.parameters.items()
+            for kind, value in self.adamw.state.get(parameter, {}).items()
+        }
+
+    def stepped(self) -> list[str]:
+        """Names of the parameters that have an optimizer state."""
+        parameters = self.policy.parameters.items()
+        return [name for name, parameter in parameters if self.adamw.state.get(parameter)]
+
+    def allocate(self, names: Iterable[str]) -> None:
+        """Create the state of these parameters, to read a checkpoint into."""
+        for name in names:
+            parameter = self.policy.parameters[name]
+            moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
+            count = torch.zeros((), device=parameter.device)
+            self.adamw.state[parameter] = {"step": count, **moments}

@@ -1,0 +1,130 @@
+"""The losses of methods that train stochastic steps: one forward pass with gradient serves all edges of a parent.
+
+Shapes: B parents, E edges, *L latent.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowgrain.config.schema import Config
+from flowgrain.core.cost import split_updates
+from flowgrain.core.objective import Edges
+from flowgrain.core.sde import Gaussian, Step
+from flowgrain.core.tree import Ints
+from flowgrain.methods import PolicyGradient
+from flowgrain.models import take
+from flowgrain.training.losses import TermRecord, Terms, Update
+from flowgrain.training.policy import Policy
+from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+
+TERMS = ("loss", "ratio", "clipped", "kl")
+
+
+class PolicyGradientLoss:
+    """See `losses.RolloutLoss`. Losses are summed over edges and divided by the global number of edges."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: PolicyGradient,
+        policy: Policy,
+        batch: RolloutBatch,
+        sigmas: Tensor,
+    ) -> None:
+        self.policy, self.batch, self.sigmas = policy, batch, sigmas
+        self.kl_weight, self.guidance = method.kl_weight, config.sampling.guidance_scale
+        self.kernel, self.objective = method.kernel(sigmas), method.objective(sigmas)
+        parent_of_edge = batch.tree.parent[batch.tree.edges]
+        self.updates: Sequence[Update] = [
+            Update(
+                rows,
+                batch.micro_batches(rows, config.micro_batch_size),
+                int(np.isin(parent_of_edge, rows).sum()),
+            )
+            for rows in split_updates(batch.tree, method.updates_per_rollout)
+        ]
+        self._old: list[list[Gaussian]] = []
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Compute the old transitions of all updates except the first.
+
+        Before the first update the policy is the one that sampled. They are computed by the forward pass that later
+        takes the gradient, so that the ratio is exactly 1 while the policy is unchanged.
+        """
+        train = self.policy.train_velocity
+        self._old = [
+            []
+            if number == 0
+            else [self._transition(batch.rows, train)[0] for batch in update.micro_batches]
+            for number, update in enumerate(self.updates)
+        ]
+
+    def terms(self, number: int, place: int) -> Terms:
+        """Loss, ratio, clip and KL [E] of every trained edge that leaves the rows of a micro-batch."""
+        batch = self.batch
+        rows = self.updates[number].micro_batches[place].rows
+        transition, edges, step = self._transition(rows, self.policy.train_velocity)
+        x_next = batch.rollout.at(edges)
+        reference = None
+        if self.kl_weight:
+            reference = self._transition(rows, self.policy.reference_velocity)[0]
+        position = torch.from_numpy(np.searchsorted(batch.credited, batch.global_rows(edges)))
+        position = position.clamp(max=len(batch.credited) - 1)
+        advantage = batch.advantage[position].to(self.policy.device)
+        edge_weight = batch.edge_weight[position].to(self.policy.device)
+        if self._old[number]:
+            old = self._old[number][place]
+        else:
+            old = Gaussian(transition.mean.detach(), transition.std)
+        result = self.objective(Edges(transition, old, x_next, advantage, step, reference))
+        return {
+            "loss": result.loss * edge_weight,
+            "ratio": result.ratio,
+            "clipped": result.clipped,
+            "kl": result.kl,
+        }
+
+    def _transition(
+        self, parents: Ints, velocity: Callable[..., Tensor]
+    ) -> tuple[Gaussian, Ints, Step]:
+        """p(x_next | x) of the trained edges that leave `parents` under `velocity`, the edges [E] and their steps."""
+        rollout, device = self.batch.rollout, self.policy.device
+        tree = rollout.tree
+        edges = tree.edges[np.isin(tree.parent[tree.edges], parents)]
+        source = torch.from_numpy(np.searchsorted(parents, tree.parent[edges])).to(device)
+        x = rollout.at(parents)  # (B, *L)
+        prompt = torch.from_numpy(tree.prompt[parents]).to(device)
+        sigma = self.sigmas[torch.from_numpy(tree.grid_index[parents]).to(device)]
+        v = velocity(x, sigma, take(self.batch.cond, prompt), self.guidance)
+        start = torch.from_numpy(tree.grid_index[tree.parent[edges]]).to(device)
+        end = torch.from_numpy(tree.grid_index[edges]).to(device)
+        step = Step.on(self.sigmas, start, end)
+        return self.kernel(x[source], v[source], step), edges, step
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+    def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:
+        """Ratio, clip fraction, KL and forward passes of the step."""
+        passes = sum(len(update.rows) for update in self.updates)
+        largest = max((float(r.max()) for r in record.values["ratio"]), default=-math.inf)
+        metrics: Metrics = {
+            "loss": means["loss"],
+            "ratio/mean": means["ratio"],
+            "ratio/max": max(self.batch.world.gather(largest)),
+            "clip_fraction": means["clipped"],
+            "train_forward_passes": passes,
+            "frozen_forward_passes": passes
+            - len(self.updates[0].rows)
+            + (passes if self.kl_weight else 0),
+        }
+        if len(self.updates) > 1:  # only later updates can be clipped
+            metrics["clip_fraction/later_updates"] = means["clipped/later_updates"]
+        if self.kl_weight:
+            metrics["kl"] = means["kl"]
+        return metrics

@@ -1,0 +1,125 @@
+"""Saving and restoring a trainer: which state a checkpoint holds, and which settings a resumed run must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowgrain.config.schema import Config
+from flowgrain.methods import Method
+from flowgrain.settings import Section, SettingsError
+from flowgrain.training import checkpoint
+from flowgrain.training.rollout_batch import Metrics
+
+if TYPE_CHECKING:
+    from flowgrain.training.trainer import Trainer
+
+
+def save(trainer: Trainer, metrics: Metrics | None) -> Path:
+    """Write a checkpoint of everything that the next step depends on."""
+    config, policy, optimizer = trainer.config, trainer.policy, trainer.optimizer
+    state = {
+        "step": trainer.steps_done,
+        "config": config.to_dict(),
+        "method": trainer.method.state_dict(),
+        "policy": policy.state_dict(),
+        "stepped": optimizer.stepped(),
+        "skipped_in_a_row": optimizer.skipped_in_a_row,
+    }
+    return checkpoint.save(
+        trainer.out / "checkpoints",
+        trainer.steps_done,
+        {**policy.tensors(), **optimizer.tensors()},
+        state,
+        _score(metrics, trainer.collector.reward_weights),
+        config.training.keep_checkpoints,
+        trainer.world,
+    )
+
+
+def restore(trainer: Trainer) -> list[str]:
+    """Load the last good checkpoint. See `Trainer.restore`."""
+    folder, world = trainer.out / "checkpoints", trainer.world
+    path, state, damaged = checkpoint.load_last_good(folder, world)
+    if path is None:
+        return damaged
+    check_kept(trainer.config, state["config"], trainer.out)
+    policy, optimizer = trainer.policy, trainer.optimizer
+    optimizer.allocate(state["stepped"])
+    checkpoint.read(path, {**policy.tensors(), **optimizer.tensors()}, world)
+    policy.load_state_dict(state["policy"])
+    trainer.method.load_state_dict(state["method"])
+    trainer.steps_done = state["step"]
+    skipped = state["skipped_in_a_row"]
+    # A run that stopped because it diverged may be resumed with other settings.
+    limit = trainer.config.optimizer.max_skipped_updates
+    optimizer.skipped_in_a_row = skipped if skipped < limit else 0
+    return damaged
+
+
+def resume(trainer: Trainer) -> list[str]:
+    """Restore, and discard what was written after the restored step. See `Trainer.resume`."""
+    folder, world = trainer.out / "checkpoints", trainer.world
+    if world.is_main:
+        checkpoint.repair(folder)
+    world.gather(None)
+    damaged = restore(trainer)
+    if world.is_main:
+        for path in checkpoint.checkpoints(folder):
+            if checkpoint.step_of(path) > trainer.steps_done:
+                checkpoint.mark_damaged(path)
+        trainer.recorder.discard_after(trainer.steps_done)
+    return damaged
+
+
+def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:
+    """Check that every setting that a run must keep has the value of the checkpoint.
+
+    Raises:
+        SettingsError: a setting has changed.
+    """
+    now = config.to_dict()
+    for path in kept_settings(config):
+        old, new = _at(saved, path), _at(now, path)
+        if old != new:
+            raise SettingsError(
+                f"{path}={new}: the run in {folder} was started with {old} and must keep it. Start a new run."
+            )
+    old_decay, decay = _at(saved, "training.ema_decay"), config.training.ema_decay
+    if bool(old_decay) != bool(decay):
+        raise SettingsError(
+            f"training.ema_decay={decay}: the run in {folder} has {old_decay}. A resumed run cannot start or stop the EMA."
+        )
+
+
+def kept_settings(config: Config) -> Iterator[str]:
+    """Full paths of the settings that a resumed run must keep. They are marked with `keep` on their fields."""
+    yield "method.name"
+    yield from _kept(type(config.method), "method.")
+    yield from _kept(Config, "")
+
+
+def _kept(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            if kind is not Method:
+                yield from _kept(kind, f"{prefix}{name}.")
+        elif isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("keep"):
+            yield f"{prefix}{name}"
+
+
+def _at(values: Mapping[str, Any], path: str) -> Any:
+    found: Any = values
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _score(metrics: Metrics | None, weights: Mapping[str, float]) -> float | None:
+    """The weighted sum of the evaluated trained rewards. None if nothing was evaluated."""
+    if metrics is None:
+        return None
+    found = {name: metrics[f"eval/{name}"] for name in weights if f"eval/{name}" in metrics}
+    return sum(weights[name] * value for name, value in found.items()) if found else None

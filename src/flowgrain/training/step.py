@@ -1,0 +1,110 @@
+"""The training step, from prompts to optimizer.step()."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from flowgrain.config.schema import Config
+from flowgrain.distributed import World
+from flowgrain.distributed.sharding import set_gradient_sync
+from flowgrain.methods import ForwardProcess, Method, PolicyGradient
+from flowgrain.training.collect import RolloutCollector, check_failed_rewards
+from flowgrain.training.forward_process import ForwardProcessLoss
+from flowgrain.training.losses import RolloutLoss, TermRecord
+from flowgrain.training.optimizer import PolicyOptimizer
+from flowgrain.training.policy import Policy
+from flowgrain.training.policy_gradient import PolicyGradientLoss
+from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+
+
+def train_step(
+    step: int, config: Config, collector: RolloutCollector, optimizer: PolicyOptimizer
+) -> tuple[Metrics, RolloutBatch]:
+    """Train on one rollout batch: sample, score, assign credit, update.
+
+    Returns:
+        The metrics of the step, and its rollout batch.
+
+    Raises:
+        RunStopped: too many rewards failed. Nothing was updated.
+    """
+    begin = time.perf_counter()
+    collector.timer.reset()
+    # Sample a tree per prompt, decode and score its leaves, turn rewards into advantages.
+    batch = collector.collect(step)
+    check_failed_rewards(batch.scores, config.training.max_failed_rewards)
+    with collector.timer.measure("update"):
+        metrics = update(
+            config, collector.method, collector.policy, optimizer, batch, collector.sigmas
+        )
+    metrics |= rollout_metrics(batch)
+    metrics |= {"seconds": time.perf_counter() - begin, **collector.timer.seconds}
+    return metrics, batch
+
+
+def update(
+    config: Config,
+    method: Method,
+    policy: Policy,
+    optimizer: PolicyOptimizer,
+    batch: RolloutBatch,
+    sigmas: Tensor,
+) -> Metrics:
+    """The optimizer updates of one rollout batch. The only reduction of losses is sum / global count."""
+    losses = rollout_loss(config, method, policy, batch, sigmas)
+    losses.prepare()
+    record, norms, skipped = TermRecord(), [], 0
+    for number, share in enumerate(losses.updates):
+        finite_losses = []
+        last = len(share.micro_batches) - 1
+        for place, micro_batch in enumerate(share.micro_batches):
+            set_gradient_sync(policy.model, place == last)
+            terms = losses.terms(number, place)
+            (terms["loss"].sum() * micro_batch.counts / share.count).backward()
+            if micro_batch.counts:
+                record.add(terms, number)
+                finite_losses.append(terms["loss"].detach())
+        norm, was_skipped = optimizer.step(finite_losses)
+        norms.append(norm)
+        skipped += was_skipped
+    losses.finish()
+    means = record.means(batch.world, _TERMS)
+    return losses.metrics(means, record) | {
+        "grad_norm": float(torch.stack(norms).mean()),
+        "updates": len(losses.updates),
+        "updates/skipped": skipped,
+    }
+
+
+_TERMS = ("loss", "ratio", "clipped", "kl", "clipped/later_updates")
+
+
+def rollout_loss(
+    config: Config, method: Method, policy: Policy, batch: RolloutBatch, sigmas: Tensor
+) -> RolloutLoss:
+    """The losses of `batch` for the kind of method.
+
+    Raises:
+        TypeError: the method derives neither from PolicyGradient nor from ForwardProcess.
+    """
+    if isinstance(method, PolicyGradient):
+        return PolicyGradientLoss(config, method, policy, batch, sigmas)
+    if isinstance(method, ForwardProcess):
+        return ForwardProcessLoss(config, method, policy, batch, sigmas)
+    raise TypeError(f"method {method.name!r} must derive from PolicyGradient or ForwardProcess")
+
+
+def rollout_metrics(batch: RolloutBatch) -> Metrics:
+    """Rewards, advantages and cost of a rollout batch."""
+    metrics: Metrics = {}
+    for name, scores in batch.scores.items():
+        metrics[f"reward/{name}"] = float(scores.values.nanmean())
+        metrics[f"failed/{name}"] = scores.failed
+    world: World = batch.world
+    return metrics | {
+        "advantage/std": float(batch.advantage.std()),
+        "advantage/zero": float((batch.advantage == 0).float().mean()),
+        "forward_passes": batch.rollout.forward_passes * world.size,
+        "decodes": len(batch.tree.leaves),
+    }

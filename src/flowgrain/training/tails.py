@@ -1,0 +1,72 @@
+"""Velocities of approximate tails: feature caches and quantized copies of the policy that samples.
+
+Only rewards depend on tails. Stochastic steps and log-probabilities always use the exact policy.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from flowgrain.config.schema import SamplingConfig
+from flowgrain.models import Conditioning
+from flowgrain.models.acceleration import QuantizedCopy, check_tails, feature_cache
+from flowgrain.training.policy import Policy
+
+TailVelocity = Callable[[Tensor, Tensor, Conditioning, float, bool], Tensor]
+"""tail(x [B, *L], sigma [B], cond, guidance, continues) -> v [B, *L]."""
+
+
+class Tails:
+    """The tail velocities that sampling.tail_cache and sampling.tail_weights describe.
+
+    Args:
+        policy: the policy that samples.
+        sampling: settings of the tails.
+
+    Raises:
+        SettingsError: this model, device or sharding does not support them.
+    """
+
+    def __init__(self, policy: Policy, sampling: SamplingConfig) -> None:
+        self.policy, self.cache = policy, sampling.tail_cache
+        check_tails(
+            tail_cache=sampling.tail_cache,
+            tail_weights=sampling.tail_weights,
+            model=policy.model,
+            device=policy.device,
+            sharded=policy.copies.sampler_sharded,
+            remedy="Set runtime.rollout_weights=replica"
+            if policy.old is None
+            else "Use LoRA (lora.rank)",
+        )
+        self.quantized: QuantizedCopy | None = None
+        self._version = policy.version
+        if sampling.tail_weights != "same":
+            names = policy.copies.block_names
+            copy = QuantizedCopy(self._source, names, sampling.tail_weights, policy.dtype)
+            self.quantized = copy.to(policy.device)
+            policy.compile_blocks(self.quantized.model)
+
+    @property
+    def _source(self) -> nn.Module:
+        return self.policy.old or self.policy.sampler
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[TailVelocity]:
+        """Tail velocities inside this context. Nothing else may call the model meanwhile."""
+        policy, source = self.policy, self._source
+        if self.quantized is not None and self._version != policy.version:
+            parameters = zip(policy.parameters, policy.parameters_of(source), strict=True)
+            self.quantized.update(dict(parameters))
+            self._version = policy.version
+        model = self.quantized.model if self.quantized is not None else source
+        with feature_cache(model, self.cache) as step:
+
+            def velocity(
+                x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float, continues: bool
+            ) -> Tensor:
+                with step(continues):
+                    return policy.sample_velocity(x, sigma, cond, guidance, model)
+
+            yield velocity
