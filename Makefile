@@ -1,41 +1,50 @@
-# make demo | compare | test | lint | types | bench | soak | weights
+# Common tasks. Every target first creates .venv with pinned packages.
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
-export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
-export MALLOC_MMAP_MAX_ ?= 0
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo compare test test-portable test-avx2 lint types unit bench soak weights
-demo: .venv/ready
+.PHONY: demo compare test unit lint types docs docs-serve readme-images test-portable test-avx2 bench soak weights
+
+demo: .venv/ready  ## Train the bundled demo and write its report
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-compare: .venv/ready
+compare: .venv/ready  ## Compare three methods on the bundled model
 	$(BIN)/flowgrain compare quick
 
-test: lint types unit
+test: lint types unit  ## Lint, types and all tests
+
+unit: .venv/ready
+	$(PYTEST)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/ready
+	$(BIN)/mypy
+
+docs: .venv/ready  ## Build the documentation site into site/
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/ready
+	$(BIN)/mkdocs serve
 
 # Kernels of other CPUs: AVX2 without VNNI, and SSE 4.1.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 SSE41 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
-NUMERICAL := tests/test_sde.py tests/test_tree.py tests/test_rollout.py tests/test_credit.py tests/test_objective.py tests/test_methods.py \
-	tests/test_tails.py tests/invariants/test_ratio.py tests/invariants/test_processes.py
+NUMERICAL := tests/core tests/methods tests/models/test_acceleration.py tests/training/test_tails.py tests/invariants tests/distributed
 
 test-portable: .venv/ready
 	$(AVX2) $(MAKE) unit
 	$(SSE41) $(MAKE) unit
 
 test-avx2: .venv/ready
-	$(AVX2) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(NUMERICAL)
+	$(AVX2) $(PYTEST) $(NUMERICAL)
 
-unit: .venv/ready
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
-
-lint: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-types: .venv/ready
-	$(BIN)/mypy
+readme-images: .venv/ready  ## Train the demo and draw the README's figure from it
+	$(BIN)/python scripts/readme_images.py
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/executor.py
@@ -44,17 +53,16 @@ soak: .venv/ready
 	$(BIN)/python scripts/soak.py --minutes 45
 	$(BIN)/python scripts/soak.py --minutes 15 --processes 2 --out runs/soak-two
 
-weights: .venv/ready
+weights: .venv/ready  ## Train the bundled model and rewards from scratch
 	$(BIN)/python scripts/train_autoencoder.py
 	$(BIN)/python scripts/train_base.py
 	$(BIN)/python scripts/train_rewards.py towers
 	$(BIN)/python scripts/train_rewards.py preference --steps 1500
 	$(BIN)/python scripts/train_features.py
 
-# RapidOCR, for the tests of the reward `ocr`, asks for opencv-python, which needs libGL: the headless build does without. Where
-# there is none for this Python, those tests skip. torchao lies aside, where its tests find it: with it in the environment diffusers
-# takes 4 seconds longer to import, in each of the tests' many processes.
-# Torch first, pinned: whichever build your pip is set up for (on Linux without a GPU, point pip at PyTorch's CPU builds).
+# torch is installed first and pinned: pip takes the build that it is configured for.
+# RapidOCR depends on opencv-python, which needs libGL. The headless build does not. Without RapidOCR its tests skip.
+# torchao is installed into a separate directory, because it adds 4 s to every import of diffusers.
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)

@@ -66,7 +66,11 @@ flowgrain config show flux/g2rpo
 The command prints the resolved settings of a recipe as YAML. Set a value with `section.key=VALUE` on the command line, or in
 a YAML file. [Settings and recipes](../guides/settings.md) explains how recipes, files and overrides are merged.
 
-A lock (🔒) marks a setting that a resumed run must keep. All other settings may change on a resume."""
+A resumed run must keep the settings that are marked "fixed". All other settings may change on a resume.
+
+| Setting | Type | Default | Resume | Description |
+| --- | --- | --- | --- | --- |
+| `name` | string | `run` | | Name of the run. Its directory is `runs/NAME`. |"""
 
 REWARDS_INTRO = """A list of mappings. All keys other than the following are options of the reward, see
 [Options of the rewards](#options-of-the-rewards)."""
@@ -90,7 +94,7 @@ def rows(
             continue
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         unit = f" ({extra['unit']})" if extra.get("unit") else ""
-        lock = " 🔒" if extra.get("keep") else ""
+        lock = "" if extra.get("keep") else ""
         yield [
             f"`{prefix}{name}`{lock}",
             type_of(field) + unit,

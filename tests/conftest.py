@@ -1,4 +1,4 @@
-"""Shared by all tests: offline, one thread, and a world small enough to train in seconds."""
+"""Shared by all tests: no network, one thread, and a configuration that trains in seconds."""
 
 import os
 
@@ -7,24 +7,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from flowgrain.config.schema import Settings, settings
+from flowgrain.config import Config, load_config
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
-def tiny() -> Settings:
-    """G2RPO on the bundled model, small enough for a step in about a second."""
-    return settings(
+def tiny() -> Config:
+    """G2RPO on the bundled model. A training step takes about a second."""
+    return load_config(
+        "g2rpo",
         {
-            "num_steps": 4,
-            "group_size": 3,
-            "granularities": (1, 2),
-            "prompts_per_step": 2,
-            "max_steps": 2,
-            "eval_prompts": 4,
-            "eval_num_steps": 4,
-            "eval_rewards": (),
-            "learning_rate": 1e-4,
-        }
+            "sampling.num_steps": 4,
+            "method.group_size": 3,
+            "method.granularities": [1, 2],
+            "training.prompts_per_step": 2,
+            "training.max_steps": 2,
+            "evaluation.num_prompts": 4,
+            "evaluation.num_steps": 4,
+            "evaluation.rewards": [],
+            "optimizer.learning_rate": 1e-4,
+        },
     )

@@ -147,7 +147,10 @@ def _prompt(row: Any, number: int) -> Prompt:
 
 
 def prompts_of_step(prompts: Sequence[Prompt], step: int, count: int, seed: int) -> list[Prompt]:
-    """The `count` prompts of training step `step` (from 1). Every epoch visits all prompts once, in its own order."""
+    """The `count` prompts of training step `step` (from 1).
+
+    Every epoch visits all prompts once, in its own order.
+    """
     orders: dict[int, NDArray[np.int64]] = {}
     chosen = []
     for position in range((step - 1) * count, step * count):
@@ -159,7 +162,10 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, count: int, seed: int)
 
 
 def latent_noise(shape: Sequence[int], *key: int | str) -> Tensor:
-    """Standard normal noise of `shape`, determined by `key`. Drawn on the CPU, so it is the same on every device."""
+    """Standard normal noise of `shape`, determined by `key`.
+
+    Drawn on the CPU, so it is the same on every device.
+    """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(tuple(shape), generator=generator)

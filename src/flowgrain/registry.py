@@ -39,17 +39,26 @@ class Registry(Generic[T]):
         self._entry_points: dict[str, importlib.metadata.EntryPoint] | None = None
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds an object under `name`. A plugin file that is loaded twice replaces its own object.
+        """Decorator that adds an object under `name`.
+
+        A plugin file that is loaded twice replaces its own object.
 
         Raises:
             SettingsError: `name` belongs to a built-in object, or to one from another module.
         """
 
         def add(thing: T) -> T:
-            known = self._objects.get(name)
-            if name in self._built_in or (known is not None and _home(known) != _home(thing)):
+            taken = (
+                k for k in (*self._built_in, *self._objects) if canonical(k) == canonical(name)
+            )
+            spelling = next(taken, None)
+            known = self._objects.get(spelling) if spelling is not None else None
+            replaces_itself = (
+                spelling == name and known is not None and _home(known) == _home(thing)
+            )
+            if spelling is not None and not replaces_itself:
                 raise SettingsError(
-                    f"A {self.kind} named {name!r} already exists. Choose another name."
+                    f"A {self.kind} named {spelling!r} already exists. Choose another name than {name!r}."
                 )
             self._objects[name] = thing
             return thing
@@ -101,7 +110,9 @@ def _home(thing: Any) -> str | None:
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a Python file that registers methods, rewards or backbones. Loading a file again has no effect.
+    """Run a Python file that registers methods, rewards or backbones.
+
+    Loading a file again has no effect.
 
     Raises:
         SettingsError: the file does not exist, or raises an error.

@@ -449,6 +449,6 @@ def test_a_run_trains_with_clip(folder, tiny, tmp_path):
 
     rewards = [{"name": "clip", "path": str(folder), "weight": 2.0}, {"name": "oracle"}]
     config = tiny.with_changes({"rewards": rewards, "training.max_steps": 1})
-    metrics = Trainer(config, tmp_path).train()[0]
+    metrics = Trainer(config, tmp_path).train()[-1]
     assert -1 <= metrics["reward/clip"] <= 1
     assert metrics["failed/clip"] == 0

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line. Each file has one command or a small group."""
 
 from flowgrain.cli.main import main
 

@@ -39,13 +39,15 @@ def load_config(
     """The configuration that `source` names, with `overrides`.
 
     Args:
-        source: a bundled recipe ("demo", "flux/g2rpo"), a method, a YAML file, or the directory of a run.
+        source: a bundled recipe ("demo", "flux/g2rpo"), a method, a YAML file, or the directory of
+            a run.
         overrides: "section.key=VALUE" with YAML values, or a mapping of full paths to values.
         preset: name of a preset, such as "one-gpu".
         plugins: Python files that register methods, rewards or backbones.
 
     Raises:
-        SettingsError: the source does not exist, or a setting is wrong. The message names the setting and the fix.
+        SettingsError: the source does not exist, or a setting is wrong. The message names the
+            setting and the fix.
 
     Example:
         >>> load_config("g2rpo", {"method.granularities": [1, 2], "training.max_steps": 40})
@@ -264,7 +266,7 @@ def _container(config: Any) -> Values:
     plain = OmegaConf.to_container(config, resolve=True)
     if not isinstance(plain, dict):
         raise ValueError("not a mapping of sections")
-    return {key: value for key, value in plain.items()}  # type: ignore[misc]
+    return dict(plain)  # type: ignore[arg-type]
 
 
 def _first_line(error: Exception) -> str:

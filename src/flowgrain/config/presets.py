@@ -11,8 +11,8 @@ PRESETS = {"one-gpu": "LoRA, small batches and rewards on the CPU, for one GPU w
 def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` changed by a preset.
 
-    "one-gpu" replaces a full fine-tune by a LoRA of rank 32. The learning rate of a full fine-tune is too small for an
-    adapter, so the preset sets 1e-4, which was not tuned.
+    "one-gpu" replaces a full fine-tune by a LoRA of rank 32. The learning rate of a full fine-tune
+    is too small for an adapter, so the preset sets 1e-4, which was not tuned.
 
     Raises:
         SettingsError: there is no such preset.
@@ -21,7 +21,7 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         raise SettingsError(
             f"--preset {name}: there is no such preset. {did_you_mean(name, PRESETS)}"
         )
-    changed = {key: value for key, value in values.items()}
+    changed = dict(values)
     if not values.get("lora", {}).get("rank"):
         changed["lora"] = {**values.get("lora", {}), "rank": 32, "alpha": 64.0}
         changed["optimizer"] = {**values.get("optimizer", {}), "learning_rate": 1e-4}

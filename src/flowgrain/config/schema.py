@@ -215,13 +215,17 @@ class Config(Section):
     def sigmas(self, num_steps: int | None = None) -> Tensor:
         """Noise levels [T + 1] of `num_steps` steps, by default of training.
 
-        Before the model is loaded, shift=auto counts as 3: the cost of a plan does not depend on it.
+        Before the model is loaded, shift=auto counts as 3: the cost of a plan does not depend on
+        it.
         """
         shift = 3.0 if self.sampling.shift == "auto" else self.sampling.shift
         return sigma_grid(num_steps or self.sampling.num_steps, shift, self.sampling.shift_terminal)
 
     def with_shift(self, shift: float, terminal: float | None) -> "Config":
-        """This configuration with the model's own grid in place of shift=auto. A terminal level that is set stays."""
+        """This configuration with the model's own grid in place of shift=auto.
+
+        A terminal level that is set stays.
+        """
         terminal = self.sampling.shift_terminal or terminal
         sampling = self.sampling.model_copy(update={"shift": shift, "shift_terminal": terminal})
         return self.model_copy(update={"sampling": sampling})

@@ -10,7 +10,10 @@ from flowgrain.settings import Section
 
 
 class Difference(NamedTuple):
-    """A setting that differs: its full path, and its YAML value on both sides. "-" marks a missing setting."""
+    """A setting that differs: its full path, and its YAML value on both sides.
+
+    "-" marks a setting that a side does not have.
+    """
 
     path: str
     left: str
@@ -86,7 +89,10 @@ def _comment(field: Any) -> str:
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every setting below `path` with its YAML value. Entries of a list of rewards go by name: rewards[hps].weight."""
+    """Every setting below `path` with its YAML value.
+
+    The path of a setting in a list of rewards contains the reward: rewards[hps].weight.
+    """
     if isinstance(value, Mapping):
         for key, entry in value.items():
             yield from _flat(entry, f"{path}.{key}" if path else str(key))

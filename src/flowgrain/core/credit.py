@@ -102,7 +102,10 @@ def normalize(values: Tensor, groups: Tensor, how: Normalization) -> Tensor:
 
 
 def granular(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
-    """G2RPO's credit [E] (eq. 12): values are normalized per channel (granularity), then the channels are summed."""
+    """G2RPO's credit [E] (eq.
+
+    12): values are normalized per channel (granularity), then the channels are summed.
+    """
     channels = edge_values(tree, rewards).T
     return torch.stack([normalize(values, how.groups(tree), how) for values in channels]).sum(0)
 
@@ -143,7 +146,7 @@ def per_image(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
 def extremes(advantage: Tensor, groups: Tensor, kept: int) -> Tensor:
     """Edge weights [E] that keep the `kept` / 2 highest and lowest of every group, with mean 1 (DanceGRPO's best-of-N)."""
     edge_weight = torch.zeros_like(advantage)
-    for group in groups.unique():
+    for group in torch.unique(groups):
         places = (groups == group).nonzero().squeeze(1)
         ranked = places[advantage[places].argsort(stable=True)]
         half = min(kept // 2, len(ranked) // 2)

@@ -62,7 +62,10 @@ def _surrogate(ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Ten
 
 
 def _kl(edges: Edges, form: KLForm) -> Tensor:
-    """KL [E] to the reference, 0 without one. "flow_grpo" divides by 2 s^2 instead of 2 std^2 = 2 s^2 (-dt)."""
+    """KL [E] to the reference, 0 without one.
+
+    "flow_grpo" divides by 2 s^2 instead of 2 std^2 = 2 s^2 (-dt).
+    """
     if edges.reference is None:
         return torch.zeros_like(edges.advantage)
     kl = edges.transition.kl(edges.reference)
@@ -70,7 +73,10 @@ def _kl(edges: Edges, form: KLForm) -> Tensor:
 
 
 def clipped(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussian") -> Objective:
-    """PPO's clipped surrogate (Flow-GRPO eq. 5, G2RPO eq. 13) plus `kl_weight` times the KL to the reference."""
+    """PPO's clipped surrogate (Flow-GRPO eq.
+
+    5, G2RPO eq. 13) plus `kl_weight` times the KL to the reference.
+    """
 
     def objective(edges: Edges) -> EdgeLoss:
         ratio = edges.log_ratio.exp()

@@ -19,7 +19,9 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """velocity(x [B, *L], sigma [B] fp32, prompt [B] index) -> v [B, *L]."""
 
 TailVelocity = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""tail(x [B, *L], sigma [B] fp32, prompt [B] index, continues) -> v [B, *L]. If `continues` is true, the rows are those
+"""tail(x [B, *L], sigma [B] fp32, prompt [B] index, continues) -> v [B, *L].
+
+If `continues` is true, the rows are those
 of the previous call, one step later."""
 
 Noise = Callable[[Ints, Ints], Tensor]
@@ -28,7 +30,9 @@ Noise = Callable[[Ints, Ints], Tensor]
 
 @dataclass(frozen=True)
 class Rollout:
-    """A tree with the latents of its leaves, trained edges and their parents. Other latents are not kept.
+    """A tree with the latents of its leaves, trained edges and their parents.
+
+    Other latents are not kept.
 
     Attributes:
         tree: the executed tree.

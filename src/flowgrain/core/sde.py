@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 def sigma_grid(num_steps: int, shift: float = 3.0, terminal: float | None = None) -> Tensor:
-    """Noise levels 1 ... 0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s).
+    """Noise levels 1 ...
+
+    0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s).
 
     Args:
         num_steps: T.
@@ -36,7 +38,10 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal(mean, std^2 I) over the latent for each row: mean [B, *L], std [B] in fp32. std 0 is a point."""
+    """Normal(mean, std^2 I) over the latent for each row: mean [B, *L], std [B] in fp32.
+
+    std 0 is a point.
+    """
 
     mean: Tensor
     std: Tensor
@@ -58,7 +63,10 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Step:
-    """The grid step of each of B rows: from sigma [B] to sigma_next [B]. index [B] is the grid index of sigma."""
+    """The grid step of each of B rows: from sigma [B] to sigma_next [B].
+
+    index [B] is the grid index of sigma.
+    """
 
     sigma: Tensor
     sigma_next: Tensor
@@ -82,7 +90,10 @@ class Kernel(Protocol):
 
 
 def _flow_sde(x: Tensor, v: Tensor, step: Step, s: Tensor) -> Gaussian:
-    """Flow-GRPO eq. 9 with noise strength s [B]: the SDE with the marginals of the flow. s = 0 is the ODE."""
+    """Flow-GRPO eq.
+
+    9 with noise strength s [B]: the SDE with the marginals of the flow. s = 0 is the ODE.
+    """
     correction = s.square() / (2 * step.sigma) * step.dt
     v_scale = per_row(step.dt + correction * (1 - step.sigma), x)
     mean = x.float() * per_row(1 + correction, x) + v.float() * v_scale
@@ -90,7 +101,10 @@ def _flow_sde(x: Tensor, v: Tensor, step: Step, s: Tensor) -> Gaussian:
 
 
 def flow_strength(eta: float, step: Step) -> Tensor:
-    """s = eta sqrt(sigma / (1 - sigma)), [B]. At sigma = 1 the denominator uses sigma_next (Flow-GRPO eq. 8)."""
+    """s = eta sqrt(sigma / (1 - sigma)), [B].
+
+    At sigma = 1 the denominator uses sigma_next (Flow-GRPO eq. 8).
+    """
     level = torch.where(step.sigma >= 1, step.sigma_next, step.sigma)
     return eta * (step.sigma / (1 - level)).sqrt()
 
@@ -105,7 +119,9 @@ class ODE:
 
 
 def multistep(x: Tensor, v: Tensor, step: Step, x0_before: Tensor, sigma_before: Tensor) -> Tensor:
-    """One deterministic second-order step, [B, *L]: DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2).
+    """One deterministic second-order step, [B, *L]: DPM-Solver++(2M), midpoint (Lu et al.
+
+    2022, algorithm 2).
 
     The first-order part is the Euler step.
 

@@ -93,7 +93,10 @@ class Tree:
 
     @cached_property
     def edges(self) -> Ints:
-        """Rows [E] that a trained stochastic step reached. An edge is identified by the row it leads to."""
+        """Rows [E] that a trained stochastic step reached.
+
+        An edge is identified by the row it leads to.
+        """
         return np.flatnonzero(self.trained)
 
     @cached_property
@@ -116,7 +119,8 @@ class Tree:
         """Comparison group [E] of every trained edge: edges of one prompt at one grid step share a number."""
         edges = self.edges
         key = self.prompt[edges] * (self.num_steps + 1) + self.grid_index[edges]
-        return np.unique(key, return_inverse=True)[1]
+        groups: Ints = np.unique(key, return_inverse=True)[1]
+        return groups
 
     @cached_property
     def multistep_parents(self) -> Ints:
@@ -125,7 +129,10 @@ class Tree:
 
     @cached_property
     def tail(self) -> NDArray[np.bool_]:
-        """Whether a row [N] has no stochastic descendant. Tail rows affect rewards, but no log-probability."""
+        """Whether a row [N] has no stochastic descendant.
+
+        Tail rows affect rewards, but no log-probability.
+        """
         stochastic_below = np.zeros(len(self), dtype=bool)
         for row in range(len(self) - 1, -1, -1):
             if self.parent[row] != ROOT and (self.stochastic[row] or stochastic_below[row]):
@@ -185,7 +192,9 @@ class Planner:
         return self._add(_Row(ROOT, 0, draw=self._next_draw()))
 
     def sde(self, node: int, fan: int = 1, train: bool = True) -> list[int]:
-        """Add `fan` stochastic steps of one grid step from `node`, each with its own noise. Returns their rows.
+        """Add `fan` stochastic steps of one grid step from `node`, each with its own noise.
+
+        Returns their rows.
 
         Raises:
             ValueError: `node` is already at sigma = 0.
@@ -209,7 +218,9 @@ class Planner:
         order: int = 1,
         grid: CoarseGrid = "stride",
     ) -> int:
-        """Add ODE steps from `node`. Steps that an earlier call added from the same state are shared.
+        """Add ODE steps from `node`.
+
+        Steps that an earlier call added from the same state are shared.
 
         Args:
             node: row to start from.

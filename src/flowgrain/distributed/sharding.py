@@ -13,10 +13,12 @@ from flowgrain.distributed.world import World
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
-    """Shard `model` in place, first each of its `blocks`, then the rest. A single process changes nothing.
+    """Shard `model` in place, first each of its `blocks`, then the rest.
 
-    Gradients are summed over ranks, not averaged. Parameters are resharded after every forward pass, because they may
-    change before the next one.
+    A single process changes nothing.
+
+    Gradients are summed over ranks, not averaged. Parameters are resharded after every forward
+    pass, because they may change before the next one.
     """
     if world.mesh is None:
         return
@@ -31,7 +33,10 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass of `model` sums gradients over ranks. Otherwise it only accumulates them."""
+    """Whether the next backward pass of `model` sums gradients over ranks.
+
+    Otherwise it only accumulates them.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
 
@@ -43,14 +48,20 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_into(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Copy tensor by tensor, also from sharded to unsharded ones. All ranks must call it together."""
+    """Copy tensor by tensor, also from sharded to unsharded ones.
+
+    All ranks must call it together.
+    """
     for target, source in zip(targets, sources, strict=True):
         same_layout = isinstance(target, DTensor) == isinstance(source, DTensor)
         target.copy_(source if same_layout else full_tensor(source))
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded state dict on the CPU of rank 0, and nothing on other ranks. Gathers one tensor at a time."""
+    """The unsharded state dict on the CPU of rank 0, and nothing on other ranks.
+
+    Gathers one tensor at a time.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)  # type: ignore[return-value]
 

@@ -5,21 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from flowgrain.distributed.world import World
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    """Write `tensors` to safetensors files in `folder`. Every rank writes its own shards and reads them back.
+    """Write `tensors` to safetensors files in `folder`.
+
+    Every rank writes its own shards and reads them back.
 
     Raises:
         OSError: a file could not be written, or differs from what was written.
@@ -28,7 +31,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> 
         warnings.simplefilter("ignore")  # about a single process
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         try:
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=world.mesh is None)
+            save(dict(tensors), storage_writer=writer, no_dist=world.mesh is None)
         except CheckpointException as error:
             raise OSError(_causes(error)) from error
     for file in sorted(folder.glob(f"shard-{world.rank + 1:05d}-*.safetensors")):
@@ -51,7 +54,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> N
         warnings.simplefilter("ignore")  # about a single process
         reader = HuggingFaceStorageReader(str(folder))
         try:
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=world.mesh is None)
+            load(dict(tensors), storage_reader=reader, no_dist=world.mesh is None)
         except CheckpointException as error:
             raise OSError(_causes(error)) from error
 

@@ -15,8 +15,8 @@ def available_cores() -> int:
 def set_threads(count: int) -> None:
     """Use `count` CPU threads. With 0, several processes share the cores of the machine equally.
 
-    torchrun sets OMP_NUM_THREADS=1 for every process. A larger value that the user set stays. A single process keeps
-    torch's default.
+    torchrun sets OMP_NUM_THREADS=1 for every process. A larger value that the user set stays. A
+    single process keeps torch's default.
     """
     processes = local_world_size()
     unset = os.environ.get("OMP_NUM_THREADS", "1") == "1"

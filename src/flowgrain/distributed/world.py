@@ -46,13 +46,16 @@ class World:
     def assign(self, count: int) -> Ints:
         """Which of `count` items belong to this rank: every `size`-th one.
 
-        All ranks get the same number of items, so that they do the same work at the same time. Some numbers may
-        therefore be `count` or larger. Their results are discarded.
+        All ranks get the same number of items, so that they do the same work at the same time. Some
+        numbers may therefore be `count` or larger. Their results are discarded.
         """
         return np.arange(-(-count // self.size), dtype=np.int64) * self.size + self.rank
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in order of rank. Values are small objects, pickled between the run's own processes."""
+        """The value of every rank, in order of rank.
+
+        Values are small objects, pickled between the run's own processes.
+        """
         if self.mesh is None:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -68,7 +71,10 @@ class World:
         return any(self.gather(flag))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients of replicated parameters over the ranks. FSDP sums the gradients of sharded ones."""
+        """Sum the gradients of replicated parameters over the ranks.
+
+        FSDP sums the gradients of sharded ones.
+        """
         grads = [
             p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
         ]
@@ -76,7 +82,7 @@ class World:
             return
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
-        totals = flat.split([grad.numel() for grad in grads])
+        totals = torch.split(flat, [grad.numel() for grad in grads])
         for grad, total in zip(grads, totals, strict=True):
             grad.copy_(total.view_as(grad))
 
@@ -88,7 +94,8 @@ SINGLE = World()
 def init_process_group(device: torch.device) -> World:
     """Join the processes that torchrun started. Without torchrun, the world of a single process.
 
-    With several machines the mesh is hybrid: parameters are sharded within a machine and replicated across machines.
+    With several machines the mesh is hybrid: parameters are sharded within a machine and replicated
+    across machines.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -114,7 +121,10 @@ def destroy_process_group() -> None:
 
 
 def env_rank() -> tuple[int, int, int]:
-    """Rank, world size and local rank as torchrun set them, without a process group. (0, 1, 0) without torchrun."""
+    """Rank, world size and local rank as torchrun set them, without a process group.
+
+    (0, 1, 0) without torchrun.
+    """
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, size, local = (int(os.environ.get(name, default)) for name, default in names.items())
     return rank, size, local

@@ -69,7 +69,7 @@ class Table:
 
     def to_json(self) -> str:
         """The table as JSON. Numbers that are not known are null."""
-        return json.dumps(_finite(asdict(self)), allow_nan=False)
+        return json_text(asdict(self))
 
 
 class _Images(NamedTuple):
@@ -199,6 +199,11 @@ def _part_means(
         if of_metric:
             means[metric] = of_metric
     return means
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """Plain nested values as JSON, with null for numbers that are not finite."""
+    return json.dumps(_finite(values), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -148,7 +148,7 @@ def base_config(targets: Sequence[Target], overrides: Mapping[str, Any]) -> Conf
     """
     run = next((target for target in targets if target.kind == "run"), None)
     if run is not None:
-        return read_run_config(Path(run.path), overrides)
+        return read_run_config(Path(run.path), dict(overrides))
     demo = read_source(DEFAULT)[1]
     demo.pop("recipe", None)
     named = next((target.path for target in targets if target.path in BACKBONES), None)
@@ -207,8 +207,17 @@ def _load_run(
     device = compute_device(config.runtime.device)
     policy = Policy.for_sampling(config, model, device, adapter=config.lora.rank > 0)
     if target.checkpoint is not None:
-        policy.load_for_sampling(target.checkpoint)
+        _load_checkpoint(policy, config, target.checkpoint)
     return policy, config
+
+
+def _load_checkpoint(policy: Policy, config: Config, path: Path) -> None:
+    """Load the EMA of a run's parameters into its policy, or the parameters without EMA."""
+    lora = config.lora.rank > 0
+    parameters = policy.parameters if lora else dict(policy.model.named_parameters())
+    kind = "ema" if config.training.ema_decay else "weights"
+    checkpoint.read(path, {f"{kind}.{name}": p.detach() for name, p in parameters.items()})
+    policy.refresh()
 
 
 def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
@@ -217,8 +226,8 @@ def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
     Raises:
         SettingsError: an override changes a setting that the run must keep.
     """
-    config = read_run_config(folder, overrides)
-    own = dict(_kept_settings(read_run_config(folder, {})))
+    config = read_run_config(folder, dict(overrides))
+    own = dict(_kept_settings(read_run_config(folder)))
     for path, value in _kept_settings(config):
         if value != own[path]:
             raise SettingsError(

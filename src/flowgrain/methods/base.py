@@ -133,7 +133,10 @@ class Method(Section, ABC):
         return Normalization(self.std_scope, self.std_unbiased, self.std_epsilon)
 
     def state_dict(self) -> dict[str, Any]:
-        """State that the method keeps between steps, as plain JSON values. It is part of every checkpoint."""
+        """State that the method keeps between steps, as plain JSON values.
+
+        It is part of every checkpoint.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -208,7 +211,10 @@ class PolicyGradient(Method):
         return CPS(self.eta) if self.sde_type == "cps" else FlowSDE(self.eta)
 
     def objective(self, sigmas: Tensor) -> Objective:  # noqa: ARG002  (used by subclasses)
-        """The loss of a trained edge. Default: PPO's clipped surrogate and the KL to the reference."""
+        """The loss of a trained edge.
+
+        Default: PPO's clipped surrogate and the KL to the reference.
+        """
         return objective.clipped(self.clip_range, self.kl_weight, self.kl_form)
 
     def initial_psi(self, sigmas: Tensor) -> tuple[float, ...]:
@@ -268,7 +274,9 @@ class PolicyGradient(Method):
 
 
 class ForwardProcess(Method):
-    """A method that trains on finished images by adding noise to them again. Its trees have no trained edges.
+    """A method that trains on finished images by adding noise to them again.
+
+    Its trees have no trained edges.
 
     The old policy samples. After every rollout it moves toward the trained policy.
     """

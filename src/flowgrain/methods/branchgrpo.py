@@ -10,7 +10,10 @@ from flowgrain.settings import IntTuple, Setting
 
 @register
 class BranchGRPO(StepChoice, CompressedTail):
-    """BranchGRPO: a stochastic tree that splits at several steps. The value of a node is the mean of its leaves."""
+    """BranchGRPO: a stochastic tree that splits at several steps.
+
+    The value of a node is the mean of its leaves.
+    """
 
     name = "branchgrpo"
     title = "BranchGRPO"

@@ -89,7 +89,10 @@ def calibration_tree(method: PolicyGradient, num_steps: int) -> Tree:
 def _share_by_step(
     holds: Tensor, step_of_edge: NDArray[np.int64], num_steps: int
 ) -> NDArray[np.float32]:
-    """The share of edges at each step for which `holds` [E] is true, [T]. A failed reward is neither gain nor loss."""
+    """The share of edges at each step for which `holds` [E] is true, [T].
+
+    A failed reward is neither gain nor loss.
+    """
     steps = torch.from_numpy(step_of_edge)
     zeros = torch.zeros(num_steps)
     held = zeros.index_add(0, steps, holds.float())

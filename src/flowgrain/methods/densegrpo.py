@@ -18,7 +18,10 @@ from flowgrain.settings import Setting
 
 @register
 class DenseGRPO(FlowGRPODefaults, SharedNoise):
-    """DenseGRPO: an ODE completion of every state. A step earns the reward gain between two completions."""
+    """DenseGRPO: an ODE completion of every state.
+
+    A step earns the reward gain between two completions.
+    """
 
     name = "densegrpo"
     title = "DenseGRPO"

@@ -10,7 +10,10 @@ from flowgrain.methods.plans import trajectory
 
 
 class FlowGRPODefaults(StepChoice):
-    """Values of Flow-GRPO that the methods derived from it share. The source is its section 5 or its published code."""
+    """Values of Flow-GRPO that the methods derived from it share.
+
+    The source is its section 5 or its published code.
+    """
 
     config_defaults = {"sampling": {"num_steps": 10}}  # section 5: T = 10 in training
 

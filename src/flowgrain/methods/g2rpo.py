@@ -13,7 +13,10 @@ from flowgrain.settings import IntTuple, Setting
 
 @register
 class G2RPO(StepChoice):
-    """Granular GRPO: one ODE trajectory. At each step k in M it branches, and every branch is finished at every granularity."""
+    """Granular GRPO: one ODE trajectory.
+
+    At each step k in M it branches, and every branch is finished at every granularity.
+    """
 
     name = "g2rpo"
     title = "G2RPO"

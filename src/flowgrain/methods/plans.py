@@ -16,7 +16,9 @@ def initial_noise(tree: Planner, count: int, shared: bool) -> list[int]:
 def trajectory(
     tree: Planner, node: int, stop: int, stochastic: Collection[int], trained: Collection[int]
 ) -> int:
-    """Walk from `node` at grid index 0 to `stop`, with noise at the steps `stochastic`. Returns the last row.
+    """Walk from `node` at grid index 0 to `stop`, with noise at the steps `stochastic`.
+
+    Returns the last row.
 
     An ODE prefix is shared with trajectories that start from the same node.
     """

@@ -1,1 +1,1 @@
-"""Answers before a run starts: its cost, memory and speed, and whether its parts work. Nothing here trains."""
+"""Before a run starts: its cost, memory and speed, and checks of its parts. Nothing is trained."""

@@ -1,4 +1,7 @@
-"""Checks of a configuration before a long run: memory, disk, prompts, the model and every reward (`flowgrain doctor`)."""
+"""Checks of a configuration before a long run: `flowgrain doctor`.
+
+Memory and disk are checked first, then the prompts, the model and every reward.
+"""
 
 import importlib.metadata
 import shutil
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import psutil
 import torch
@@ -24,7 +27,6 @@ from flowgrain.planning.sizes import ModelSize, model_size, size_of_loaded
 from flowgrain.rewards import NOT_FINITE, Reward, score
 from flowgrain.training import Trainer
 from flowgrain.training.load import compute_device, compute_dtype, load_model
-from flowgrain.training.tails import Tails
 
 MAX_TAIL_ERROR = 0.05
 """Relative error of quantized velocities above which the check fails."""
@@ -87,31 +89,41 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
 def check_parts(trainer: Trainer) -> list[Finding]:
     """Check the prompts, the model and the rewards of a trainer, and give the cost of the run."""
     config = trainer.config
-    trial = Trial.of(trainer)
-    forward, rate = attempt("forward pass", partial(forward_rate, trial), partial(_rate, trial))
-    findings = [check_prompts(trainer), forward]
-    if config.tail_schedule != "interleaved":
-        findings.append(attempt("approximate tail", partial(tail_quality, trial), str)[0])
-    decoding, images = attempt("decoding", partial(decode_noise, trial), _image_size)
-    findings.append(decoding)
+    encoding = attempt("encoding", partial(encode_first, trainer), _sizes)
+    findings = [check_prompts(trainer), encoding.finding]
+    rate: float | None = None
+    images: Tensor | None = None
+    if encoding.result is not None:
+        trial = Trial.of(trainer, encoding.result)
+        forward = attempt("forward pass", partial(forward_rate, trial), partial(_rate, trial))
+        decoding = attempt("decoding", partial(decode_noise, trial), _image_size)
+        findings += [forward.finding, decoding.finding]
+        rate, images = forward.result, decoding.result
+        if config.tail_schedule != "interleaved":
+            findings.append(attempt("approximate tail", partial(tail_quality, trial), str).finding)
     for name, reward in trainer.eval_rewards.items():
         prompt = (trainer.prompts if name in trainer.rewards else trainer.eval_prompts)[0]
-        findings.append(
-            attempt(f"reward {name}", partial(score_noise, reward, images, prompt), str)[0]
-        )
+        scoring = attempt(f"reward {name}", partial(score_noise, reward, images, prompt), str)
+        findings.append(scoring.finding)
     guided = config.sampling.guidance_scale != 1 and not trainer.backbone.embedded_guidance
     return [*findings, check_cost(config, 2 if guided else 1, rate)]
 
 
-def attempt(
-    name: str, check: Callable[[], T], describe: Callable[[T], str]
-) -> tuple[Finding, T | None]:
-    """The finding of a check that returns a result or raises an error, and the result."""
+@dataclass(frozen=True)
+class Attempt(Generic[T]):
+    """The finding of a check, and its result. The result is None if the check raised an error."""
+
+    finding: Finding
+    result: T | None
+
+
+def attempt(name: str, check: Callable[[], T], describe: Callable[[T], str]) -> Attempt[T]:
+    """Run a check that returns a result or raises an error. `describe` makes text of a result."""
     try:
         result = check()
     except Exception as error:  # a check runs code of models and rewards, which may raise anything
-        return Finding(name, False, f"{type(error).__name__}: {error}"), None
-    return Finding(name, True, describe(result)), result
+        return Attempt(Finding(name, False, f"{type(error).__name__}: {error}"), None)
+    return Attempt(Finding(name, True, describe(result)), result)
 
 
 # ---------------------------------------------------------------------- without the model
@@ -195,7 +207,8 @@ def check_cost(config: Config, rows_per_row: int | None, rate: float | None) -> 
         seconds = cost.passes * training.prompts_per_step / rate
         hours = seconds * training.max_steps / 3600
         sentences.append(
-            f"About {seconds:.0f} s per step and {hours:.1f} h in total, without decoding and scoring."
+            f"About {seconds:.0f} s per step and {hours:.1f} h in total, "
+            "without decoding and scoring."
         )
     return Finding("cost", True, " ".join(sentences))
 
@@ -205,7 +218,14 @@ def check_cost(config: Config, rows_per_row: int | None, rate: float | None) -> 
 
 @dataclass(frozen=True)
 class Trial:
-    """A batch of noise for trial forward passes: x [B, *L], sigma [B] and the conditioning of the first prompt."""
+    """A batch of noise for trial forward passes.
+
+    Attributes:
+        trainer: trainer of the run.
+        x: latents [B, *L].
+        sigma: noise levels [B].
+        cond: conditioning with B rows.
+    """
 
     trainer: Trainer
     x: Tensor
@@ -213,19 +233,32 @@ class Trial:
     cond: Conditioning
 
     @classmethod
-    def of(cls, trainer: Trainer) -> "Trial":
-        """A batch as large as those of the run, but at most 64 rows."""
+    def of(cls, trainer: Trainer, cond: Conditioning) -> "Trial":
+        """A batch as large as those of the run, but at most 64 rows.
+
+        Args:
+            trainer: trainer of the run.
+            cond: conditioning of one prompt.
+        """
         rows = min(trainer.config.sampling.batch_size, MAX_ROWS)
         x = torch.randn(rows, *trainer.backbone.latent_shape, device=trainer.device)
         sigma = torch.full((rows,), 0.5, device=trainer.device)
         index = torch.zeros(rows, dtype=torch.long, device=trainer.device)
-        cond = take(trainer.policy.encode([trainer.prompts[0].text]), index)
-        return cls(trainer, x, sigma, cond)
+        return cls(trainer, x, sigma, take(cond, index))
 
     def velocity(self) -> Tensor:
-        """v [B, *L] of the policy."""
+        """Velocity [B, *L] of the policy."""
         guidance = self.trainer.config.sampling.guidance_scale
         return self.trainer.policy.sample_velocity(self.x, self.sigma, self.cond, guidance)
+
+
+def encode_first(trainer: Trainer) -> Conditioning:
+    """Conditioning of the first training prompt, one row."""
+    return trainer.policy.encode([trainer.prompts[0].text])
+
+
+def _sizes(cond: Conditioning) -> str:
+    return ", ".join(f"{name} {list(value.shape[1:])}" for name, value in cond.items())
 
 
 def forward_rate(trial: Trial) -> float:
@@ -257,7 +290,7 @@ def tail_quality(trial: Trial) -> str:
     sampling, x = trial.trainer.config.sampling, trial.x
     exact = trial.velocity().float()
     error = seconds = 0.0
-    with Tails(trial.trainer.policy, sampling).open() as velocity:
+    with trial.trainer.collector.tails.open() as velocity:
         for step in range(3):  # a cache makes the third call cheaper, but not the first two
             begin = time.perf_counter()
             sigma = trial.sigma - 0.05 * step
@@ -318,7 +351,8 @@ def check_prompts(trainer: Trainer) -> Finding:
         sentences.append(f"{repeats:,} training prompts are repeats.")
     if shared:
         sentences.append(
-            f"{shared:,} evaluation prompts are also training prompts. Remove them from data.prompts."
+            f"{shared:,} evaluation prompts are also training prompts. "
+            "Remove them from data.prompts."
         )
     return Finding("prompts", not shared, " ".join(sentences))
 

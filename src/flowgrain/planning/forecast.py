@@ -1,6 +1,7 @@
-"""The expected time, transfers and memory of a training step on several GPUs: passes, FLOPs, bytes and link speeds.
+"""The expected time, transfers and memory of a training step on several GPUs.
 
-A model, not a measurement. The documentation compares it with measurements and lists what it
+The forecast is computed from forward passes, FLOPs, bytes and link speeds. It is a model, not a
+measurement. The documentation compares it with measurements and lists what it
 leaves out.
 """
 
@@ -105,7 +106,14 @@ def forecast(config: Config, gpus: int, gpu: str, utilization: float = UTILIZATI
 
 @dataclass(frozen=True)
 class _Passes:
-    """Forward passes of one GPU per step. With true CFG a row counts twice in `sampling`, `gradient` and `frozen`."""
+    """Forward passes of one GPU per step.
+
+    Attributes:
+        sampling: rows that sample.
+        gradient: rows with gradient.
+        frozen: rows of the update without gradient.
+        rows_per_row: 2 with true CFG, which doubles all of these numbers; otherwise 1.
+    """
 
     sampling: int
     gradient: int

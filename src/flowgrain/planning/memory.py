@@ -1,4 +1,4 @@
-"""The memory of a run on each GPU by part, from numbers of parameters. `doctor` and the forecast share it."""
+"""The memory of a run on each GPU, by part. `flowgrain doctor` and the forecast use it."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a run holds on each GPU, by part. Activations and text encoders are not included."""
+    """Bytes that a run holds on each GPU, by part, without activations and text encoders."""
 
     parts: dict[str, float]
 
@@ -90,7 +90,10 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
 
 
 def _sampling_copy(size: ModelSize, dtype: torch.dtype, layout: Layout) -> float:
-    """Bytes of the copy that samples. A float32 run on one GPU and a LoRA sample with the trained model itself."""
+    """Bytes of the copy that samples.
+
+    A LoRA, and a float32 run on one GPU, sample with the trained model itself.
+    """
     if layout.lora or (dtype == torch.float32 and not layout.replica):
         return 0.0
     return dtype.itemsize * size.transformer / (1 if layout.replica else layout.shards)
@@ -105,7 +108,7 @@ def _quantized_copy(config: Config, size: ModelSize, width: int) -> float:
 
 
 def _latents(config: Config, size: ModelSize, gpus: int) -> float:
-    """Bytes of the float32 latents that a rollout keeps: leaves, trained edges and their parents."""
+    """Bytes of the float32 latents that a rollout keeps: leaves, trained edges, their parents."""
     tree = config.tree()
     kept = len(tree.leaves) + len(tree.edges) + len(tree.trained_parents)
     prompts = -(-config.training.prompts_per_step // gpus)

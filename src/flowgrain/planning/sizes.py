@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model, counted on the meta device from its configuration files. No weights are read."""
+"""Parameters and FLOPs of a model, from its configuration files. No weights are read."""
 
 import copy
 import itertools
@@ -119,9 +119,8 @@ def forward_flops(model: ModelConfig) -> float:
     parts = _meta_parts(model)
     if model.name not in _INPUTS or parts is None:
         raise SettingsError(
-            f"model.name={model.name}, model.path={model.path}: the FLOPs of this model are not known. "
-            "Use flux or sd3 with a local directory, or with one of "
-            f"{', '.join(_PUBLISHED)}."
+            f"model.name={model.name}, model.path={model.path}: the FLOPs of this model are not "
+            f"known. Use flux or sd3 with a local directory, {' or '.join(_PUBLISHED)}."
         )
     transformer, vae = parts
     with torch.device("meta"):
@@ -132,7 +131,7 @@ def forward_flops(model: ModelConfig) -> float:
 
 
 def embeds_guidance(model: ModelConfig) -> bool:
-    """Whether guidance is an input of the transformer (FLUX.1-dev), so that it costs no second row."""
+    """Whether guidance is an input of the transformer (FLUX.1-dev) and costs no second row."""
     parts = _meta_parts(model)
     return parts is not None and bool(parts[0].config.get("guidance_embeds", False))
 
@@ -174,7 +173,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 @lru_cache(maxsize=4)
 def _meta_parts(model: ModelConfig) -> tuple[Any, Any] | None:
-    """The transformer and the VAE of `model` on the meta device. None if their configurations are not known."""
+    """The transformer and the VAE of `model` on the meta device. None without configurations."""
     configs = [_part_config(model, part) for part in ("transformer", "vae")]
     transformer, vae = (None if config is None else _build(config) for config in configs)
     return None if transformer is None or vae is None else (transformer, vae)
@@ -193,9 +192,9 @@ def _part_config(model: ModelConfig, part: str) -> Mapping[str, Any] | None:
 
 
 def _build(config: Mapping[str, Any]) -> Any:
-    """The part of a pipeline with this configuration, on the meta device. None if diffusers has no such class."""
-    part_class = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(part_class, type) and issubclass(part_class, diffusers.ModelMixin)):
+    """A part of a pipeline on the meta device. None if diffusers has no such class."""
+    part_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if part_class is None or not issubclass(part_class, nn.Module):
         return None
     with torch.device("meta"):
         return part_class.from_config(dict(config))

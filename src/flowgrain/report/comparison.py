@@ -1,211 +1,222 @@
-"""The table and the page of a comparison.
+"""The page of a comparison: comparison.html in its directory, with the tables as JSON and Markdown.
 
-Letters: S seeds, R finished runs.
+Shapes: S seeds, K points of a curve.
 """
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from matplotlib.axes import Axes
 
-from flowgrain.methods.calibration import calibration_price
-from flowgrain.training.checkpoint import write_atomically
-from flowgrain.studies.compare import BASE, Comparison, by_seed, entries, results, units_of_step
-from flowgrain.training.evaluate import interval
-from flowgrain.training.recorder import read_settings
-from flowgrain.report.curves import picture
-from flowgrain.report.page import data_uri, template, tiles
-from flowgrain.config.schema import SettingsError
+from flowgrain.evaluation.statistics import confidence_interval
+from flowgrain.evaluation.table import json_text
+from flowgrain.methods.calibration import calibration_cost
+from flowgrain.report.comparison_table import (
+    best_label,
+    make_tables,
+    markdown,
+    method_labels,
+    shown_metrics,
+)
+from flowgrain.report.render import data_uri, tiles, write_page
+from flowgrain.report.svg import Curve, Figure, draw_figure
+from flowgrain.settings import SettingsError
+from flowgrain.studies.comparison import Comparison
+from flowgrain.studies.entries import plan_entries
+from flowgrain.studies.measure import NUM_SHOWN
+from flowgrain.studies.results import (
+    BASE,
+    read_comparison,
+    result_file,
+    results,
+    units_of_step,
+)
+from flowgrain.training.files import write_atomically
+from flowgrain.training.recorder import Recorder
+from flowgrain.training.run_files import read_run_config
 
-SMALLER_IS_BETTER = ("frechet",)
-Number = tuple[float, float, float]  # mean and the ends of its 95% interval
+_AXES = {"units": "cost in units", "updates": "optimizer updates"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method on one reward set at one number of inference steps: each metric, and its difference to the baseline."""
+class RewardSetSection:
+    """The part of the page about one reward set.
 
-    label: str
-    baseline: str
-    seeds: int
-    rollouts: float
-    updates: float
-    seconds: float
-    metrics: dict[str, Number]
-    against: dict[str, Number]
-    stopped: int
+    Attributes:
+        name: label of the reward set.
+        tables: rows by number of inference steps.
+        best: label of the best method by number of inference steps and metric.
+        figures: held-out scores during training.
+        prompts: prompts of the images.
+        images: label of a method, and its images of the prompts as data URIs.
+    """
 
-
-def load(folder: Path) -> Comparison:
-    """The comparison that `folder` holds. Raises SettingsError if there is none."""
-    try:
-        return Comparison(**yaml.safe_load((folder / "comparison.yaml").read_text(encoding="utf-8"))["comparison"])
-    except OSError:
-        raise SettingsError(f"{folder}: there is no comparison here (no comparison.yaml)") from None
-
-
-def labels(c: Comparison) -> list[str]:
-    """The methods, as the table names them, in its order."""
-    return list(dict.fromkeys(entry.label for entry in entries(c)))
-
-
-def table(c: Comparison, found: Sequence[Mapping[str, Any]], reward_set: str, num_steps: int) -> list[Row]:
-    """Mean and 95% interval over seeds of every metric, and of the difference to the baseline, paired by seed."""
-    rows = []
-    names = labels(c)
-    for label in names:
-        runs = [r for r in found if r["label"] == label and r["reward_set"] == reward_set]
-        if not runs:
-            continue
-        metrics, against, baseline = {}, {}, c.baselines.get(label, names[0])
-        for metric in runs[0]["steps"][str(num_steps)]:
-            own = by_seed(found, label, reward_set, num_steps, metric)
-            first = by_seed(found, baseline, reward_set, num_steps, metric)
-            both = [own[seed] - first[seed] for seed in own if seed in first]
-            metrics[metric] = interval(np.array(list(own.values())))
-            against[metric] = interval(np.array(both))
-        mean = {key: float(np.mean([r[key] for r in runs])) for key in ("rollouts", "updates", "seconds")}
-        stopped = sum(bool(r["stopped"]) for r in runs)
-        rows.append(Row(label, baseline, len(runs), **mean, metrics=metrics, against=against, stopped=stopped))
-    return rows
+    name: str
+    tables: dict[int, Any]
+    best: dict[tuple[int, str], str | None]
+    figures: list[Figure]
+    prompts: list[str]
+    images: list[tuple[str, list[str]]]
 
 
 def write_comparison(folder: Path) -> Path:
-    """Writes comparison.json, .md and .html into `folder` from its finished runs. Raises SettingsError if there is none."""
-    c, found = load(folder), results(folder)
-    base = next((r for r in found if r["label"] == BASE), None)
-    tables = {
-        reward_set: {num_steps: table(c, found, reward_set, num_steps) for num_steps in c.eval_steps} for reward_set in c.rewards
+    """Write comparison.json, .md and .html from the finished runs in `folder`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        SettingsError: the directory contains no comparison, or no finished run of it.
+    """
+    comparison, found = read_comparison(folder), results(folder)
+    base = next((result for result in found if result["label"] == BASE), None)
+    tables = make_tables(comparison, found)
+    if not any(rows for by_steps in tables.values() for rows in by_steps.values()):
+        raise SettingsError(
+            f"{folder}: no run of this comparison is finished. Continue it with flowgrain compare."
+        )
+    metrics = shown_metrics(found)
+    plain = {
+        name: {str(steps): [asdict(row) for row in rows] for steps, rows in by_steps.items()}
+        for name, by_steps in tables.items()
     }
-    if not any(rows for of_steps in tables.values() for rows in of_steps.values()):
-        raise SettingsError(f"{folder}: no run of this comparison is finished yet; go on with `flowgrain compare`")
-    plain = {name: {str(n): [vars(row) for row in rows] for n, rows in of_steps.items()} for name, of_steps in tables.items()}
-    write_atomically(folder / "comparison.json", json.dumps({"base": base, "tables": plain}, indent=1))
-    shown = sorted({metric for r in found for of_steps in r["steps"].values() for metric in of_steps if "/" not in metric})
-    write_atomically(folder / "comparison.md", "".join(markdown(base, tables, shown)))
-    page = template("comparison.html").render(
-        c=c,
-        base=base,
+    write_atomically(folder / "comparison.json", json_text({"base": base, "tables": plain}))
+    text = "\n".join(markdown(base, tables, metrics))
+    write_atomically(folder / "comparison.md", text + "\n")
+    sections = [
+        _section(comparison, folder, name, by_steps, metrics)
+        for name, by_steps in tables.items()
+        if any(by_steps.values())
+    ]
+    values = {
+        "comparison": comparison,
+        "base": base,
+        "metrics": metrics,
+        "sections": sections,
+        "finished": len(found),
+        "planned": len(plan_entries(comparison)) + 1,
+        "open_steps": _middle_steps(comparison),
+    }
+    return write_page(folder / "comparison.html", "comparison.html", values)
+
+
+def _section(
+    comparison: Comparison,
+    folder: Path,
+    reward_set: str,
+    tables: dict[int, Any],
+    metrics: list[str],
+) -> RewardSetSection:
+    runs = finished_runs(comparison, folder, reward_set)
+    prompts, images = _images(comparison, folder, runs)
+    return RewardSetSection(
+        name=reward_set,
         tables=tables,
-        metrics=shown,
         best={
-            (name, n, m): _best(rows, m)
-            for name, of_steps in tables.items()
-            for n, rows in of_steps.items()
-            for m in shown
-            if rows and m != "diversity"  # more of it is not better by itself: noise is diverse
+            (steps, metric): best_label(rows, metric)
+            for steps, rows in tables.items()
+            for metric in metrics
         },
-        curves={reward_set: curves(c, folder, reward_set) for reward_set in c.rewards},
-        pictures={reward_set: pictures(c, folder, reward_set) for reward_set in c.rewards},
-        finished=len(found),
-        planned=len(entries(c)) + 1,
+        figures=_figures(comparison, reward_set, runs),
+        prompts=prompts,
+        images=images,
     )
-    write_atomically(folder / "comparison.html", page)
-    return folder / "comparison.html"
 
 
-def markdown(
-    base: Mapping[str, Any] | None, tables: Mapping[str, Mapping[int, list[Row]]], metrics: Sequence[str]
-) -> Iterator[str]:
-    """The tables as text: mean ± half of the 95% interval, and in brackets the interval of the difference to the first method."""
-    for reward_set, of_steps in tables.items():
-        for num_steps, rows in of_steps.items():
-            yield f"Trained on {reward_set}, {num_steps} inference steps\n\n"
-            yield f"| method | seeds | {' | '.join(metrics)} | updates |\n|{'---|' * (len(metrics) + 3)}\n"
-            if base is not None:
-                before = [f"{base['steps'][str(num_steps)].get(m, math.nan):.3f}" for m in metrics]
-                yield f"| base | | {' | '.join(before)} | |\n"
-            for row in rows:
-                cells = []
-                for m in metrics:
-                    if m not in row.metrics:
-                        cells.append("-")
-                        continue
-                    mean, low, high = row.metrics[m]
-                    several = row.seeds > 1
-                    cell = f"{mean:.3f}" + (f" ± {(high - low) / 2:.3f}" if several else "")
-                    _, low, high = row.against[m]
-                    cells.append(cell + (f" [{low:+.3f}, {high:+.3f}]" if several and row.baseline != row.label else ""))
-                told = f"{row.label} ({row.stopped} diverged)" if row.stopped else row.label
-                yield f"| {told} | {row.seeds} | {' | '.join(cells)} | {row.updates:.0f} |\n"
-            yield "\n"
+def finished_runs(comparison: Comparison, folder: Path, reward_set: str) -> dict[str, list[Path]]:
+    """The directories of the finished runs on `reward_set`, by method."""
+    runs: dict[str, list[Path]] = {label: [] for label in method_labels(comparison)}
+    for entry in plan_entries(comparison):
+        file = result_file(folder, entry.name)
+        if entry.reward_set == reward_set and file.exists():
+            runs[entry.label].append(file.parent)
+    return {label: folders for label, folders in runs.items() if folders}
 
 
-def _best(rows: Sequence[Row], metric: str) -> str:
-    """The method with the best mean of `metric`; none where it was not measured."""
-    sign = -1 if metric in SMALLER_IS_BETTER else 1
-    return max((row for row in rows if metric in row.metrics), key=lambda row: sign * row.metrics[metric][0], default=rows[0]).label
+@dataclass(frozen=True)
+class _Point:
+    """An evaluation during training: the cost and the updates so far, and the value of a metric."""
+
+    units: float
+    updates: float
+    value: float
 
 
-def finished_runs(c: Comparison, folder: Path, reward_set: str) -> dict[str, list[Path]]:
-    """The folders of finished runs on `reward_set`, by method."""
-    found: dict[str, list[Path]] = {}
-    for entry in entries(c):
-        out = folder / "runs" / entry.name
-        if entry.reward_set == reward_set and (out / "result.json").exists():
-            found.setdefault(entry.label, []).append(out)
-    return found
-
-
-def curve_of(out: Path, metric: str) -> list[tuple[float, float, float]]:
-    """(units spent, updates done, value) at every evaluation of a run."""
-    s = read_settings(out)
-    units, updates = calibration_price(s).units, 0.0
+def _points(run: Path, metric: str) -> list[_Point]:
+    config = read_run_config(run)
+    num_rewards, num_steps = len(config.rewards), config.sampling.num_steps
+    units, updates = calibration_cost(config.method, num_steps, num_rewards).units, 0.0
     points = []
-    for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+    for line in Recorder(run, config).read_metrics():
         if "forward_passes" in line:
-            units += units_of_step(line, len(s.rewards))
+            units += units_of_step(line, num_rewards)
             updates += line["updates"]
         if f"eval/{metric}" in line:
-            points.append((units, updates, line[f"eval/{metric}"]))
+            points.append(_Point(units, updates, line[f"eval/{metric}"]))
     return points
 
 
-def curves(c: Comparison, folder: Path, reward_set: str) -> list[tuple[str, str]]:
-    """Held-out metrics while training, mean over seeds with the 95% interval, against cost and against updates."""
-    if not c.curve_points:
+def _figures(
+    comparison: Comparison, reward_set: str, runs: dict[str, list[Path]]
+) -> list[Figure]:
+    """Held-out scores during training, mean over seeds, against the cost and against the updates."""
+    if not comparison.curve_points or not runs:
         return []
-    runs = finished_runs(c, folder, reward_set)
-    drawn = []
-    if not runs:
-        return []
-    trained = read_settings(next(iter(runs.values()))[0]).rewards
-    for metric in dict.fromkeys([*trained, "oracle"]):
-        for axis, title in ((0, "units (see above)"), (1, "optimizer updates")):
-
-            def draw(axes: Axes, metric: str = metric, axis: int = axis, title: str = title) -> None:
-                for label, folders in runs.items():
-                    each = [curve_of(out, metric) for out in folders]
-                    length = min(map(len, each))
-                    if not length:
-                        continue
-                    values = np.array([[point[2] for point in points[:length]] for points in each])  # (S, points)
-                    where = np.mean([[point[axis] for point in points[:length]] for points in each], 0)
-                    bounds = np.array([interval(column) for column in values.T])
-                    (line,) = axes.plot(where, bounds[:, 0], "o-", lw=1.8, ms=3, label=label)
-                    if len(each) > 1:
-                        axes.fill_between(where, bounds[:, 1], bounds[:, 2], color=line.get_color(), alpha=0.13)
-                axes.set(xlabel=title, ylabel=f"held-out {metric}")
-                axes.legend(fontsize=7)
-
-            drawn.append((f"{metric} against {title.split(' (')[0]}", picture(draw)))
-    return drawn
+    figures = []
+    for metric in (reward.name for reward in comparison.rewards[reward_set]):
+        points = {
+            label: [_points(run, metric) for run in folders] for label, folders in runs.items()
+        }
+        for axis, xlabel in _AXES.items():
+            curves = [
+                _mean_curve(label, of_seeds, axis)
+                for label, of_seeds in points.items()
+                if min(map(len, of_seeds))
+            ]
+            if curves:
+                title = f"{metric} by {xlabel}"
+                figures.append(draw_figure(title, curves, xlabel, f"held-out {metric}"))
+    return figures
 
 
-def pictures(c: Comparison, folder: Path, reward_set: str) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Prompts, and for each method the images of its first seed: the same noise in a column."""
+def _mean_curve(label: str, of_seeds: list[list[_Point]], axis: str) -> Curve:
+    """Mean and 95% confidence interval over seeds, at the points that all seeds have."""
+    length = min(map(len, of_seeds))
+    values = np.array([[point.value for point in points[:length]] for points in of_seeds])  # [S, K]
+    x = np.mean([[getattr(point, axis) for point in points[:length]] for points in of_seeds], 0)
+    intervals = [confidence_interval(column) for column in values.T]
+    several = len(of_seeds) > 1
+    return Curve(
+        x=x.tolist(),
+        y=[interval.mean for interval in intervals],
+        label=label,
+        low=[interval.low for interval in intervals] if several else None,
+        high=[interval.high for interval in intervals] if several else None,
+        markers=True,
+    )
+
+
+def _middle_steps(comparison: Comparison) -> int:
+    """The number of inference steps that the page shows first."""
+    steps = sorted(comparison.measurement.num_steps)
+    return steps[len(steps) // 2]
+
+
+def _images(
+    comparison: Comparison, folder: Path, runs: dict[str, list[Path]]
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Prompts, and the images of them by the base model and by every method's first seed."""
     prompts: list[str] = []
     rows = []
-    num_steps = 16 if 16 in c.eval_steps else c.eval_steps[0]
-    base = folder / "runs" / BASE
-    for label, out in [(BASE, base), *((label, found[0]) for label, found in finished_runs(c, folder, reward_set).items())]:
-        if (out / f"pictures-{num_steps}.png").exists():
-            rows.append((label, [data_uri(tile) for tile in tiles(out / f"pictures-{num_steps}.png", 8)]))
-            prompts = prompts or json.loads((out / "result.json").read_text()).get("prompts", [])
+    name = f"pictures-{_middle_steps(comparison)}.png"
+    base = result_file(folder, BASE).parent
+    first_runs = {BASE: base, **{label: folders[0] for label, folders in runs.items()}}
+    for label, run in first_runs.items():
+        if not (run / name).exists():
+            continue
+        own = json.loads((run / "result.json").read_text())["prompts"]
+        prompts = prompts or own
+        rows.append((label, [data_uri(tile) for tile in tiles(run / name, NUM_SHOWN, len(own))]))
     return prompts, rows

@@ -1,70 +1,95 @@
-"""The tree of one prompt as text: what `flowgrain plan` shows."""
+"""The tree of one prompt as text, for a terminal."""
 
 from collections import defaultdict
+from typing import NamedTuple
 
 from rich.tree import Tree as Drawing
 
-from flowgrain.config.schema import Settings
+from flowgrain.config.schema import Config
 from flowgrain.core.tree import ROOT, Tree
 
-Shape = tuple[int, bool, bool, bool, tuple["Shape", ...]]  # level, stochastic, trained, image, children
+
+class _Subtree(NamedTuple):
+    """A row and everything below it. Equal subtrees are drawn once, with their number."""
+
+    grid_index: int
+    stochastic: bool
+    trained: bool
+    image: bool
+    below: tuple["_Subtree", ...]
+
+    @property
+    def size(self) -> int:
+        return 1 + sum(child.size for child in self.below)
 
 
-def draw_tree(tree: Tree, s: Settings) -> Drawing:
-    """`tree` of one prompt for a terminal: equal branches are drawn once with their number, ODE steps are joined to lines."""
+def draw_tree(tree: Tree, config: Config) -> Drawing:
+    """`tree` of one prompt. Equal branches are drawn once with their number.
+
+    Consecutive ODE steps are joined to one line of grid indices, such as 0-1-2-3#.
+    """
     children: dict[int, list[int]] = defaultdict(list)
     for row, parent in enumerate(tree.parent):
         children[int(parent)].append(row)
     images = set(tree.leaves.tolist())
-    shapes: dict[int, Shape] = {}
+    subtrees: dict[int, _Subtree] = {}
     for row in range(len(tree) - 1, -1, -1):
-        below = tuple(sorted(shapes[child] for child in children[row]))
-        shapes[row] = (int(tree.level[row]), bool(tree.stochastic[row]), bool(tree.trained[row]), row in images, below)
-    sigmas = s.grid()
-    drawing = Drawing(f"[bold]{s.method}[/]  T={s.num_steps}   ~ noise   - ODE   # image   (grid index of every state)")
-    roots = [shapes[row] for row in children[ROOT]]
-    for shape, number in _count(roots):
-        _add(drawing.add(f"initial noise{_times(number)}"), shape, "0", sigmas.tolist())
+        subtrees[row] = _Subtree(
+            grid_index=int(tree.grid_index[row]),
+            stochastic=bool(tree.stochastic[row]),
+            trained=bool(tree.trained[row]),
+            image=row in images,
+            below=tuple(sorted(subtrees[child] for child in children[row])),
+        )
+    method = config.method
+    drawing = Drawing(
+        f"[bold]{method.title or method.name}[/], {config.sampling.num_steps} sampling steps. "
+        "Numbers are grid indices.   ~ stochastic step   - ODE step   # image"
+    )
+    for root, count in _counted([subtrees[row] for row in children[ROOT]]):
+        node = drawing.add(f"initial noise{_times(count)}")
+        _add(node, root, "0", config.sigmas().tolist())
     return drawing
 
 
-def _count(shapes: list[Shape]) -> list[tuple[Shape, int]]:
-    """Distinct shapes with their number, in order of first appearance."""
-    number: dict[Shape, int] = {}
-    for shape in shapes:
-        number[shape] = number.get(shape, 0) + 1
+def _counted(subtrees: list[_Subtree]) -> list[tuple[_Subtree, int]]:
+    """Distinct subtrees with their number, in order of first appearance."""
+    number: dict[_Subtree, int] = {}
+    for subtree in subtrees:
+        number[subtree] = number.get(subtree, 0) + 1
     return list(number.items())
 
 
-def _times(number: int) -> str:
-    return f" x{number}" if number > 1 else ""
+def _times(count: int) -> str:
+    return f" x{count}" if count > 1 else ""
 
 
-def _add(drawing: Drawing, shape: Shape, line: str, sigmas: list[float]) -> None:
-    """Writes the subtree: its longest ODE or only continuation goes on along `line`, everything else hangs below."""
+def _add(drawing: Drawing, subtree: _Subtree, line: str, sigmas: list[float]) -> None:
+    """Draw a subtree. Its longest ODE continuation, or its only child, extends `line`."""
     while True:
-        level, *_, image, below = shape
-        if not below:
-            drawing.add(line + ("#" if image else ""))
+        if not subtree.below:
+            drawing.add(line + ("#" if subtree.image else ""))
             return
-        going_on = max((child for child in below if not child[1]), key=_size, default=None)
-        branches = list(below)
-        if going_on is not None:
-            branches.remove(going_on)
-        elif len(below) == 1:
-            going_on, branches = below[0], []
-        for branch, number in _count(branches):
-            kind = "trained" if branch[2] else "not trained"
-            mark = "~" if branch[1] else "-"
-            label = f"at {level} (sigma {sigmas[level]:.3f}) {mark}{_times(number)}" + (f" [green]{kind}[/]" if branch[1] else "")
-            _add(drawing.add(label), branch, str(branch[0]), sigmas)
-        if going_on is None:
+        odes = [child for child in subtree.below if not child.stochastic]
+        next_row = max(odes, key=lambda child: child.size, default=None)
+        branches = list(subtree.below)
+        if next_row is not None:
+            branches.remove(next_row)
+        elif len(branches) == 1:
+            next_row = branches.pop()
+        for branch, count in _counted(branches):
+            node = drawing.add(_label(branch, subtree.grid_index, count, sigmas))
+            _add(node, branch, str(branch.grid_index), sigmas)
+        if next_row is None:
             if "-" in line or "~" in line:
                 drawing.add(line)
             return
-        line += ("~" if going_on[1] else "-") + str(going_on[0])
-        shape = going_on
+        line += ("~" if next_row.stochastic else "-") + str(next_row.grid_index)
+        subtree = next_row
 
 
-def _size(shape: Shape) -> int:
-    return 1 + sum(map(_size, shape[-1]))
+def _label(branch: _Subtree, start: int, count: int, sigmas: list[float]) -> str:
+    mark = "~" if branch.stochastic else "-"
+    kind = "trained" if branch.trained else "not trained"
+    suffix = f" [green]{kind}[/]" if branch.stochastic else ""
+    return f"at {start} (sigma {sigmas[start]:.3f}) {mark}{_times(count)}{suffix}"

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from flowgrain.report.render import data_uri, tiles
 from flowgrain.report.run_data import RunData, SavedEvaluation
-from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
+from flowgrain.training.recorder import SHOWN
 
 MAX_PAIRS = 16
+_COLUMNS = 8
+"""Columns of the contact sheets that `Recorder.write_evaluation` writes."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,9 @@ def image_pairs(run: RunData) -> list[ImagePair]:
     ]
 
 
-def _images(folder: Path, evaluation: SavedEvaluation) -> list:  # type: ignore[type-arg]
+def _images(folder: Path, evaluation: SavedEvaluation) -> list[Image.Image]:
     path = folder / "images" / f"evaluation-{evaluation.step:06d}.png"
-    count = min(EVALUATION_IMAGES, len(evaluation.prompts))
-    return tiles(path, EVALUATION_COLUMNS, count)
+    return tiles(path, _COLUMNS, min(SHOWN, len(evaluation.prompts)))
 
 
 def part_changes(run: RunData) -> list[PartChange]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flowgrain.config.schema import Config
-from flowgrain.training.run_files import read_metrics, read_run, read_run_config
+from flowgrain.training.recorder import Recorder
+from flowgrain.training.run_files import read_run, read_run_config
 
 Metrics = Mapping[str, Any]
 
@@ -20,7 +21,7 @@ class SavedEvaluation:
         step: training step.
         num_steps: ODE steps of an image.
         prompts: texts of the prompts.
-        scores: score of every image by reward, NaN or None where it could not be scored.
+        scores: score of every image by reward, NaN where the image could not be scored.
         parts: mean of every part by "reward/part".
     """
 
@@ -40,7 +41,7 @@ class RunData:
         config: its settings.
         record: content of run.yaml.
         steps: metrics of every training step.
-        evaluations: evaluations in order of their step.
+        evaluations: evaluations in the order of their steps.
         calibration: content of calibration.json, or None.
     """
 
@@ -58,7 +59,7 @@ class RunData:
 
     @property
     def evaluated_rewards(self) -> list[str]:
-        """Names of the rewards that every evaluation contains. A resumed run may add rewards."""
+        """Names of the rewards in all evaluations. A resumed run may have added a reward."""
         names: Iterable[str] = self.evaluations[0].scores if self.evaluations else ()
         return [name for name in names if all(name in e.scores for e in self.evaluations)]
 
@@ -70,21 +71,28 @@ def read_run_data(folder: Path) -> RunData:
         SettingsError: the directory contains no run.
     """
     config = read_run_config(folder)
+    lines: list[dict[str, Any]] = []
+    if (folder / "metrics.jsonl").exists():
+        lines = Recorder(folder, config).read_metrics()
     calibration = folder / "calibration.json"
     return RunData(
         folder=folder,
         config=config,
         record=read_run(folder),
-        steps=[line for line in read_metrics(folder) if line["step"] > 0],
-        evaluations=[_read_evaluation(path) for path in _numbered(folder, "evaluations/step-*.json")],
+        steps=[line for line in lines if line["step"] > 0],
+        evaluations=[
+            _read_evaluation(path) for path in sorted((folder / "evaluations").glob("step-*.json"))
+        ],
         calibration=json.loads(calibration.read_text()) if calibration.exists() else None,
     )
 
 
-def _numbered(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern))
-
-
 def _read_evaluation(path: Path) -> SavedEvaluation:
     values = json.loads(path.read_text())
-    return SavedEvaluation(**{name: values[name] for name in SavedEvaluation.__annotations__})
+    return SavedEvaluation(
+        step=values["step"],
+        num_steps=values["num_steps"],
+        prompts=values["prompts"],
+        scores=values["scores"],
+        parts=values["parts"],
+    )

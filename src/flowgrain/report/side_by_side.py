@@ -1,4 +1,4 @@
-"""The page of an evaluation: its table, and the same prompt and noise across models, worst losses first, then the best gains."""
+"""The page of an evaluation: its table, and images of the same prompt and noise by two models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,16 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flowgrain.training.checkpoint import write_atomically
-from flowgrain.report.page import template
-from flowgrain.evaluation.survey import Table, cell_text, image_path, part_tables, read_scores
+from flowgrain.evaluation.storage import Columns, image_path, read_scores
+from flowgrain.evaluation.table import Table, cell_lines, part_tables
+from flowgrain.report.render import SMALL, write_page
 
-SHOWN = 12  # losses, and as many gains
+MAX_PAIRS = 12
+"""Largest losses on the page, and as many largest gains."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """One model's image of a prompt: its path from the page, if it was kept, and its score."""
+class ModelImage:
+    """A model's image of a prompt.
+
+    Attributes:
+        model: label of the model.
+        image: path of the image from the page. None: the evaluation did not keep images.
+        score: score of the image.
+    """
 
     model: str
     image: str | None
@@ -26,90 +33,151 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One prompt and seed: the first model's image and another's, and what the other gained."""
+class ImageDifference:
+    """The images of two models from one prompt and one seed.
+
+    Attributes:
+        prompt: text of the prompt.
+        seed: seed of the noise.
+        gain: score of the second image minus score of the first one.
+        images: the two images.
+    """
 
     prompt: str
     seed: int
     gain: float
-    looks: list[Look]
+    images: list[ModelImage]
 
 
 @dataclass(frozen=True)
-class Section:
-    """One model against the first by one metric at one step count."""
+class ModelDifference:
+    """A model compared with the first model, by one metric at one number of steps.
+
+    Attributes:
+        metric: name of the metric.
+        model: label of the model.
+        steps: ODE steps.
+        better: share of the images with a higher score.
+        worse: share of the images with a lower score.
+        losses: images with the largest losses, largest first.
+        gains: images with the largest gains, largest first.
+    """
 
     metric: str
     model: str
     steps: int
     better: float
     worse: float
-    losses: list[Comparison]
-    gains: list[Comparison]
+    losses: list[ImageDifference]
+    gains: list[ImageDifference]
 
 
 def write_side_by_side(folder: Path, table: Table, seeds: Sequence[int]) -> Path:
-    """Writes `folder`/index.html for `table`. Images are linked, not copied: the page stays in its folder."""
-    data = read_scores(folder)
+    """Write the page index.html of an evaluation. Returns its path.
+
+    Images are links to files in the directory. The page must stay there.
+
+    Args:
+        folder: output directory of the evaluation.
+        table: its table.
+        seeds: seeds to show.
+    """
+    columns = read_scores(folder)
     models = list(dict.fromkeys(row.model for row in table.rows))
     steps = list(dict.fromkeys(row.steps for row in table.rows))
-    sections = [
-        section(folder, data, metric, models[0], model, count, seeds)
+    differences = [
+        compare_models(folder, columns, metric, models[0], model, max(steps), seeds)
         for metric in table.metrics
         for model in models[1:]
-        for count in [max(steps)]  # where images are at their best
     ]
-    kept = next((folder / "images").glob("*/*/*.png"), None)
-    page = template("side_by_side.html").render(
-        kept=kept is not None,
-        small=kept is not None and Image.open(kept).width < 128,
-        table=table,
-        models=models,
-        steps=steps,
-        seeds=list(seeds),
-        cell_text=cell_text,
-        parts=list(part_tables(table)),
-        sections=[one for one in sections if one.losses or one.gains],
-        contact=contact(folder, data, models[0], max(steps), seeds) if len(models) == 1 else [],
-    )
-    write_atomically(folder / "index.html", page)
-    return folder / "index.html"
+    first_image = next((folder / "images").glob("*/*/*.png"), None)
+    values = {
+        "has_images": first_image is not None,
+        "small": first_image is not None and _width(first_image) <= SMALL,
+        "table": table,
+        "models": models,
+        "steps": steps,
+        "seeds": list(seeds),
+        "cell_lines": cell_lines,
+        "part_tables": list(part_tables(table)),
+        "differences": [found for found in differences if found.losses or found.gains],
+        "first_images": (
+            first_images(folder, columns, models[0], max(steps), seeds) if len(models) == 1 else []
+        ),
+    }
+    return write_page(folder / "index.html", "side_by_side.html", values)
 
 
-def _rows(data: dict[str, NDArray[Any]], model: str, steps: int, seeds: Sequence[int]) -> dict[tuple[int, int], int]:
-    """Row of the data by (place, seed)."""
-    there = np.flatnonzero((data["model"] == model) & (data["steps"] == steps) & np.isin(data["seed"], list(seeds)))
-    return {(int(data["place"][i]), int(data["seed"][i])): int(i) for i in there}
-
-
-def _look(folder: Path, data: dict[str, NDArray[Any]], metric: str, row: int) -> Look:
-    model = str(data["model"][row])
-    file = image_path(folder, model, int(data["steps"][row]), int(data["seed"][row]), int(data["place"][row]))
-    return Look(model, file.relative_to(folder).as_posix() if file.exists() else None, float(data[metric][row]))
-
-
-def section(
-    folder: Path, data: dict[str, NDArray[Any]], metric: str, first: str, other: str, steps: int, seeds: Sequence[int]
-) -> Section:
-    """The worst losses and best gains of `other` against `first`, worst and best first."""
-    before, after = (_rows(data, model, steps, seeds) for model in (first, other))
+def compare_models(
+    folder: Path,
+    columns: Columns,
+    metric: str,
+    first: str,
+    other: str,
+    steps: int,
+    seeds: Sequence[int],
+) -> ModelDifference:
+    """The largest losses and gains of model `other` compared with model `first`."""
+    before, after = (_rows(columns, model, steps, seeds) for model in (first, other))
     pairs = [(before[key], after[key]) for key in before if key in after]
-    gain = np.array([data[metric][b] - data[metric][a] for a, b in pairs], dtype=float)
+    gain = np.array([columns[metric][b] - columns[metric][a] for a, b in pairs], dtype=float)
     order = [int(i) for i in np.argsort(gain, kind="stable") if np.isfinite(gain[i])]
-
-    def told(i: int) -> Comparison:
-        rows = pairs[i]
-        looks = [_look(folder, data, metric, row) for row in rows]
-        return Comparison(str(data["prompt"][rows[0]]), int(data["seed"][rows[0]]), float(gain[i]), looks)
-
-    losses = [told(i) for i in order[:SHOWN] if gain[i] < 0]
-    gains = [told(i) for i in order[::-1][:SHOWN] if gain[i] > 0]
+    losses = [i for i in order[:MAX_PAIRS] if gain[i] < 0]
+    gains = [i for i in order[::-1][:MAX_PAIRS] if gain[i] > 0]
     scored = max(len(order), 1)
-    return Section(metric, other, steps, float((gain > 0).sum() / scored), float((gain < 0).sum() / scored), losses, gains)
+    return ModelDifference(
+        metric=metric,
+        model=other,
+        steps=steps,
+        better=float((gain > 0).sum() / scored),
+        worse=float((gain < 0).sum() / scored),
+        losses=[_difference(folder, columns, metric, pairs[i], gain[i]) for i in losses],
+        gains=[_difference(folder, columns, metric, pairs[i], gain[i]) for i in gains],
+    )
 
 
-def contact(folder: Path, data: dict[str, NDArray[Any]], model: str, steps: int, seeds: Sequence[int]) -> list[tuple[str, str]]:
-    """The first kept images of a lone model, with their prompts."""
-    rows = [row for _, row in sorted(_rows(data, model, steps, seeds).items())][: 2 * SHOWN]
-    files = [image_path(folder, model, steps, int(data["seed"][r]), int(data["place"][r])) for r in rows]
-    return [(str(data["prompt"][r]), f.relative_to(folder).as_posix()) for r, f in zip(rows, files, strict=True) if f.exists()]
+def first_images(
+    folder: Path, columns: Columns, model: str, steps: int, seeds: Sequence[int]
+) -> list[tuple[str, str]]:
+    """Prompts and paths of the first images of a single model."""
+    rows = [row for _, row in sorted(_rows(columns, model, steps, seeds).items())]
+    images = [(str(columns["prompt"][row]), _image(folder, columns, row)) for row in rows]
+    return [(prompt, path) for prompt, path in images[: 2 * MAX_PAIRS] if path is not None]
+
+
+def _rows(
+    columns: Columns, model: str, steps: int, seeds: Sequence[int]
+) -> dict[tuple[int, int], int]:
+    """Row of every image by place and seed."""
+    chosen: NDArray[Any] = (columns["model"] == model) & (columns["steps"] == steps)
+    rows = np.flatnonzero(chosen & np.isin(columns["seed"], list(seeds)))
+    return {(int(columns["place"][row]), int(columns["seed"][row])): int(row) for row in rows}
+
+
+def _difference(
+    folder: Path, columns: Columns, metric: str, rows: tuple[int, int], gain: float
+) -> ImageDifference:
+    images = [
+        ModelImage(
+            str(columns["model"][row]),
+            _image(folder, columns, row),
+            float(columns[metric][row]),
+        )
+        for row in rows
+    ]
+    first = rows[0]
+    prompt, seed = str(columns["prompt"][first]), int(columns["seed"][first])
+    return ImageDifference(prompt, seed, float(gain), images)
+
+
+def _image(folder: Path, columns: Columns, row: int) -> str | None:
+    """Path of an image from the page. None if it was not kept."""
+    model = str(columns["model"][row])
+    steps, seed, place = (int(columns[name][row]) for name in ("steps", "seed", "place"))
+    file = image_path(folder, model, steps, seed, place)
+    return file.relative_to(folder).as_posix() if file.exists() else None
+
+
+def _width(file: Path) -> int:
+    with Image.open(file) as image:
+        return image.width

@@ -42,6 +42,14 @@ def check_device(device: str) -> str:
     return device
 
 
+def option_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Options by name: the arguments of a class, or the keyword-only arguments of a function."""
+    kinds: tuple[Any, ...] = (inspect.Parameter.KEYWORD_ONLY,)
+    if isinstance(target, type):
+        kinds += (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+    return {p.name: p for p in inspect.signature(target).parameters.values() if p.kind in kinds}
+
+
 def checked_options(
     name: str, target: Callable[..., Any], options: Mapping[str, Any], reserved: Container[str]
 ) -> dict[str, Any]:
@@ -49,20 +57,15 @@ def checked_options(
 
     Args:
         name: name of the reward, for error messages.
-        target: the class or function. The options of a function are its keyword-only arguments.
+        target: the class or function of the reward.
         options: YAML values by name.
         reserved: names that an option cannot have.
 
     Raises:
         SettingsError: an option is unknown, missing, or has the wrong type.
     """
+    known = option_parameters(target)
     parameters = inspect.signature(target).parameters.values()
-    known = {
-        p.name: p
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY
-        or (p.kind is p.POSITIONAL_OR_KEYWORD and isinstance(target, type))
-    }
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
     valid = f"Options: {', '.join(known)}." if known else "This reward has no options."
     for option in known:

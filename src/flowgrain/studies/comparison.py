@@ -30,6 +30,7 @@ _SETTINGS = ("common", "overrides")
 """Keys with settings of runs. They are merged with the keys of the extended comparison."""
 
 Unit = Literal["passes", "updates", "seconds"]
+Seed = Annotated[int, Field(ge=0)]
 RewardSet = Annotated[Rewards, Field(min_length=1)]
 
 
@@ -59,11 +60,14 @@ class Comparison(Section):
         min_length=1,
     )
     rewards: dict[str, RewardSet] = Setting(..., "Lists of trained rewards by label.", min_length=1)
-    seeds: IntTuple = Setting(..., "Seeds. Each is a run.", min_length=1)
+    seeds: Annotated[tuple[Seed, ...], Strict(False)] = Setting(
+        ..., "Seeds. Each is a run.", min_length=1
+    )
     budget: float = Setting(..., "Budget of a run, in `unit`.", gt=0)
     unit: Unit = Setting(
         "passes",
-        "Unit of the budget. passes: forward passes, decodes and reward calls, see core.cost.Cost.units.",
+        "Unit of the budget. passes: forward passes, decodes and reward calls. A pass with "
+        "gradient counts three times.",
     )
     common: dict[str, Any] = Setting({}, "Settings of all runs.")
     overrides: dict[str, Any] = Setting({}, "Settings of all runs that replace those of methods.")
@@ -138,8 +142,11 @@ def _read(source: str | Path) -> tuple[Values, Values]:
         raise SettingsError(f"There is no comparison or file {str(source)!r}. {hint}")
     base, known = _read(own.pop("extends")) if "extends" in own else ({}, {})
     methods = own.get("methods")
-    if isinstance(methods, Mapping):
-        known = {**known, **methods}
+    if isinstance(methods, Mapping):  # an empty value keeps the settings of the extended comparison
+        own["methods"] = {
+            label: known.get(label) if m is None else m for label, m in methods.items()
+        }
+        known = {**known, **own["methods"]}
     merged = {key: merge(base.get(key) or {}, own.get(key) or {}) for key in _SETTINGS}
     return {**base, **own, **merged}, known
 
@@ -178,7 +185,8 @@ def _resolved(label: str, methods: Mapping[str, Any]) -> Values:
         return parse_overrides(own)
     if base not in methods or base == label:
         raise SettingsError(
-            f"methods.{label}.extends={base}: there is no such label. {did_you_mean(str(base), methods)}"
+            f"methods.{label}.extends={base}: there is no such label. "
+            f"{did_you_mean(str(base), methods)}"
         )
     name = {"method": {"name": base}}
     return merge(name, _resolved(base, methods), parse_overrides(own))

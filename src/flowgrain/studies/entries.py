@@ -1,4 +1,4 @@
-"""The runs of a comparison: their settings, the training steps that the budget pays for, and their cost."""
+"""The runs of a comparison: their settings, their number of training steps, and their cost."""
 
 import itertools
 from collections import Counter
@@ -28,7 +28,7 @@ class Entry:
         reward_set: label of the trained rewards.
         config: settings of the run.
         units: cost of training in `Cost.units`, with the calibration.
-        passes: forward passes of training; see `Cost.forward_passes`.
+        passes: forward passes of training in `Cost.passes`, with the calibration.
         evaluation_passes: forward passes of all evaluations and of the final measurement.
     """
 
@@ -57,15 +57,16 @@ def plan_entries(comparison: Comparison) -> list[Entry]:
             for one training step.
     """
     _check_reserved(comparison)
-    variants = _variants(comparison)
-    runs = itertools.product(comparison.seeds, comparison.rewards, variants.items())
-    entries = []
-    for seed, reward_set, (label, settings) in runs:
-        try:
-            config = _config(comparison, label, settings, reward_set, seed)
-        except SettingsError as error:
-            raise SettingsError(f"methods.{label}: {error}") from error
-        entries.append(_entry(comparison, label, reward_set, config))
+    configs = {
+        (reward_set, label): _config(comparison, label, settings, reward_set)
+        for reward_set in comparison.rewards
+        for label, settings in _variants(comparison).items()
+    }
+    entries = [
+        _entry(comparison, label, reward_set, _with_seed(config, seed))
+        for seed in comparison.seeds
+        for (reward_set, label), config in configs.items()
+    ]
     name, count = Counter(entry.name for entry in entries).most_common(1)[0]
     if count > 1:
         raise SettingsError(
@@ -106,15 +107,22 @@ def _variants(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def _config(
-    comparison: Comparison, label: str, settings: Mapping[str, Any], reward_set: str, seed: int
+    comparison: Comparison, label: str, settings: Mapping[str, Any], reward_set: str
 ) -> Config:
-    """The settings of a run, before its length is known."""
+    """The settings of a run, before its seed and its length are known."""
     rewards = [reward.model_dump(mode="json") for reward in comparison.rewards[reward_set]]
     usual = {"runtime": {"threads": 1}}
-    fixed = {"name": "run", "rewards": rewards, "runtime": {"seed": seed}}
+    fixed = {"name": "run", "rewards": rewards}
     values = merge(usual, comparison.common, settings, comparison.overrides, fixed)
-    method = values.get("method", {}).get("name", label)
-    return load_config(str(method), values)
+    try:
+        return load_config(str(values.get("method", {}).get("name", label)), values)
+    except SettingsError as error:
+        raise SettingsError(f"methods.{label}: {error}") from error
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    runtime = config.runtime.model_copy(update={"seed": seed})
+    return config.model_copy(update={"runtime": runtime})
 
 
 def _entry(comparison: Comparison, label: str, reward_set: str, config: Config) -> Entry:
@@ -122,7 +130,7 @@ def _entry(comparison: Comparison, label: str, reward_set: str, config: Config) 
     num_steps, num_rewards = config.sampling.num_steps, len(config.rewards)
     prompts = config.training.prompts_per_step
     calibration = calibration_cost(config.method, num_steps, num_rewards)
-    units, passes = calibration.units, float(calibration.forward_passes)
+    units, passes = calibration.units, calibration.passes
     steps = updates = 0
     for cost, new_updates in _steps(config):
         if comparison.unit == "seconds" and steps == config.training.max_steps:
@@ -132,11 +140,11 @@ def _entry(comparison: Comparison, label: str, reward_set: str, config: Config) 
         if spent[comparison.unit] > comparison.budget:
             break
         steps, units, updates = steps + 1, units + new_units, updates + new_updates
-        passes += cost.forward_passes * prompts
+        passes += cost.passes * prompts
     if not steps:
         raise SettingsError(
-            f"budget={comparison.budget:g}: too small for one training step of {label!r}, which needs "
-            f"{spent[comparison.unit]:,.0f} {comparison.unit}."
+            f"budget={comparison.budget:g}: too small for one training step of {label!r}. "
+            f"Use at least {spent[comparison.unit]:,.0f} {comparison.unit}."
         )
     config = _with_length(comparison, config, steps)
     return Entry(
@@ -169,17 +177,22 @@ def _with_length(comparison: Comparison, config: Config, steps: int) -> Config:
     """`config` with the length of training, and with evaluations and checkpoints spread over it."""
     in_seconds = comparison.unit == "seconds"
     points = comparison.curve_points
-    changes: dict[str, Any] = {
-        "training.max_steps": _UNLIMITED_STEPS if in_seconds else steps,
-        "training.max_seconds": comparison.budget if in_seconds else None,
-        "training.checkpoint_every": max(1, steps // 4),
-        "evaluation.every": max(1, steps // points) if points else 0,
+    training = {
+        "max_steps": _UNLIMITED_STEPS if in_seconds else steps,
+        "max_seconds": comparison.budget if in_seconds else None,
+        "checkpoint_every": max(1, steps // 4),
     }
-    return config.with_changes(changes)
+    evaluation = {"every": max(1, steps // points) if points else 0}
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update=training),
+            "evaluation": config.evaluation.model_copy(update=evaluation),
+        }
+    )
 
 
 def _evaluation_passes(comparison: Comparison, config: Config, steps: int) -> int:
-    """Forward passes of the evaluations during `steps` training steps and of the final measurement."""
+    """Forward passes of the evaluations during training and of the final measurement."""
     every, final = config.evaluation.every, comparison.measurement
     evaluations = 1 + -(-steps // every) if every else 0
     during = config.evaluation.num_prompts * config.evaluation.num_steps * evaluations

@@ -19,7 +19,10 @@ NUM_SHOWN = 8
 
 
 def measure(trainer: Trainer, how: Measurement, folder: Path) -> dict[str, dict[str, float]]:
-    """Every metric of a trained model, by number of inference steps. Writes the first images to `folder`."""
+    """Every metric of a trained model, by number of inference steps.
+
+    Writes the first images of every number of steps to `folder`/pictures-STEPS.png.
+    """
     return {str(steps): _measure_at(trainer, how, steps, folder) for steps in how.num_steps}
 
 
@@ -43,7 +46,7 @@ def _measure_at(
 
 
 def machine_speed(config: Config) -> dict[str, float]:
-    """Rows per second on one thread of this machine: "passes" (sampling), "decodes" and "scores"."""
+    """Rows per second on one thread of this machine, by stage: "passes", "decodes", "scores"."""
     before = torch.get_num_threads()
     trainer = Trainer(config.with_changes({"runtime.threads": 1}))
     try:
@@ -76,7 +79,7 @@ def _calls_per_second(call: Callable[[], Any]) -> float:
 
 
 def estimated_seconds(entry: Entry, speed: Mapping[str, float]) -> float:
-    """The seconds of a run on one thread, from its forward passes, decodes and scores and its measurement."""
+    """The seconds of a run and of its measurement on one thread with `machine_speed`."""
     config = entry.config
     if config.training.max_seconds is not None:
         return config.training.max_seconds + entry.evaluation_passes / speed["passes"]

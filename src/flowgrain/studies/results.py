@@ -35,7 +35,7 @@ def read_comparison(folder: Path) -> Comparison:
         return Comparison.model_validate(saved["comparison"])
     except (KeyError, TypeError, ValueError) as error:
         raise SettingsError(
-            f"{file}: not a comparison of this version of flowgrain. Start it again with another --out."
+            f"{file}: not a comparison of this version of flowgrain. Use another directory."
         ) from error
 
 

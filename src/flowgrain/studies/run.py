@@ -1,4 +1,4 @@
-"""Running a comparison: every run in turn or in several processes, resumable, one process group per directory."""
+"""Running a comparison: all runs, one after another or in several processes, resumable."""
 
 import contextlib
 import fcntl
@@ -43,9 +43,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Job:
-    """A run for a worker process. The settings are plain values, because a plugin's classes cannot be pickled.
+    """A run for a worker process.
 
-    label, reward_set and seed are None for the base model, which is not trained.
+    Attributes:
+        name: name of the run's directory.
+        folder: directory of the comparison.
+        settings: plain values, because the classes of a plugin cannot be pickled.
+        measurement: measurement of the trained model.
+        label: the method. None: the base model, which is not trained.
+        reward_set: label of the trained rewards.
+        seed: seed of the run.
     """
 
     name: str
@@ -112,12 +119,14 @@ def run_comparison(
             workers.run_all(run_job, pending, jobs, note)
         except (Interrupted, KeyboardInterrupt):
             raise Interrupted(
-                f"{state.done} of {state.total} runs are finished. Run the same command to continue."
+                f"{state.done} of {state.total} runs are finished. "
+                "Run the same command to continue."
             ) from None
     if failures:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise RunStopped(
-            f"{len(failures)} of {state.total} runs failed. Run the same command to try them again. {reasons}"
+            f"{len(failures)} of {state.total} runs failed: {reasons}. "
+            "Run the same command to try them again."
         )
     return state
 
@@ -157,7 +166,7 @@ def run_job(job: Job) -> Outcome:
 
 
 def _train(trainer: Trainer, diverged: Path) -> None:
-    """Train, or resume. A training that diverges is finished, and its reason is written to the file `diverged`."""
+    """Train, or resume. If training diverges, it is finished: write the reason to `diverged`."""
     trainer.resume()
     if diverged.exists():
         return
@@ -211,7 +220,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SettingsError(
-                f"--out {folder}: another process works on this comparison. Wait for it, or use another directory."
+                f"{folder}: another process works on this comparison. "
+                "Wait for it, or use another directory."
             ) from None
         yield
 
@@ -228,8 +238,8 @@ def _claim(comparison: Comparison, folder: Path) -> None:
         changed = [key for key in values if saved.get(key) != values[key]]
         if changed:
             raise SettingsError(
-                f"--out {folder}: contains a comparison with other {', '.join(changed)}. Use another directory, or the "
-                "values with which it was started."
+                f"{folder}: contains a comparison with other {', '.join(changed)}. "
+                "Use another directory, or the values with which it was started."
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Worker processes that can be stopped: a signal lets every worker save its run, then ends all of them."""
+"""Worker processes. After a signal, every worker saves its run, and then all of them end."""
 
 import concurrent.futures
 import contextlib
@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.synchronize import Event
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from flowgrain.training import Interrupted, RunStopped
 from flowgrain.training.rollout_batch import Metrics
@@ -90,28 +91,36 @@ def _signals_set(stop: Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
 class _Worker:
-    """State of this process if it is a worker: the stop event, and the process that started it."""
+    """A worker process: the event that stops it, and the process that started it."""
 
-    stop: Any = None
-    parent = 0
+    stop: Event
+    parent: int
+
+
+_worker: _Worker | None = None
 
 
 def _start_worker(stop: Event) -> None:
-    _Worker.stop, _Worker.parent = stop, os.getppid()
+    global _worker
+    _worker = _Worker(stop, os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; the parent decides
 
 
 def stop_check() -> Callable[[Metrics], None]:
-    """A progress function for `Trainer.train`: in a worker, it stops the run if the comparison stops or its process is gone."""
+    """A progress function for `Trainer.train`.
+
+    In a worker, it stops the run after the current step if the comparison stops, or if the process
+    that started the worker has ended.
+    """
     requested = False
 
     def check(_metrics: Metrics) -> None:
         nonlocal requested
-        worker = _Worker
-        if requested or worker.stop is None:
+        if requested or _worker is None:
             return
-        if worker.stop.is_set() or os.getppid() != worker.parent:
+        if _worker.stop.is_set() or os.getppid() != _worker.parent:
             requested = True  # a second signal would end the process before it has saved
             os.kill(os.getpid(), signal.SIGTERM)
 

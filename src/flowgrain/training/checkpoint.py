@@ -19,7 +19,10 @@ _NAME = re.compile(r"step-(\d{6,})$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. The message says which one, why, and what is still good."""
+    """A checkpoint could not be written or read.
+
+    The message says which one, why, and what is still good.
+    """
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -42,7 +45,9 @@ def save(
     keep: int,
     world: World = SINGLE,
 ) -> Path:
-    """Write a checkpoint to `folder`/step-NNNNNN and delete those that are no longer kept. All ranks call it together.
+    """Write a checkpoint to `folder`/step-NNNNNN and delete those that are no longer kept.
+
+    All ranks call it together.
 
     Args:
         folder: directory of the checkpoints.
@@ -54,8 +59,8 @@ def save(
         world: ranks.
 
     Raises:
-        CheckpointError: on all ranks, if it could not be written or does not read back as written. Earlier checkpoints
-            are intact.
+        CheckpointError: on all ranks, if it could not be written or does not read back as written.
+            Earlier checkpoints are intact.
     """
     final = folder / f"step-{step:06d}"
     temporary = folder / f".tmp-{final.name}"
@@ -119,7 +124,10 @@ def _checksum(path: Path) -> str:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Move directory `new` to `final`. A kill at any moment leaves the complete old or the complete new directory."""
+    """Move directory `new` to `final`.
+
+    A kill at any moment leaves the complete old or the complete new directory.
+    """
     before = final.with_name(f".old-{final.name}")
     shutil.rmtree(before, ignore_errors=True)
     if final.exists():
@@ -187,7 +195,8 @@ def load_last_good(
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest undamaged checkpoint, its state, and a message per damaged checkpoint that was skipped.
 
-    None without checkpoints. It only reads, because the run may be writing its next checkpoint. Rank 0 reads for all.
+    None without checkpoints. It only reads, because the run may be writing its next checkpoint.
+    Rank 0 reads for all.
 
     Raises:
         CheckpointError: all checkpoints are damaged.

@@ -120,7 +120,8 @@ class RolloutCollector:
     ) -> ScoredTree:
         """Execute the tree `one` for this rank's share of `prompts`, decode the leaves and score them.
 
-        Prompts are processed in chunks. The rewards of a chunk are computed while the next chunk is sampled.
+        Prompts are processed in chunks. The rewards of a chunk are computed while the next chunk is
+        sampled.
         """
         sampling, timer = self.config.sampling, self.timer
         assigned = self.world.assign(len(prompts))
@@ -149,7 +150,10 @@ class RolloutCollector:
         return ScoredTree(cond, whole, torch.cat(images), gathered)
 
     def _gather(self, scores: Mapping[str, Scores], count: int, assigned: int) -> dict[str, Scores]:
-        """The scores of the images of all `count` prompts. Every rank scored those of its `assigned` prompts."""
+        """The scores of the images of all `count` prompts.
+
+        Every rank scored those of its `assigned` prompts.
+        """
         parts = self.world.gather({name: (s.values, s.reason) for name, s in scores.items()})
         gathered = {}
         for name in scores:

@@ -44,8 +44,8 @@ def make_copies(
 ) -> Copies:
     """The trained model and the copies that `config` needs, sharded and on `device`.
 
-    Copies are made while the model is whole. If they will be sharded, they stay on the CPU until then, and FSDP moves
-    them block by block.
+    Copies are made while the model is whole. If they will be sharded, they stay on the CPU until
+    then, and FSDP moves them block by block.
     """
     lora, several = config.lora.rank > 0, world.size > 1
     model = trained_model(config, backbone, dtype)
@@ -89,7 +89,7 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
 
     adapter = LoraConfig(
         r=config.lora.rank,
-        lora_alpha=config.lora.alpha or 2 * config.lora.rank,
+        lora_alpha=config.lora.alpha or 2 * config.lora.rank,  # type: ignore[arg-type]
         init_lora_weights="gaussian",
         target_modules=backbone.lora_targets,
     )
@@ -113,7 +113,10 @@ def sampler_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def old_copy(model: nn.Module, share_frozen: bool) -> nn.Module:
-    """A copy that follows the model slowly. With `share_frozen` it shares the parameters that are not trained."""
+    """A copy that follows the model slowly.
+
+    With `share_frozen` it shares the parameters that are not trained.
+    """
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad} if share_frozen else {}
     return copy.deepcopy(model, frozen).requires_grad_(False)
 

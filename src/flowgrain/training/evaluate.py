@@ -140,12 +140,15 @@ def sample_images(
 
 def decode(policy: Policy, latents: Tensor, batch_size: int) -> Tensor:
     """Images [I, 3, H, W] on the CPU of clean latents [I, *L], `batch_size` at a time."""
-    parts = latents.split(batch_size)
+    parts = torch.split(latents, batch_size)
     return torch.cat([policy.backbone.decode(part).cpu() for part in parts])
 
 
 def evaluation_noise(shape: Sequence[int], seed: int, places: Sequence[int]) -> Tensor:
-    """Initial latents [I, *L] of the evaluation images at `places`. They depend only on the seed and the place."""
+    """Initial latents [I, *L] of the evaluation images at `places`.
+
+    They depend only on the seed and the place.
+    """
     return torch.stack([latent_noise(shape, "evaluate", seed, i) for i in places])
 
 
@@ -172,7 +175,8 @@ def evaluate(
         batch_size: rows of one model call.
         reward_batch_sizes: images of one reward call by name. Default: 256.
         seed: seed of the initial noise.
-        places: position of each prompt among all evaluation prompts, which selects its noise. Default: 0 to I - 1.
+        places: position of each prompt among all evaluation prompts, which selects its noise.
+            Default: 0 to I - 1.
     """
     images, prompts = [], as_prompts(prompts)
     places = range(len(prompts)) if places is None else places

@@ -19,8 +19,8 @@ _LORA_METADATA = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "us
 def export_policy(policy: Policy, folder: Path) -> None:
     """Write the EMA parameters, or the trained ones without EMA.
 
-    A full fine-tune becomes `folder`/transformer, for diffusers' from_pretrained. A LoRA becomes `folder`/lora, for
-    load_lora_weights. An existing export is replaced at the end.
+    A full fine-tune becomes `folder`/transformer, for diffusers' from_pretrained. A LoRA becomes
+    `folder`/lora, for load_lora_weights. An existing export is replaced at the end.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     main = policy.world.is_main

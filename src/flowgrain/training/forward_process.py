@@ -20,7 +20,10 @@ from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 
 
 class ForwardProcessLoss:
-    """See `losses.RolloutLoss`. Every image is noised at several levels of the grid, drawn for each image."""
+    """See `losses.RolloutLoss`.
+
+    Every image is noised at several levels of the grid, drawn for each image.
+    """
 
     def __init__(
         self,

@@ -26,7 +26,10 @@ def compute_device(setting: str) -> torch.device:
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """The dtype of a dtype setting. auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is often slower."""
+    """The dtype of a dtype setting.
+
+    auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is often slower.
+    """
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
@@ -35,8 +38,9 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
 def load_dtypes(config: Config, train: bool = True) -> Dtypes:
     """The dtypes in which the parts of a model are loaded.
 
-    A full fine-tune loads float32 master parameters. With LoRA the frozen transformer is loaded in the compute dtype.
-    auto is float32 for the VAE, because rounding would be visible, and the compute dtype for text encoders.
+    A full fine-tune loads float32 master parameters. With LoRA the frozen transformer is loaded in
+    the compute dtype. auto is float32 for the VAE, because rounding would be visible, and the
+    compute dtype for text encoders.
 
     Raises:
         SettingsError: this machine lacks the device.

@@ -5,6 +5,7 @@ Shapes: B rows, *L latent.
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ from flowgrain.config.schema import Config
 from flowgrain.distributed import SINGLE, World
 from flowgrain.distributed.sharding import copy_into
 from flowgrain.models import Backbone, Conditioning, CustomGuidance, take
+from flowgrain.training import checkpoint
 from flowgrain.training.copies import Copies, add_adapter, make_copies, names_of_blocks
 from flowgrain.training.load import compute_dtype
+
+_READ_TOGETHER = 64
 
 
 class Policy:
     """A transformer and its copies.
 
-    Parameters are float32 during training. In bfloat16, sampling uses a copy and training uses autocast. A backbone
-    belongs to one policy, which trains it in place. Create a policy with `for_training` or `for_sampling`.
+    Parameters are float32 during training. In bfloat16, sampling uses a copy and training uses
+    autocast. A backbone belongs to one policy, which trains it in place. Create a policy with
+    `for_training` or `for_sampling`.
 
     Attributes:
         model: the trained transformer.
@@ -78,7 +83,10 @@ class Policy:
     def for_sampling(
         cls, config: Config, backbone: Backbone, device: torch.device, adapter: bool = False
     ) -> "Policy":
-        """A policy with a single transformer in the compute dtype. `adapter` adds the LoRA adapter of a run."""
+        """A policy with a single transformer in the compute dtype.
+
+        `adapter` adds the LoRA adapter of a run.
+        """
         dtype = compute_dtype(config.runtime.dtype, device)
         model = backbone.transformer.to(dtype).eval().requires_grad_(False)
         if adapter:
@@ -104,9 +112,9 @@ class Policy:
     ) -> Tensor:
         """v [B, *L] of `model` with guidance.
 
-        If the backbone embeds guidance, the scale is an input of the model. Otherwise a scale other than 1 uses true CFG:
-        v_free + guidance (v - v_free), unless the backbone defines another formula. With compiled blocks the batch is
-        padded to a size that is already compiled.
+        If the backbone embeds guidance, the scale is an input of the model. Otherwise a scale other
+        than 1 uses true CFG: v_free + guidance (v - v_free), unless the backbone defines another
+        formula. With compiled blocks the batch is padded to a size that is already compiled.
         """
         rows = next((rows for rows in self.batch_sizes if rows >= len(x)), len(x))
         if rows > len(x):
@@ -231,7 +239,10 @@ class Policy:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Use the EMA parameters inside this context, if there is an EMA. The trained ones are then restored exactly."""
+        """Use the EMA parameters inside this context, if there is an EMA.
+
+        The trained ones are then restored exactly.
+        """
         if self.ema is None:
             yield
             return
@@ -245,7 +256,10 @@ class Policy:
             self.refresh()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained parameters, EMA and old policy by name, for a checkpoint. The tensors themselves, not copies."""
+        """Trained parameters, EMA and old policy by name, for a checkpoint.
+
+        The tensors themselves, not copies.
+        """
         names = self.parameters
         tensors: dict[str, Tensor] = {f"weights.{name}": p.detach() for name, p in names.items()}
         if self.ema is not None:
@@ -266,6 +280,24 @@ class Policy:
         if self.ema is not None:
             self.ema.optimization_step = state["ema_steps"]
         self.refresh()
+
+    @torch.no_grad()
+    def load_for_sampling(self, path: Path) -> None:
+        """Load the EMA parameters of checkpoint `path`, or the trained ones if the run has no EMA.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or belongs to another model.
+        """
+        state = checkpoint.load(path)
+        kind = "ema" if state["config"]["training"]["ema_decay"] else "weights"
+        parameters = self.parameters or dict(self.model.named_parameters())
+        names = list(parameters)
+        for first in range(0, len(names), _READ_TOGETHER):  # float32 buffers of a few tensors
+            chunk = names[first : first + _READ_TOGETHER]
+            stored = {f"{kind}.{name}": torch.empty(parameters[name].shape) for name in chunk}
+            checkpoint.read(path, stored)
+            for name in chunk:
+                parameters[name].copy_(stored[f"{kind}.{name}"])
 
     def compile_blocks(self, module: nn.Module) -> None:
         """Compile the repeated layers of `module`, if runtime.compile is set."""

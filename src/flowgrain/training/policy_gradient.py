@@ -25,7 +25,10 @@ TERMS = ("loss", "ratio", "clipped", "kl")
 
 
 class PolicyGradientLoss:
-    """See `losses.RolloutLoss`. Losses are summed over edges and divided by the global number of edges."""
+    """See `losses.RolloutLoss`.
+
+    Losses are summed over edges and divided by the global number of edges.
+    """
 
     def __init__(
         self,
@@ -53,8 +56,9 @@ class PolicyGradientLoss:
     def prepare(self) -> None:
         """Compute the old transitions of all updates except the first.
 
-        Before the first update the policy is the one that sampled. They are computed by the forward pass that later
-        takes the gradient, so that the ratio is exactly 1 while the policy is unchanged.
+        Before the first update the policy is the one that sampled. They are computed by the forward
+        pass that later takes the gradient, so that the ratio is exactly 1 while the policy is
+        unchanged.
         """
         train = self.policy.train_velocity
         self._old = [

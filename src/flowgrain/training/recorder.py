@@ -1,6 +1,5 @@
 """The files of a run: run.yaml, metrics.jsonl, evaluations/ and images/."""
 
-import contextlib
 import json
 import math
 import os
@@ -15,10 +14,14 @@ from flowgrain.training.evaluate import Evaluation
 from flowgrain.training.files import write_atomically
 from flowgrain.training.pictures import contact_sheet, enlarge, to_pixels
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
-from flowgrain.training.run_files import write_run
+from flowgrain.training.run_files import read_metrics, write_run
 
-SHOWN = 24
-"""Images of an evaluation that are kept."""
+EVALUATION_IMAGES = 24
+"""Images of an evaluation that are recorded."""
+EVALUATION_COLUMNS = 8
+"""Columns of their contact sheet."""
+TREE_COLUMNS = 16
+"""Columns of the contact sheet of a tree."""
 
 
 class Recorder:
@@ -39,7 +42,8 @@ class Recorder:
         """Create the directory.
 
         Raises:
-            SettingsError: it already contains a run that is not being resumed, or it cannot be created.
+            SettingsError: it already contains a run that is not being resumed, or it cannot be
+                created.
         """
         if not self._resumed and (self.folder / "metrics.jsonl").exists():
             raise SettingsError(
@@ -68,15 +72,13 @@ class Recorder:
 
     def read_metrics(self) -> list[Metrics]:
         """All lines of metrics.jsonl, without a last line that a kill truncated."""
-        lines = []
-        for text in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                values = json.loads(text).items()
-                lines.append({k: math.nan if value is None else value for k, value in values})
-        return lines
+        return read_metrics(self.folder)
 
     def discard_after(self, step: int) -> None:
-        """Delete what was written after `step`, because the resumed run writes it again. Step 0 deletes everything."""
+        """Delete what was written after `step`, because the resumed run writes it again.
+
+        Step 0 deletes everything.
+        """
         self._resumed = True
         if (self.folder / "metrics.jsonl").exists():
             kept = [
@@ -101,8 +103,8 @@ class Recorder:
             "scores": {k: [float(v) for v in values] for k, values in evaluation.scores.items()},
             "parts": evaluation.part_means(),
         }
-        pixels = to_pixels(evaluation.images[:SHOWN])
-        sheet = enlarge(contact_sheet(pixels, 8), pixels.shape[2])
+        pixels = to_pixels(evaluation.images[:EVALUATION_IMAGES])
+        sheet = enlarge(contact_sheet(pixels, EVALUATION_COLUMNS), pixels.shape[2])
         sheet.save(self.folder / "images" / f"evaluation-{step:06d}.png")
         write_atomically(self.folder / "evaluations" / f"step-{step:06d}.json", json.dumps(values))
 
@@ -114,7 +116,7 @@ class Recorder:
         images = self.folder / "images"
         images.mkdir(parents=True, exist_ok=True)
         table, leaves = _first_tree(batch)
-        sheet = contact_sheet(to_pixels(batch.images[:leaves]), 16)
+        sheet = contact_sheet(to_pixels(batch.images[:leaves]), TREE_COLUMNS)
         sheet.save(images / f"tree-{step:06d}.png")
         write_atomically(images / f"tree-{step:06d}.json", json.dumps(table))
 
@@ -176,12 +178,12 @@ def _open_logger(kind: str, folder: Path, config: Config) -> Callable[[Metrics],
 def _tensorboard(folder: Path) -> Callable[[Metrics], None]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(line: Metrics) -> None:
         for name, value in line.items():
-            writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, line["step"])
+        writer.flush()
 
     return log
 

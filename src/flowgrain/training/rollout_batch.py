@@ -26,7 +26,8 @@ class MicroBatch:
 
     Attributes:
         rows: rows of this rank's tree.
-        counts: False for a repeated row, which a rank without rows uses so that all ranks run the same passes.
+        counts: False for a repeated row, which a rank without rows uses so that all ranks run the
+            same passes.
     """
 
     rows: Ints
@@ -46,7 +47,8 @@ class RolloutBatch:
         rollout: latents of this rank's prompts.
         images: images of this rank's leaves.
         scores: scores [I] of all images by reward.
-        credited: rows of `tree` with an advantage: trained edges [E], or leaves [I] if the method trains on images.
+        credited: rows of `tree` with an advantage: trained edges [E], or leaves [I] if the method
+            trains on images.
         advantage: one per credited row.
         edge_weight: weight of each credited row in the loss.
     """
@@ -71,18 +73,20 @@ class RolloutBatch:
         """The rows among `rows` of the whole tree that this rank holds, as rows of its own tree."""
         prompt, offset = np.divmod(rows, self._rows_per_prompt)
         mine = prompt % self.world.size == self.world.rank
-        return (prompt[mine] // self.world.size) * self._rows_per_prompt + offset[mine]
+        rows_here: Ints = (prompt[mine] // self.world.size) * self._rows_per_prompt + offset[mine]
+        return rows_here
 
     def global_rows(self, rows: Ints) -> Ints:
         """Rows of this rank's tree as rows of the whole tree."""
         prompt, offset = np.divmod(rows, self._rows_per_prompt)
-        return (prompt * self.world.size + self.world.rank) * self._rows_per_prompt + offset
+        whole: Ints = (prompt * self.world.size + self.world.rank) * self._rows_per_prompt + offset
+        return whole
 
     def micro_batches(self, rows: Ints, size: int) -> list[MicroBatch]:
         """The rows among `rows` of the whole tree that this rank holds, `size` at a time.
 
-        Every rank gets the same number of micro-batches, because sharded parameters need all ranks. A rank with too few
-        rows repeats a row that does not count.
+        Every rank gets the same number of micro-batches, because sharded parameters need all ranks.
+        A rank with too few rows repeats a row that does not count.
         """
         mine = self.local_rows(rows)
         batches = [MicroBatch(mine[i : i + size], True) for i in range(0, len(mine), size)]

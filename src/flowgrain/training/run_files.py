@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib.metadata
+import json
+import math
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,9 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def read_run_config(
-    path: Path, overrides: Sequence[str] | dict[str, Any] = (), plugins: Iterable[str | Path] = ()
+    path: Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    plugins: Iterable[str | Path] = (),
 ) -> Config:
     """The settings of a run, with overrides.
 
@@ -53,6 +57,20 @@ def read_run_config(
     """
     read_run(path)
     return load_config(path, overrides, plugins=plugins)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl, without a last line that a kill truncated.
+
+    Empty without the file.
+    """
+    file = folder / "metrics.jsonl"
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            values = json.loads(text).items()
+            lines.append({key: math.nan if value is None else value for key, value in values})
+    return lines
 
 
 def describe_environment() -> dict[str, Any]:

@@ -15,7 +15,10 @@ class StopSignal:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Handle signals inside this context. Outside the main thread, signals are left to the caller."""
+        """Handle signals inside this context.
+
+        Outside the main thread, signals are left to the caller.
+        """
         self.number = None
         previous: dict[int, Any] = {}
 
@@ -25,8 +28,8 @@ class StopSignal:
                 signal.signal(signal_number, handler)
 
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, remember)
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                previous[stop] = signal.signal(stop, remember)
         except ValueError:  # not the main thread
             pass
         try:

@@ -94,7 +94,10 @@ def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:
 
 
 def kept_settings(config: Config) -> Iterator[str]:
-    """Full paths of the settings that a resumed run must keep. They are marked with `keep` on their fields."""
+    """Full paths of the settings that a resumed run must keep.
+
+    They are marked with `keep` on their fields.
+    """
     yield "method.name"
     yield from _kept(type(config.method), "method.")
     yield from _kept(Config, "")

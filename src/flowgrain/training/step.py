@@ -51,7 +51,10 @@ def update(
     batch: RolloutBatch,
     sigmas: Tensor,
 ) -> Metrics:
-    """The optimizer updates of one rollout batch. The only reduction of losses is sum / global count."""
+    """The optimizer updates of one rollout batch.
+
+    The only reduction of losses is sum / global count.
+    """
     losses = rollout_loss(config, method, policy, batch, sigmas)
     losses.prepare()
     record, norms, skipped = TermRecord(), [], 0
@@ -61,7 +64,8 @@ def update(
         for place, micro_batch in enumerate(share.micro_batches):
             set_gradient_sync(policy.model, place == last)
             terms = losses.terms(number, place)
-            (terms["loss"].sum() * micro_batch.counts / share.count).backward()
+            loss = terms["loss"].sum() * micro_batch.counts / share.count
+            loss.backward()  # type: ignore[no-untyped-call]
             if micro_batch.counts:
                 record.add(terms, number)
                 finite_losses.append(terms["loss"].detach())

@@ -21,7 +21,10 @@ class StageTimer:
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Add the time inside this context to `stage`. On a GPU, wait for the work that was started inside."""
+        """Add the time inside this context to `stage`.
+
+        On a GPU, wait for the work that was started inside.
+        """
         begin = time.perf_counter()
         yield
         if self.device.type == "cuda":

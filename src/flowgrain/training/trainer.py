@@ -27,7 +27,7 @@ from flowgrain.training.export import export_policy
 from flowgrain.training.load import compute_device, load_model, load_prompts, load_rewards
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
-from flowgrain.training.recorder import SHOWN, Recorder
+from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.setup import with_given
 from flowgrain.training.signals import StopSignal
@@ -41,7 +41,8 @@ class Trainer:
     Args:
         config: settings, from `load_config`.
         out: directory of the run. Default: runs/NAME.
-        rewards: reward functions by name, in place of config.rewards. Their weight is 1, or that of config.rewards.
+        rewards: reward functions by name, in place of config.rewards. Their weight is 1, or that of
+            config.rewards.
         prompts: training prompts, in place of data.prompts.
         eval_prompts: evaluation prompts, in place of data.eval_prompts.
         method: a method class or instance, in place of config.method.
@@ -126,7 +127,8 @@ class Trainer:
                 self._loop(progress)
             self.export()
         except OSError as error:
-            # With several ranks only this one knows of the error, and a checkpoint needs all of them.
+            # With several ranks only this one knows of the error, and a checkpoint needs all of
+            # them.
             saved = "the last checkpoint is unchanged" if self.world.size > 1 else self._saved()
             raise RunStopped(
                 f"{saved}: {error}. Free some disk space or repair the disk, then resume with {self._resume_command}"
@@ -219,7 +221,10 @@ class Trainer:
     # ------------------------------------------------------------------ checkpoints
 
     def save(self, metrics: Metrics | None) -> Path:
-        """Write a checkpoint of everything that the next step depends on. The metrics' evaluation is its score."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        The metrics' evaluation is its score.
+        """
         return state.save(self, metrics)
 
     def restore(self) -> list[str]:
@@ -249,7 +254,10 @@ class Trainer:
             ) from error
 
     def export(self) -> Path:
-        """Write the parameters to export/ in the format of diffusers or of its LoRA loaders. Returns the directory."""
+        """Write the parameters to export/ in the format of diffusers or of its LoRA loaders.
+
+        Returns the directory.
+        """
         export_policy(self.policy, self.out / "export")
         return self.out / "export"
 
@@ -283,8 +291,8 @@ class Trainer:
 
         Args:
             num_steps: ODE steps. Default: evaluation.num_steps.
-            prompts: default: evaluation.num_prompts of the held-out prompts. They repeat with other noise if there are
-                fewer.
+            prompts: default: evaluation.num_prompts of the held-out prompts. They repeat with other
+                noise if there are fewer.
         """
         config, world = self.config, self.world
         if prompts is None:
@@ -306,7 +314,7 @@ class Trainer:
         if world.size == 1:
             return evaluation
         # Ranks exchange the images that are recorded, not gigabytes.
-        shown = replace(evaluation, images=evaluation.images[: -(-SHOWN // world.size)])
+        shown = replace(evaluation, images=evaluation.images[: -(-EVALUATION_IMAGES // world.size)])
         return interleave(world.gather(shown), chosen)
 
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:

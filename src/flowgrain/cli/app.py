@@ -1,0 +1,108 @@
+"""The application, its consoles, and the arguments that several commands share."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from flowgrain.settings import SettingsError
+
+if TYPE_CHECKING:
+    from flowgrain.config import Config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Post-train flow-matching image models with reinforcement learning and step-level credit.
+
+    `flowgrain train` runs the bundled demo. `flowgrain train g2rpo training.max_steps=20` trains the
+    bundled model with a method. `flowgrain plan flux/g2rpo` gives the cost of a recipe.""",
+)
+out = Console()
+err = Console(stderr=True)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SOURCE] [section.key=VALUE ...]", show_default=False),
+]
+"""A recipe, method, YAML file or run directory, and overrides."""
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py",
+        show_default=False,
+        help="Python file that registers methods, rewards or backbones. Repeatable.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset", show_default=False, help="one-gpu fits the run to one GPU with 80 GB."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path | None, typer.Option("--out", show_default=False, help="Output directory.")]
+
+
+def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """The source, if the first word is not an override, and the overrides."""
+    words = list(words or [])
+    source = words.pop(0) if words and "=" not in words[0] else None
+    return source, words
+
+
+def config_from(
+    words: list[str] | None, plugins: list[str] | None, preset: str | None = None
+) -> "Config":
+    """The configuration of a command. The default source is the demo.
+
+    Raises:
+        SettingsError: the source does not exist, or a setting is wrong.
+    """
+    from flowgrain.config.load import DEFAULT, load_config
+
+    source, overrides = split_words(words)
+    return load_config(source or DEFAULT, overrides, preset=preset, plugins=plugins or ())
+
+
+def integers(option: str, text: str, least: int) -> list[int]:
+    """The integers of an option with a comma-separated list.
+
+    Raises:
+        SettingsError: an entry is not an integer of at least `least`.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [least - 1]
+    if min(values) < least:
+        raise SettingsError(
+            f"{option}={text}: not a list of integers of at least {least}. "
+            f"Write for example {option} 10,16,20."
+        )
+    return values
+
+
+def progress_bar() -> Progress:
+    """A progress bar on the terminal. Without a terminal it shows nothing."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    return Progress(*columns, console=err, disable=not err.is_terminal)
+
+
+def say(text: str) -> None:
+    """Print a line of plain text to stdout."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str, style: str | None = None) -> None:
+    """Print a line of plain text to stderr."""
+    err.print(text, markup=False, highlight=False, soft_wrap=True, style=style)

@@ -1,0 +1,167 @@
+"""The commands `plan`, `fidelity` and `doctor`, which answer questions before a run starts."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, out, say
+from flowgrain.settings import SettingsError
+
+if TYPE_CHECKING:
+    from flowgrain.planning.forecast import Forecast
+    from flowgrain.planning.plan import RunPlan
+
+
+@app.command()
+def plan(
+    words: Words = None,
+    gpus: Annotated[int, typer.Option(min=0, help="Forecast a step on this number of GPUs.")] = 0,
+    gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h200",
+    plugins: Plugins = None,
+    preset: Preset = None,
+    as_json: Json = False,
+) -> None:
+    """Show the tree of one prompt and its exact cost. Nothing is run.
+
+    Examples:
+
+    * `flowgrain plan g2rpo`
+    * `flowgrain plan g2rpo method.granularities=[1,2] --json`
+    * `flowgrain plan flow_grpo sampling.num_steps=8`
+    * `flowgrain plan flux/g2rpo --gpus 16 --gpu h200`
+    """
+    from flowgrain.planning.plan import RunPlan
+
+    run = RunPlan(config_from(words, plugins, preset))
+    numbers = run.to_dict()
+    expected: Forecast | None = None
+    if gpus:
+        expected = _forecast(run, gpus, gpu)
+        numbers["forecast"] = {**vars(expected), "total": expected.total}
+    if as_json:
+        typer.echo(json.dumps(numbers))
+        return
+    _show_plan(run, numbers)
+    if expected is not None:
+        from flowgrain.planning.forecast import forecast_rows
+
+        table = Table("forecast", "", title_justify="left")
+        for name, value in forecast_rows(expected, gpus, gpu):
+            table.add_row(name, value)
+        out.print(table)
+
+
+def _forecast(run: "RunPlan", gpus: int, gpu: str) -> "Forecast":
+    from flowgrain.models.quiet import quiet_libraries
+    from flowgrain.planning.forecast import forecast
+
+    quiet_libraries()
+    return forecast(run.config, gpus, gpu)
+
+
+def _show_plan(run: "RunPlan", numbers: dict[str, Any]) -> None:
+    """The tree and the cost table on the terminal."""
+    from flowgrain.report.drawing import draw_tree
+
+    config = run.config
+    out.print(draw_tree(run.tree, config))
+    title = f"cost of {config.method.name}"
+    table = Table("per prompt", "", title=title, title_justify="left")
+    for name, value in numbers.items():
+        if name not in ("method", "forecast"):
+            label = _LABELS.get(name, name.replace("_", " "))
+            table.add_row(label, f"{value:,.1f}".removesuffix(".0"))
+    out.print(table)
+    training = config.training
+    say(
+        f"{training.prompts_per_step} prompts per step, {training.max_steps} steps: "
+        f"{run.total_forward_passes:,} sampling forward passes in total"
+    )
+
+
+_LABELS = {
+    "forward_passes": "sampling forward passes",
+    "train_forward_passes": "forward passes with gradient",
+    "frozen_forward_passes": "forward passes of the old policy and the reference",
+    "published_forward_passes": "sampling forward passes of the published code",
+    "peak_latents": "latents held at once",
+    "mean_forward_passes": "sampling forward passes, mean over the steps",
+    "calibration_forward_passes": "forward passes of the calibration, once per run",
+}
+
+
+@app.command("fidelity")
+def fidelity_command(
+    words: Words = None,
+    cheap: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="section.key=VALUE",
+            show_default=False,
+            help="A setting of the cheaper rollout. Repeatable.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps to sample.")] = 3,
+    plugins: Plugins = None,
+    preset: Preset = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how well a cheaper rollout ranks the samples of a group, and what it saves.
+
+    Nothing is trained.
+
+    Examples:
+
+    * `flowgrain fidelity mixgrpo --cheap method.tail_order=2 --cheap method.tail_ratio=0.4`
+    * `flowgrain fidelity g2rpo --cheap method.granularities=[1]`
+    * `flowgrain fidelity g2rpo method.granularities=[1] --cheap sampling.tail_cache=taylorseer:3`
+    """
+    from flowgrain.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    from flowgrain.planning.fidelity import fidelity
+
+    if not cheap:
+        raise SettingsError("--cheap: required. Write a setting: --cheap method.tail_ratio=0.4.")
+    full = config_from(words, plugins, preset)
+    found = fidelity(full, config_from([*(words or []), *cheap], plugins, preset), steps)
+    numbers = found.to_dict()
+    if as_json:
+        typer.echo(json.dumps(numbers))
+        return
+    say(
+        f"Spearman correlation of the advantages in a group: {numbers['spearman']:.2f} (10% to 90% "
+        f"of {len(found.correlation)} groups: {numbers['spearman_10']:.2f} to "
+        f"{numbers['spearman_90']:.2f}). {found.flipped:.0%} of the advantages have the other sign."
+    )
+    say(f"Time: {found.seconds:.2f} of the full rollout. Forward passes: {found.passes:.2f}.")
+
+
+@app.command()
+def doctor(words: Words = None, plugins: Plugins = None, preset: Preset = None) -> None:
+    """Check a configuration before a long run: memory, disk, prompts, the model and every reward.
+
+    Memory is checked before the weights are loaded. Nothing is trained or written. The exit status
+    is 1 if a check fails.
+
+    Examples:
+
+    * `flowgrain doctor g2rpo`
+    * `flowgrain doctor flux/g2rpo model.path=FLUX.1-dev data.prompts=prompts.txt rewards=[clip]`
+    """
+    from flowgrain.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    from flowgrain.planning.doctor import examine
+
+    findings = examine(config_from(words, plugins, preset))
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for finding in findings:
+        result = "[green]ok[/]" if finding.ok else "[bold red]failed[/]"
+        table.add_row(result, finding.name, escape(finding.message))
+    out.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)

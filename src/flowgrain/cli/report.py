@@ -1,0 +1,27 @@
+"""The command `report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowgrain.cli.app import app, say
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Directory of a run or of a comparison.")
+    ],
+) -> None:
+    """Write the page of a run or of a comparison again. It does not have to be finished.
+
+    Examples:
+
+    * `flowgrain report runs/demo`
+    * `flowgrain report comparisons/quick`
+    """
+    from flowgrain.report import write_comparison, write_report
+
+    write = write_comparison if (folder / "comparison.yaml").exists() else write_report
+    say(f"wrote {write(folder)}")

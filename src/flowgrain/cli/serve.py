@@ -1,0 +1,120 @@
+"""The commands `serve` and `encode`."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+
+from flowgrain.cli.app import Plugins, Preset, Words, app, config_from, progress_bar, say
+from flowgrain.settings import SettingsError
+
+if TYPE_CHECKING:
+    from flowgrain.rewards import Reward
+
+_ENCODED_AT_ONCE = 64
+
+
+@app.command()
+def serve(
+    rewards: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REWARD ...",
+            help="Names, or YAML mappings as in the list `rewards` of a configuration.",
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8600,
+    max_images: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 256,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Size of one request.")] = 256,
+    plugins: Plugins = None,
+) -> None:
+    """Serve rewards over HTTP for training runs on other machines.
+
+    If the environment variable FLOWGRAIN_TOKEN is set, every request needs this bearer token.
+
+    Examples:
+
+    * `flowgrain serve towers preference --port 8600`
+    * `flowgrain serve towers "{name: clip, path: openai/clip-vit-large-patch14, device: cuda}"`
+    * Training: `flowgrain train "rewards=[{name: remote, url: 'http://HOST:8600', reward: towers}]"`
+    """
+    from flowgrain.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        import uvicorn
+    except ImportError:
+        raise SettingsError(
+            "A reward server needs uvicorn. Install it: pip install 'flowgrain[serve]'"
+        ) from None
+    from flowgrain.registry import load_plugin
+    from flowgrain.rewards.messages import TOKEN_VARIABLE
+    from flowgrain.rewards.server import reward_app
+
+    for path in plugins or ():
+        load_plugin(path)
+    served = build_rewards(rewards)
+    token = os.environ.get(TOKEN_VARIABLE)
+    application = reward_app(served, token, max_images, max_megabytes * 2**20)
+    protected = "" if token else ", without a token"
+    say(f"serving {', '.join(served)} on http://{host}:{port}{protected}")
+    uvicorn.run(application, host=host, port=port, log_level="warning")
+
+
+def build_rewards(words: list[str]) -> "dict[str, Reward]":
+    """The rewards of the words of a command: names, or YAML mappings with options.
+
+    Raises:
+        SettingsError: a word is not a reward, or a reward cannot be loaded.
+    """
+    from flowgrain.config.load import parse_overrides
+    from flowgrain.rewards import RewardConfig, build_reward
+
+    built = {}
+    for word in words:
+        (value,) = parse_overrides([f"rewards=[{word}]"])["rewards"]
+        try:
+            config = RewardConfig.model_validate(value)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            place = ".".join(map(str, detail["loc"]))
+            raise SettingsError(f"{word}: {place}: {detail['msg']}.") from error
+        if config.name in built:
+            raise SettingsError(f"{config.name} is listed twice. List every reward once.")
+        built[config.name] = build_reward(config)
+    return built
+
+
+@app.command()
+def encode(words: Words = None, plugins: Plugins = None, preset: Preset = None) -> None:
+    """Write the embeddings of all prompts to model.embedding_cache, so that training needs no text encoder.
+
+    Example:
+
+    * `flowgrain encode flux/g2rpo data.prompts=train.txt data.eval_prompts=test.txt`
+    """
+    from flowgrain.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    from flowgrain.training.load import compute_device, load_model, load_prompts
+
+    config = config_from(words, plugins, preset)
+    folder = config.model.embedding_cache
+    if folder is None or config.model.name == "shapes":
+        raise SettingsError(
+            f"model.embedding_cache={folder}, model.name={config.model.name}: encode needs a "
+            "directory to write to, and a model with text encoders."
+        )
+    backbone = load_model(config, train=False)
+    backbone.to(compute_device(config.runtime.device))
+    prompts = [*load_prompts(config, backbone, "train"), *load_prompts(config, backbone, "eval")]
+    texts = list(dict.fromkeys(["", *(prompt.text for prompt in prompts)]))
+    with progress_bar() as bar:
+        task = bar.add_task("encoding", total=len(texts))
+        for first in range(0, len(texts), _ENCODED_AT_ONCE):
+            backbone.encode(texts[first : first + _ENCODED_AT_ONCE])
+            bar.update(task, completed=min(first + _ENCODED_AT_ONCE, len(texts)))
+    say(f"The embeddings of {len(texts)} prompts are in {Path(folder)}.")

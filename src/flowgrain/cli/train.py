@@ -1,0 +1,159 @@
+"""The command `train`."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from flowgrain.cli.app import Plugins, Preset, Words, app, config_from, err, note, say, split_words
+from flowgrain.settings import SettingsError
+
+if TYPE_CHECKING:
+    from flowgrain.training import Trainer
+
+
+@app.command(no_args_is_help=False)
+def train(
+    words: Words = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", show_default=False, help="Directory of the run. Default: runs/NAME."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", show_default=False, help="Resume the run in this directory."),
+    ] = None,
+    plugins: Plugins = None,
+    preset: Preset = None,
+) -> None:
+    """Train a recipe, a method, a YAML file or the settings of a run.
+
+    Examples:
+
+    * `flowgrain train` trains the bundled demo.
+    * `flowgrain train g2rpo method.granularities=[1,2] training.max_steps=40 --out runs/two`
+    * `flowgrain train flux/g2rpo --preset one-gpu data.prompts=prompts.txt`
+    * `flowgrain train my.yaml optimizer.learning_rate=1e-4`
+    * `flowgrain train --resume runs/two training.max_steps=80`
+    * `flowgrain train --plugin my_method.py my_method`
+    * `torchrun --nproc-per-node 8 -m flowgrain train flux/g2rpo data.prompts=prompts.txt`
+    """
+    from flowgrain.distributed import destroy_process_group
+    from flowgrain.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        if resume is None:
+            trainer = _start(words, plugins, preset, folder)
+        elif folder is not None or preset is not None:
+            raise SettingsError(f"--resume {resume}: remove --out and --preset. The run has both.")
+        else:
+            trainer = _resume(resume, words, plugins)
+        _train(trainer)
+    finally:
+        destroy_process_group()
+
+
+def _start(
+    words: list[str] | None, plugins: list[str] | None, preset: str | None, folder: Path | None
+) -> "Trainer":
+    from flowgrain.training import Trainer
+
+    return Trainer(config_from(words, plugins, preset), folder)
+
+
+def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) -> "Trainer":
+    """The trainer of the run in `folder`, at its last good checkpoint."""
+    from flowgrain.training import Trainer
+    from flowgrain.training.run_files import read_run, read_run_config
+
+    source, overrides = split_words(words)
+    if source is not None:
+        raise SettingsError(f"--resume {folder}: remove {source}. The run has its own settings.")
+    config = read_run_config(folder, overrides, plugins or ())
+    given = read_run(folder).get("given", [])
+    if given:
+        raise SettingsError(
+            f"{folder}: this run was started from Python with custom {', '.join(given)}. "
+            "Resume it from Python: Trainer(...).resume()."
+        )
+    trainer = Trainer(config, folder)
+    for message in trainer.resume():
+        note(f"{message}. The run continues from step {trainer.steps_done}.", style="yellow")
+    return trainer
+
+
+def _train(trainer: "Trainer") -> None:
+    """Train, and write the report. Only the main rank prints."""
+    if not trainer.world.is_main:
+        trainer.train()
+        return
+    config = trainer.config
+    steps = config.training.max_steps
+    say(
+        f"{config.method.name} on {config.model.name}: {steps} steps from step "
+        f"{trainer.steps_done}, into {trainer.out}"
+    )
+    begin = time.perf_counter()
+    with TrainingBar(steps, trainer.steps_done) as bar:
+        metrics = trainer.train(bar.show)
+    from flowgrain.report import write_report  # matplotlib and templates are not needed before
+
+    report = write_report(trainer.out)
+    say(f"done in {time.perf_counter() - begin:.0f} s. {_gain(metrics)}".rstrip())
+    say(f"open {report}")
+
+
+def _gain(metrics: list[dict[str, Any]]) -> str:
+    """The first and the last evaluation of every reward."""
+    first, last = metrics[0], metrics[-1]
+    rewards = [
+        f"{name.removeprefix('eval/')} {first[name]:.3f} -> {last[name]:.3f}"
+        for name in last
+        if name.startswith("eval/") and name.count("/") == 1 and name in first
+    ]
+    return f"Held-out {', '.join(rewards)}" if rewards else ""
+
+
+class TrainingBar:
+    """A progress bar with rewards, rate and time left. Without a terminal it shows nothing."""
+
+    def __init__(self, total: int, done: int) -> None:
+        columns = (
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=err, disable=not err.is_terminal)
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> "TrainingBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Show the metrics of a step."""
+        rewards = " ".join(
+            f"{name.removeprefix('reward/')} {value:.3f}"
+            for name, value in metrics.items()
+            if name.startswith("reward/")
+        )
+        rate = metrics["forward_passes"] / metrics["seconds"]
+        text = f"{rewards}  {rate:.0f} passes/s"
+        self.bar.update(self.task, completed=metrics["step"], description=text)

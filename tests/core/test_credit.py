@@ -1,0 +1,98 @@
+"""Credit against brute force, failed rewards, and groups without spread."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_trees import trees
+
+from flowgrain.core.credit import (
+    Normalization,
+    combine,
+    edge_values,
+    granular,
+    normalize,
+    outcome,
+)
+from flowgrain.core.tree import Planner, Tree
+
+HOW = Normalization()
+
+
+def subtree(tree: Tree, row: int) -> list[int]:
+    """`row` and all rows below it."""
+    children = [i for i in range(len(tree)) if tree.parent[i] == row]
+    return [row] + [deeper for child in children for deeper in subtree(tree, child)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=trees(), seed=st.integers(0, 99))
+def test_values_are_means_of_the_leaves_below(tree, seed):
+    rewards = torch.rand(len(tree.leaves), generator=torch.Generator().manual_seed(seed))
+    rewards[:: max(2, seed % 5)] = torch.nan
+    reward_of = dict(zip(tree.leaves.tolist(), rewards.tolist(), strict=True))
+    images = list(zip(tree.image.tolist(), tree.channel.tolist(), strict=True))
+    values = edge_values(tree, rewards)
+    for place, edge in enumerate(tree.edges):
+        below = set(subtree(tree, edge))
+        for channel in range(tree.num_channels):
+            scores = [reward_of[i] for i, c in images if c == channel and i in below]
+            scores = [score for score in scores if not math.isnan(score)]
+            expected = statistics.fmean(scores) if scores else math.nan
+            assert values[place, channel].item() == pytest.approx(expected, nan_ok=True)
+
+
+@given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=12))
+def test_normalize_is_the_standard_score(values):
+    one_group = torch.zeros(len(values), dtype=torch.long)
+    advantage = normalize(torch.tensor(values), one_group, HOW)
+    if max(values) - min(values) < 1e-4:
+        return
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    expected = torch.tensor([(v - mean) / (std + 1e-8) for v in values])
+    torch.testing.assert_close(advantage, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_failures_and_groups_without_spread_have_advantage_zero():
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    values = torch.tensor([0.1, 0.1, 0.1 + 1e-9, 1.0, 3.0, torch.nan, torch.nan, 5.0])
+    advantage = normalize(values, groups, HOW)
+    assert advantage[:3].tolist() == [0, 0, 0]
+    torch.testing.assert_close(advantage[3:5], torch.tensor([-1.0, 1.0]) / math.sqrt(2))
+    assert advantage[5:].tolist() == [0, 0, 0]
+
+
+def fan(count: int) -> Tree:
+    """`count` branches of one root, each completed at two granularities."""
+    planner = Planner(3)
+    for branch in planner.sde(planner.root(), count):
+        planner.image(planner.ode(branch), 0)
+        planner.image(planner.ode(branch, stride=2), 1)
+    return planner.tree()
+
+
+def test_granular_adds_the_channels_and_combine_clips():
+    tree = fan(3)
+    rewards = torch.arange(float(len(tree.leaves)))
+    values, one_group = edge_values(tree, rewards), torch.zeros(3, dtype=torch.long)
+    expected = sum(normalize(values[:, channel], one_group, HOW) for channel in range(2))
+    torch.testing.assert_close(granular(tree, rewards, HOW), expected)
+    both = {"a": rewards, "b": rewards}
+    advantage = combine(granular, tree, both, {"a": 1.0, "b": 2.0}, HOW, clip=0.5)
+    assert advantage.abs().max() == 0.5
+    assert not torch.equal(outcome(tree, rewards, HOW), granular(tree, rewards, HOW))
+
+
+def test_a_missing_score_masks_the_image_only_in_a_sum_of_rewards():
+    tree = fan(3)
+    a, b = torch.rand(len(tree.leaves)), torch.rand(len(tree.leaves))
+    both, weights = {"a": a, "b": b}, {"a": 1.0, "b": 0.5}
+    by_reward = combine(outcome, tree, both, weights, HOW, by="reward")
+    torch.testing.assert_close(by_reward, outcome(tree, a + 0.5 * b, HOW))
+    b[:] = torch.nan
+    assert combine(outcome, tree, both, weights, HOW, by="reward").abs().max() == 0
+    by_advantage = combine(outcome, tree, both, weights, HOW)
+    torch.testing.assert_close(by_advantage, outcome(tree, a, HOW))

@@ -1,0 +1,161 @@
+"""A comparison that is killed continues, and its results equal those of an uninterrupted one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from studies.test_comparison import SMALL
+
+from flowgrain.settings import SettingsError
+from flowgrain.studies.comparison import load_comparison
+from flowgrain.studies.entries import plan_entries
+from flowgrain.studies.measure import estimated_seconds, machine_speed
+from flowgrain.studies.results import by_seed, read_comparison, results
+from flowgrain.studies.run import run_comparison
+from flowgrain.training import RunStopped
+
+RUN = """
+import sys
+from pathlib import Path
+from flowgrain.studies.comparison import load_comparison
+from flowgrain.studies.run import run_comparison
+from flowgrain.training import Interrupted
+file, folder, jobs = sys.argv[1:]
+try:
+    run_comparison(load_comparison(file), Path(folder), int(jobs))
+except Interrupted as error:
+    sys.exit(f"interrupted: {error}")
+"""
+
+
+def start(file, folder, jobs):
+    """A process that runs the comparison in `file`."""
+    command = [sys.executable, "-c", RUN, str(file), str(folder), str(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+def metrics(folder, name):
+    lines = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def test_a_killed_comparison_continues(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(SMALL))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    comparison = load_comparison(file)
+    run_comparison(comparison, whole)
+    assert len(results(whole)) == 5
+
+    process = start(file, cut, 1)
+    wait_until(lambda: len(results(cut)) >= 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in cut.glob("runs/*/result.json")}
+    assert 2 <= len(finished) < 5
+
+    process = start(file, cut, 2)
+    wait_until(lambda: len(list(cut.glob("runs/*/metrics.jsonl"))) > len(finished), process)
+    with pytest.raises(SettingsError, match="another process works on this comparison"):
+        run_comparison(comparison, cut)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "interrupted" in errors
+    assert "Run the same command to continue" in errors
+
+    seen = []
+    state = run_comparison(comparison, cut, 2, lambda state, name: seen.append((state.done, name)))
+    assert state.done == state.total == 5
+    assert seen == [] or seen[-1][0] == 5
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    for entry in plan_entries(comparison):
+        assert metrics(cut, entry.name) == metrics(whole, entry.name)
+    for a, b in zip(results(cut), results(whole), strict=True):
+        timed = ("seconds", "seconds/measure")
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+
+    with pytest.raises(SettingsError, match="other budget"):
+        run_comparison(load_comparison(file, budget=600), cut)
+    assert read_comparison(cut) == comparison
+    check_results(whole, comparison)
+
+
+def check_results(folder, comparison):
+    """What was spent is what was planned, and every metric is measured at every number of steps."""
+    of_runs = {r["label"] + str(r["seed"]): r for r in results(folder)}
+    for entry in plan_entries(comparison):
+        result = of_runs[entry.label + str(entry.config.runtime.seed)]
+        assert result["units"] == entry.units
+        assert result["rollouts"] == entry.config.training.max_steps
+        assert result["stopped"] is None
+    for result in of_runs.values():
+        assert set(result["steps"]) == {"2", "3"}
+        for of_steps in result["steps"].values():
+            assert {"oracle", "towers", "preference", "frechet", "diversity"} <= set(of_steps)
+    values = by_seed(results(folder), "mixgrpo", "oracle", 3, "oracle")
+    assert values == {s: of_runs[f"mixgrpo{s}"]["steps"]["3"]["oracle"] for s in (1, 2)}
+
+
+def test_a_broken_reward_gives_no_result(tmp_path, monkeypatch):
+    (tmp_path / "compare_rewards.py").write_text(
+        "def broken(images, prompts):\n    raise OSError('gone')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(SMALL))
+    comparison = load_comparison(
+        file, rewards=[["compare_rewards:broken"]], seeds=[1], methods=["mixgrpo"]
+    )
+    with pytest.raises(
+        RunStopped, match=r"1 of 2 runs failed: mixgrpo\+compare_rewards:broken\+1: .*gone"
+    ):
+        run_comparison(comparison, tmp_path / "out")
+    assert [r["label"] for r in results(tmp_path / "out")] == ["base"]
+
+
+def test_a_diverged_run_is_a_result(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(SMALL))
+    overrides = [
+        "optimizer.learning_rate=1e30",
+        "optimizer.max_skipped_updates=1",
+        "training.max_failed_rewards=1",
+    ]
+    comparison = load_comparison(file, seeds=[1], methods=["mixgrpo"], overrides=overrides)
+    state = run_comparison(comparison, tmp_path / "out")
+    (name,) = state.diverged
+    assert name == "mixgrpo+oracle+1"
+    assert "non-finite" in state.diverged[name]
+    result = next(r for r in results(tmp_path / "out") if r["label"] == "mixgrpo")
+    assert result["stopped"] == state.diverged[name]
+
+
+def test_the_time_of_a_run_is_estimated_from_the_speed_of_the_machine(tmp_path):
+    entry = plan_entries(load_comparison("quick"))[0]
+    speed = machine_speed(entry.config.with_changes({"sampling.batch_size": 8}))
+    assert set(speed) == {"passes", "decodes", "scores"}
+    assert all(rate > 0 for rate in speed.values())
+    known = {"passes": 100.0, "decodes": 1000.0, "scores": 1000.0}
+    images = 16 * 4 * 145  # steps, prompts, images of a tree
+    passes = entry.units - 2 * images  # each image is decoded and scored
+    expected = (passes + entry.evaluation_passes) / 100 + 2 * images / 1000
+    assert estimated_seconds(entry, known) == pytest.approx(expected)
