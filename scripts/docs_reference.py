@@ -1,8 +1,8 @@
 """MkDocs hook: generates the pages "Settings" and "Command line" of the reference from the code.
 
-It adds two files to every build, so the pages cannot differ from the code:
+The pages are part of every build, so they always match the code:
 
-    reference/settings.md   from flowgrain.config.schema.Config and the registered methods and rewards
+    reference/settings.md   from flowgrain.config.schema.Config, the methods and the rewards
     reference/cli.md        from the typer application
 """
 
@@ -41,14 +41,12 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def settings_page() -> str:
-    """All sections of the settings, the options of every method, and the options of every reward."""
-    parts = [SETTINGS_INTRO]
+    """All sections of the settings, and the options of every method and reward."""
+    parts = [SETTINGS_INTRO, table(rows(Config, "", ["name"]))]
     for name, field in Config.model_fields.items():
         section = field.annotation
         if name == "method":
-            parts.append(
-                "## method\n\nThe method and its options, see [Options of the methods](#options-of-the-methods)."
-            )
+            parts += ["## method", METHOD_INTRO]
         elif name == "rewards":
             parts += ["## rewards", field.description or "", REWARDS_INTRO]
             parts.append(table(rows(RewardConfig, "rewards[].")))
@@ -63,17 +61,19 @@ SETTINGS_INTRO = """# Settings
 flowgrain config show flux/g2rpo
 ```
 
-The command prints the resolved settings of a recipe as YAML. Set a value with `section.key=VALUE` on the command line, or in
-a YAML file. [Settings and recipes](../guides/settings.md) explains how recipes, files and overrides are merged.
+The command prints the resolved settings of a recipe as YAML. Set a value with `section.key=VALUE`
+on the command line, or in a YAML file. [Settings and recipes](../guides/settings.md) explains how
+recipes, files and overrides are merged.
 
-A resumed run must keep the settings that are marked "fixed". All other settings may change on a resume.
+A resumed run must keep the settings that are marked as fixed. All other settings may change.
 
-| Setting | Type | Default | Resume | Description |
-| --- | --- | --- | --- | --- |
-| `name` | string | `run` | | Name of the run. Its directory is `runs/NAME`. |"""
+## name"""
 
-REWARDS_INTRO = """A list of mappings. All keys other than the following are options of the reward, see
-[Options of the rewards](#options-of-the-rewards)."""
+METHOD_INTRO = """The training method, `method.name`, and its options. See
+[Options of the methods](#options-of-the-methods)."""
+
+REWARDS_INTRO = """A list of mappings. All keys other than the following are options of the
+reward, see [Options of the rewards](#options-of-the-rewards)."""
 
 
 def summary(section: type) -> str:
@@ -94,20 +94,16 @@ def rows(
             continue
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         unit = f" ({extra['unit']})" if extra.get("unit") else ""
-        lock = "" if extra.get("keep") else ""
-        yield [
-            f"`{prefix}{name}`{lock}",
-            type_of(field) + unit,
-            default_of(field),
-            field.description or "",
-        ]
+        resume = "fixed" if extra.get("keep") else ""
+        setting, type_text = f"`{prefix}{name}`", type_of(field) + unit
+        yield [setting, type_text, default_of(field), resume, field.description or ""]
 
 
 def table(lines: Iterable[list[str]]) -> str:
     """A Markdown table of settings."""
-    head = ["Setting", "Type", "Default", "Description"]
+    head = ["Setting", "Type", "Default", "On resume", "Description"]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * 4, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells])
 
 
 def type_of(field: FieldInfo) -> str:
@@ -147,42 +143,52 @@ def default_of(field: FieldInfo) -> str:
 
 def yaml_value(value: Any) -> str:
     """`value` in YAML, as code."""
-    if isinstance(value, BaseModel):
-        return f"`{getattr(value, 'name', '')}`"
+    return f"`{plain_yaml(value)}`"
+
+
+def plain_yaml(value: Any) -> str:
+    """`value` in YAML, on one line."""
     if isinstance(value, tuple | list):
-        inside = ", ".join(yaml_value(v).strip("`") for v in value)
-        return f"`[{inside}]`"
-    names = {None: "null", True: "true", False: "false"}
-    return f"`{names[value] if value is None or isinstance(value, bool) else f'{value:g}' if isinstance(value, float) else value}`"
+        return f"[{', '.join(map(plain_yaml, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def method_options() -> list[str]:
     """Options that all methods have, and for every method the options that it adds or changes."""
-    parts = ["## Options of the methods", "Options of every method:"]
-    parts.append(table(rows(Method, "method.")))
+    methods = {name: METHODS.get(name) for name in sorted(METHODS)}
+    others = [name for name, kind in methods.items() if not issubclass(kind, PolicyGradient)]
     shared = set(PolicyGradient.model_fields) - set(Method.model_fields)
-    parts.append(
-        "Options of every method that trains stochastic steps, which is every method except `diffusionnft`:"
+    return [
+        "## Options of the methods",
+        "Options of every method:",
+        table(rows(Method, "method.")),
+        f"Options of every method that trains stochastic steps, which is all methods except "
+        f"{', '.join(f'`{name}`' for name in others)}:",
+        table(rows(PolicyGradient, "method.", shared)),
+        *(part for method in methods.values() for part in options_of(method)),
+    ]
+
+
+def options_of(method: type[Method]) -> Iterator[str]:
+    """The options that `method` adds, and those whose default it changes."""
+    base = PolicyGradient if issubclass(method, PolicyGradient) else Method
+    changed = [key for key, field in method.model_fields.items() if differs(base, key, field)]
+    yield f"### {method.name}"
+    yield summary(method)
+    values = [
+        f"`{section}.{key}={plain_yaml(value)}`"
+        for section, keys in method.config_defaults.items()
+        for key, value in keys.items()
+    ]
+    if values:
+        yield f"Defaults in other sections: {', '.join(values)}."
+    yield (
+        table(rows(method, "method.", changed))
+        if changed
+        else "All options have the defaults above."
     )
-    parts.append(table(rows(PolicyGradient, "method.", shared)))
-    for name in METHODS:
-        method = METHODS.get(name)
-        base = PolicyGradient if issubclass(method, PolicyGradient) else Method
-        changed = [key for key, field in method.model_fields.items() if differs(base, key, field)]
-        parts += [f"### {name}", summary(method)]
-        values = [
-            f"`{section}.{key}={yaml_value(value).strip('`')}`"
-            for section, keys in method.config_defaults.items()
-            for key, value in keys.items()
-        ]
-        if values:
-            parts.append(f"Paper values in other sections: {', '.join(values)}.")
-        parts.append(
-            table(rows(method, "method.", changed))
-            if changed
-            else "All options have the defaults above."
-        )
-    return parts
 
 
 def differs(base: type[BaseModel], key: str, field: FieldInfo) -> bool:
@@ -193,23 +199,24 @@ def differs(base: type[BaseModel], key: str, field: FieldInfo) -> bool:
 
 def reward_options() -> list[str]:
     """The options of every registered reward, from the signature of its class or function."""
-    parts = [
-        "## Options of the rewards",
-        "Options without a default are required. [Rewards](../guides/rewards.md) describes the rewards.",
-    ]
     lines = ["| Reward | Options |", "| --- | --- |"]
     for name in REWARDS:
-        parameters = inspect.signature(REWARDS.get(name)).parameters.values()
-        options = [option_text(p) for p in parameters if p.name not in ("images", "prompts")]
-        lines.append(f"| `{name}` | {', '.join(options) or 'none'} |")
-    return [*parts, "\n".join(lines)]
+        options = [option_text(p) for p in inspect.signature(REWARDS.get(name)).parameters.values()]
+        lines.append(f"| `{name}` | {', '.join(filter(None, options)) or 'none'} |")
+    return [
+        "## Options of the rewards",
+        "Options without a default are required. [Rewards](../guides/rewards.md) describes them.",
+        "\n".join(lines),
+    ]
 
 
 def option_text(parameter: inspect.Parameter) -> str:
-    """An argument as `name=default`."""
+    """An argument as `name=default`. Empty for an argument that is no option."""
+    if parameter.kind is parameter.POSITIONAL_ONLY or parameter.name in ("images", "prompts"):
+        return ""
     if parameter.default is inspect.Parameter.empty:
         return f"`{parameter.name}`"
-    return f"`{parameter.name}={yaml_value(parameter.default).strip('`')}`"
+    return f"`{parameter.name}={plain_yaml(parameter.default)}`"
 
 
 # ------------------------------------------------------------------------------ command line
@@ -243,8 +250,12 @@ CLI_INTRO = """# Command line
 flowgrain --help
 ```
 
-Exit codes: 0 success, 1 a run or a check failed, 2 a setting is wrong, 130 interrupted. An error is one message on the
-standard error stream."""
+| Exit code | Meaning |
+| --- | --- |
+| 0 | success |
+| 1 | a run or a check failed |
+| 2 | a setting is wrong. Nothing was written |
+| 130 | interrupted. The run is saved |"""
 
 
 def subcommands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:

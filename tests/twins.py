@@ -2,6 +2,7 @@
 
 import string
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -342,3 +343,49 @@ def siglip_tokenizer(folder):
     tokenizer = SiglipTokenizer(str(folder / "spiece.model"))
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+PROMPTS = ["a red cat", "two blue dogs", "a green bird", "seven trees"]
+PIPELINES = {
+    "sd3": StableDiffusion3Pipeline,
+    "flux": FluxPipeline,
+    "flux2": Flux2KleinPipeline,
+    "qwen_image": QwenImagePipeline,
+    "zimage": ZImagePipeline,
+}
+SIZE = {"height": 32, "width": 48, "max_prompt_tokens": 40}
+PARITY_CASES = [
+    ("sd3", "sd3", 4.5),
+    ("sd3", "sd3", 1.0),
+    ("sd3", "sd3-no-t5", 3.0),
+    ("flux", "flux", 3.5),
+    ("flux", "schnell", 1.0),
+    ("flux2", "flux2", 4.0),
+    ("flux2", "flux2", 1.0),
+    ("qwen_image", "qwen_image", 4.0),
+    ("qwen_image", "qwen_image", 1.0),
+    ("zimage", "zimage", 5.0),
+    ("zimage", "zimage", 1.0),
+]
+"""Backbone, directory of `save_all`, and guidance scale."""
+
+
+def pipeline_images(pipe, noise, num_steps, guidance, prompts):
+    """The pipeline's own images of `noise`. It applies its timestep shift itself."""
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"guidance_scale": guidance}
+    if isinstance(pipe, QwenImagePipeline):
+        arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts)}
+    if isinstance(pipe, ZImagePipeline):
+        arguments = {"guidance_scale": guidance - 1}  # v + scale (v - v_free)
+    return pipe(
+        prompt=list(prompts),
+        height=SIZE["height"],
+        width=SIZE["width"],
+        max_sequence_length=SIZE["max_prompt_tokens"],
+        latents=noise,
+        sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(),
+        num_inference_steps=num_steps,
+        output_type="pt",
+        **arguments,
+    ).images

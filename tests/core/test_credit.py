@@ -45,6 +45,7 @@ def test_values_are_means_of_the_leaves_below(tree, seed):
             assert values[place, channel].item() == pytest.approx(expected, nan_ok=True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=12))
 def test_normalize_is_the_standard_score(values):
     one_group = torch.zeros(len(values), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The executor on random trees: as many forward passes as planned, and the latents of a naive executor that shares nothing."""
+"""The executor on random trees, against the plan and against a naive executor that shares nothing."""
 
 from contextlib import contextmanager
 

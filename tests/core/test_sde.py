@@ -1,8 +1,8 @@
-"""Transition kernels against closed forms, and the marginals of Flow-SDE and Dance-SDE on an analytic mixture."""
+"""Transition kernels against closed forms, and their marginals on an analytic mixture."""
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowgrain.core.sde import (
@@ -29,6 +29,7 @@ def test_grid_of_the_papers():
     torch.testing.assert_close(sigma_grid(16, 3.0), torch.tensor(expected), atol=5e-4, rtol=0)
 
 
+@settings(deadline=None)
 @given(num_steps=st.integers(2, 40), shift=st.floats(0.5, 8), eta=st.floats(0.1, 1.5))
 def test_flow_sde_starts_with_std_eta(num_steps, shift, eta):
     step = Step.on(sigma_grid(num_steps, shift), torch.tensor([0]), torch.tensor([1]))
@@ -64,6 +65,7 @@ def test_cps_keeps_the_variance(index):
 
     For x0 = 0 the state is x = sigma eps, so the mean is a multiple of eps.
     """
+    torch.manual_seed(index)  # the test divides by eps, which must not be tiny
     step, eps = grid_step(index), torch.randn(3, 5)
     transition = CPS(0.6)(step.sigma[:, None] * eps, eps, step)
     kept = (transition.mean / eps)[:, 0]

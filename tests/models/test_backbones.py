@@ -7,27 +7,11 @@ import numpy as np
 import pytest
 import torch
 import twins
-from diffusers import (
-    Flux2KleinPipeline,
-    FluxPipeline,
-    QwenImagePipeline,
-    StableDiffusion3Pipeline,
-    ZImagePipeline,
-)
+from twins import PARITY_CASES, PIPELINES, PROMPTS, SIZE, pipeline_images
 
 from flowgrain import SettingsError
 from flowgrain.core.sde import sigma_grid
 from flowgrain.models import CustomGuidance, Dtypes, ModelConfig, load_backbone
-
-PROMPTS = ["a red cat", "two blue dogs", "a green bird", "seven trees"]
-PIPELINES = {
-    "sd3": StableDiffusion3Pipeline,
-    "flux": FluxPipeline,
-    "flux2": Flux2KleinPipeline,
-    "qwen_image": QwenImagePipeline,
-    "zimage": ZImagePipeline,
-}
-SIZE = {"height": 32, "width": 48, "max_prompt_tokens": 40}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +29,7 @@ def sample(backbone, prompts, noise, sigmas, guidance):
     """Images of Euler steps on the grid `sigmas`, with the guidance of the backbone."""
     cond, free = backbone.encode(prompts), backbone.encode([""])
     x = noise
-    for sigma, following in itertools.pairwise(sigmas):
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         level = sigma.expand(len(x))
         if backbone.embedded_guidance:
             given = {**cond, "guidance": torch.full((len(x),), guidance)}
@@ -58,47 +42,11 @@ def sample(backbone, prompts, noise, sigmas, guidance):
                 v = backbone.guide(v, v_free, guidance)
             elif guidance != 1:
                 v = v_free + guidance * (v - v_free)
-        x = x + (following - sigma) * v
+        x = x + (next_sigma - sigma) * v
     return backbone.decode(x)
 
 
-def pipeline_images(pipe, noise, num_steps, guidance, prompts):
-    """The pipeline's own images of `noise`. It applies its timestep shift itself."""
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"guidance_scale": guidance}
-    if isinstance(pipe, QwenImagePipeline):
-        arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts)}
-    if isinstance(pipe, ZImagePipeline):
-        arguments = {"guidance_scale": guidance - 1}  # v + scale (v - v_free)
-    return pipe(
-        prompt=list(prompts),
-        height=SIZE["height"],
-        width=SIZE["width"],
-        max_sequence_length=SIZE["max_prompt_tokens"],
-        latents=noise,
-        sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(),
-        num_inference_steps=num_steps,
-        output_type="pt",
-        **arguments,
-    ).images
-
-
-@pytest.mark.parametrize(
-    ("name", "folder", "guidance"),
-    [
-        ("sd3", "sd3", 4.5),
-        ("sd3", "sd3", 1.0),
-        ("sd3", "sd3-no-t5", 3.0),
-        ("flux", "flux", 3.5),
-        ("flux", "schnell", 1.0),
-        ("flux2", "flux2", 4.0),
-        ("flux2", "flux2", 1.0),
-        ("qwen_image", "qwen_image", 4.0),
-        ("qwen_image", "qwen_image", 1.0),
-        ("zimage", "zimage", 5.0),
-        ("zimage", "zimage", 1.0),
-    ],
-)
+@pytest.mark.parametrize(("name", "folder", "guidance"), PARITY_CASES)
 @torch.no_grad()
 def test_images_match_the_pipeline(folders, name, folder, guidance):
     """Within 1e-4 in float32: the pipeline rounds timesteps. One of the prompts is truncated."""

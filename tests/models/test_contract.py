@@ -177,6 +177,12 @@ def test_an_incomplete_backbone_from_a_plugin_file(tmp_path):
         load_backbone(ModelConfig(name="linear_toy"), Dtypes())
 
 
+def test_a_backbone_that_cannot_be_loaded():
+    register_backbone("constant")(type("Constant", (), {}))
+    with pytest.raises(ValueError, match=r"constant: <class .* has no class method load"):
+        load_backbone(ModelConfig(name="constant"), Dtypes())
+
+
 def test_names_of_backbones():
     assert list(BACKBONES)[:6] == ["shapes", "sd3", "flux", "flux2", "qwen_image", "zimage"]
     with pytest.raises(SettingsError, match="A backbone named 'flux' already exists"):

@@ -155,7 +155,9 @@ def test_the_time_of_a_run_is_estimated_from_the_speed_of_the_machine(tmp_path):
     assert set(speed) == {"passes", "decodes", "scores"}
     assert all(rate > 0 for rate in speed.values())
     known = {"passes": 100.0, "decodes": 1000.0, "scores": 1000.0}
-    images = 16 * 4 * 145  # steps, prompts, images of a tree
+    config = entry.config
+    per_step = len(config.tree().leaves) * config.training.prompts_per_step
+    images = config.training.max_steps * per_step
     passes = entry.units - 2 * images  # each image is decoded and scored
     expected = (passes + entry.evaluation_passes) / 100 + 2 * images / 1000
     assert estimated_seconds(entry, known) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Training the published models on tiny twins: parity with their pipelines, resume, export, dtypes."""
+"""Runs of the published models on tiny twins: parity with their pipelines, resume, export."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import twins
-from models.test_backbones import PIPELINES, PROMPTS, SIZE, pipeline_images
+from twins import PARITY_CASES, PIPELINES, PROMPTS, SIZE, pipeline_images
 
 from flowgrain import SettingsError, Trainer, load_config
 from flowgrain.core.sde import sigma_grid
@@ -70,17 +70,7 @@ def noise_of(trainer, count):
     return torch.randn(count, *trainer.backbone.latent_shape, generator=generator)
 
 
-@pytest.mark.parametrize(
-    ("name", "folder", "guidance"),
-    [
-        ("sd3", "sd3-no-t5", 3.0),
-        ("flux", "flux", 3.5),
-        ("flux", "schnell", 1.0),
-        ("flux2", "flux2", 4.0),
-        ("qwen_image", "qwen_image", 4.0),
-        ("zimage", "zimage", 5.0),
-    ],
-)
+@pytest.mark.parametrize(("name", "folder", "guidance"), PARITY_CASES)
 def test_images_match_the_pipeline(folders, tmp_path, name, folder, guidance):
     """With the pipeline's own timestep shift. Within 1e-4: the pipeline rounds timesteps."""
     changes = {"sampling.shift": "auto", "sampling.guidance_scale": guidance}

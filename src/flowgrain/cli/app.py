@@ -21,10 +21,11 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="""Post-train flow-matching image models with reinforcement learning and step-level credit.
+    help="""Post-train flow-matching image models with reinforcement learning and step-level
+    credit.
 
-    `flowgrain train` runs the bundled demo. `flowgrain train g2rpo training.max_steps=20` trains the
-    bundled model with a method. `flowgrain plan flux/g2rpo` gives the cost of a recipe.""",
+    `flowgrain train` trains the bundled demo. `flowgrain train g2rpo training.max_steps=20` trains
+    the bundled model with a method. `flowgrain plan flux/g2rpo` shows the cost of a recipe.""",
 )
 out = Console()
 err = Console(stderr=True)

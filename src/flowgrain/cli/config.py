@@ -22,7 +22,6 @@ def recipes(plugins: Plugins = None, as_json: Json = False) -> None:
     """List the bundled recipes: one per published run, with paper, task, hardware and result.
 
     Examples:
-
     * `flowgrain recipes`
     * `flowgrain recipes --json`
     """
@@ -52,7 +51,6 @@ def show(words: Words = None, plugins: Plugins = None, preset: Preset = None) ->
     """Print all settings as YAML, with their descriptions as comments. The file can be trained.
 
     Examples:
-
     * `flowgrain config show flux/g2rpo`
     * `flowgrain config show g2rpo method.group_size=8 > my.yaml`, then `flowgrain train my.yaml`
     """
@@ -71,7 +69,6 @@ def diff(
     """List the settings that differ between two recipes, methods, YAML files or runs.
 
     Examples:
-
     * `flowgrain config diff g2rpo flow_grpo`
     * `flowgrain config diff flux/g2rpo runs/two`
     """

@@ -27,7 +27,6 @@ def plan(
     """Show the tree of one prompt and its exact cost. Nothing is run.
 
     Examples:
-
     * `flowgrain plan g2rpo`
     * `flowgrain plan g2rpo method.granularities=[1,2] --json`
     * `flowgrain plan flow_grpo sampling.num_steps=8`
@@ -114,7 +113,6 @@ def fidelity_command(
     Nothing is trained.
 
     Examples:
-
     * `flowgrain fidelity mixgrpo --cheap method.tail_order=2 --cheap method.tail_ratio=0.4`
     * `flowgrain fidelity g2rpo --cheap method.granularities=[1]`
     * `flowgrain fidelity g2rpo method.granularities=[1] --cheap sampling.tail_cache=taylorseer:3`
@@ -148,7 +146,6 @@ def doctor(words: Words = None, plugins: Plugins = None, preset: Preset = None) 
     is 1 if a check fails.
 
     Examples:
-
     * `flowgrain doctor g2rpo`
     * `flowgrain doctor flux/g2rpo model.path=FLUX.1-dev data.prompts=prompts.txt rewards=[clip]`
     """

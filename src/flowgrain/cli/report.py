@@ -17,7 +17,6 @@ def report(
     """Write the page of a run or of a comparison again. It does not have to be finished.
 
     Examples:
-
     * `flowgrain report runs/demo`
     * `flowgrain report comparisons/quick`
     """

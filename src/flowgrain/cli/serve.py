@@ -36,10 +36,9 @@ def serve(
     If the environment variable FLOWGRAIN_TOKEN is set, every request needs this bearer token.
 
     Examples:
-
     * `flowgrain serve towers preference --port 8600`
     * `flowgrain serve towers "{name: clip, path: openai/clip-vit-large-patch14, device: cuda}"`
-    * Training: `flowgrain train "rewards=[{name: remote, url: 'http://HOST:8600', reward: towers}]"`
+    * Client: `flowgrain train "rewards=[{name: remote, url: 'http://HOST:8600', reward: towers}]"`
     """
     from flowgrain.models.quiet import quiet_libraries
 
@@ -90,10 +89,11 @@ def build_rewards(words: list[str]) -> "dict[str, Reward]":
 
 @app.command()
 def encode(words: Words = None, plugins: Plugins = None, preset: Preset = None) -> None:
-    """Write the embeddings of all prompts to model.embedding_cache, so that training needs no text encoder.
+    """Write the embeddings of all prompts to model.embedding_cache.
+
+    Training then loads no text encoder.
 
     Example:
-
     * `flowgrain encode flux/g2rpo data.prompts=train.txt data.eval_prompts=test.txt`
     """
     from flowgrain.models.quiet import quiet_libraries

@@ -38,7 +38,6 @@ def train(
     """Train a recipe, a method, a YAML file or the settings of a run.
 
     Examples:
-
     * `flowgrain train` trains the bundled demo.
     * `flowgrain train g2rpo method.granularities=[1,2] training.max_steps=40 --out runs/two`
     * `flowgrain train flux/g2rpo --preset one-gpu data.prompts=prompts.txt`

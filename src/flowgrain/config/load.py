@@ -4,6 +4,7 @@ Later sources replace earlier ones: field defaults, the method's values for othe
 recipe or file, the preset, the overrides.
 """
 
+import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -174,14 +175,13 @@ def run_config(saved: Values, file: Path) -> Values:
     Raises:
         SettingsError: another version of flowgrain wrote the file, or it contains no settings.
     """
-    from flowgrain import __version__
-
+    version_now = importlib.metadata.version("flowgrain")
     if "config" not in saved:
         versions = saved.get("versions")
         version = versions.get("flowgrain") if isinstance(versions, dict) else None
         if "settings" in saved:
             raise SettingsError(
-                f"{file}: written by flowgrain {version or '0.1'}, which flowgrain {__version__} cannot read. "
+                f"{file}: written by flowgrain {version or '0.1'}, which flowgrain {version_now} cannot read. "
                 f"Install flowgrain=={version or '0.1'} to use this run, or start a new one."
             )
         raise SettingsError(f"{file}: contains no settings of a run.")

@@ -14,12 +14,17 @@ def load_backbone(model: ModelConfig, dtypes: Dtypes) -> Backbone:
 
     Raises:
         SettingsError: the backbone does not exist, or a setting cannot be used.
-        ValueError: the backbone lacks a member of the protocol.
+        ValueError: the backbone lacks a member of the protocol, or the class method `load`.
     """
     if model.name not in BACKBONES:
         hint = did_you_mean(model.name, BACKBONES)
         raise SettingsError(f"model.name={model.name}: there is no such backbone. {hint}")
-    return check_backbone(BACKBONES.get(model.name).load(model, dtypes))
+    loader = BACKBONES.get(model.name)
+    if not _has_methods(loader, "load"):
+        raise ValueError(
+            f"backbone {model.name}: {loader!r} has no class method load(model, dtypes)."
+        )
+    return check_backbone(loader.load(model, dtypes))
 
 
 def check_backbone(backbone: Any) -> Backbone:

@@ -119,7 +119,7 @@ def _section(
             for steps, rows in tables.items()
             for metric in metrics
         },
-        figures=_figures(comparison, reward_set, runs),
+        figures=_figures(comparison, runs),
         prompts=prompts,
         images=images,
     )
@@ -144,37 +144,37 @@ class _Point:
     value: float
 
 
-def _points(run: Path, metric: str) -> list[_Point]:
+def _points(run: Path) -> dict[str, list[_Point]]:
+    """The evaluations of a run by reward, trained rewards first."""
     config = read_run_config(run)
     num_rewards, num_steps = len(config.rewards), config.sampling.num_steps
     units, updates = calibration_cost(config.method, num_steps, num_rewards).units, 0.0
-    points = []
+    evaluated = (*config.rewards, *config.evaluation.rewards)
+    points: dict[str, list[_Point]] = {reward.name: [] for reward in evaluated}
     for line in Recorder(run, config).read_metrics():
         if "forward_passes" in line:
             units += units_of_step(line, num_rewards)
             updates += line["updates"]
-        if f"eval/{metric}" in line:
-            points.append(_Point(units, updates, line[f"eval/{metric}"]))
+        for metric, of_metric in points.items():
+            if f"eval/{metric}" in line:
+                of_metric.append(_Point(units, updates, line[f"eval/{metric}"]))
     return points
 
 
-def _figures(
-    comparison: Comparison, reward_set: str, runs: dict[str, list[Path]]
-) -> list[Figure]:
-    """Held-out scores during training, mean over seeds, against the cost and against the updates."""
-    if not comparison.curve_points or not runs:
+def _figures(comparison: Comparison, runs: dict[str, list[Path]]) -> list[Figure]:
+    """Held-out scores during training, mean over seeds, against the cost and the updates."""
+    if not comparison.curve_points:
         return []
+    of_runs = {label: [_points(run) for run in folders] for label, folders in runs.items()}
+    metrics = dict.fromkeys(m for seeds in of_runs.values() for points in seeds for m in points)
     figures = []
-    for metric in (reward.name for reward in comparison.rewards[reward_set]):
-        points = {
-            label: [_points(run, metric) for run in folders] for label, folders in runs.items()
-        }
+    for metric in metrics:
         for axis, xlabel in _AXES.items():
-            curves = [
-                _mean_curve(label, of_seeds, axis)
-                for label, of_seeds in points.items()
-                if min(map(len, of_seeds))
-            ]
+            curves = []
+            for label, seeds in of_runs.items():
+                of_seeds = [points.get(metric, []) for points in seeds]
+                if min(map(len, of_seeds)):
+                    curves.append(_mean_curve(label, of_seeds, axis))
             if curves:
                 title = f"{metric} by {xlabel}"
                 figures.append(draw_figure(title, curves, xlabel, f"held-out {metric}"))

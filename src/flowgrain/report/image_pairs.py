@@ -1,5 +1,6 @@
 """Held-out images before and after training, and the parts of their scores."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,15 @@ class PartChange:
     after: float
     scale: float
 
+    @property
+    def is_error(self) -> bool:
+        """Whether the part is an error of the bundled oracle, which reports shares of images."""
+        return self.name.startswith("oracle/")
+
+    def percent(self, value: float) -> float:
+        """Length of the bar of `value` in percent. 0 for negative and unknown values."""
+        return 100 * max(value, 0.0) / self.scale if math.isfinite(value) else 0.0
+
 
 def image_pairs(run: RunData) -> list[ImagePair]:
     """The first held-out prompts before and after training. Empty with fewer than two evaluations."""
@@ -82,8 +92,9 @@ def part_changes(run: RunData) -> list[PartChange]:
     scales = dict[str, float]()
     for name in names:
         reward = name.partition("/")[0]
-        scales[reward] = max(scales.get(reward, 1.0), first[name], last[name])
+        scales[reward] = max(
+            scales.get(reward, 1.0), *filter(math.isfinite, (first[name], last[name]))
+        )
     return [
-        PartChange(name, first[name], last[name], scales[name.partition("/")[0]])
-        for name in names
+        PartChange(name, first[name], last[name], scales[name.partition("/")[0]]) for name in names
     ]

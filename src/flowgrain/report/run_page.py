@@ -38,7 +38,7 @@ def write_report(folder: Path) -> Path:
         "software": [*software, *([f"commit {revision[:10]}"] if revision else [])],
         "steps_done": run.steps[-1]["step"] if run.steps else 0,
         "facts": [*evaluation_facts(run), *training_facts(run)],
-        "figures": run_figures(run),
+        "figures_drawn": run_figures(run),
         "pairs": image_pairs(run),
         "parts": part_changes(run),
         "tree_summary": method.summary,
@@ -97,7 +97,9 @@ def training_facts(run: RunData) -> list[Fact]:
         value for line in run.steps for key, value in line.items() if key.startswith("failed/")
     )
     if failed:
-        facts.append(Fact(f"{failed:,}", "images without a score. They were left out of the update"))
+        facts.append(
+            Fact(f"{failed:,}", "images without a score. They were left out of the update")
+        )
     if total["updates/skipped"]:
         facts.append(
             Fact(

@@ -79,6 +79,7 @@ class TreePicture:
         groups: groups of branches in the order of their grid steps.
         largest_advantage: largest absolute advantage, which has the strongest color.
         several_lengths: whether branches have images after different numbers of steps.
+        rewards: names of the rewards.
     """
 
     step: int
@@ -87,6 +88,7 @@ class TreePicture:
     groups: list[BranchGroup]
     largest_advantage: float
     several_lengths: bool
+    rewards: list[str]
 
 
 class _Edge(NamedTuple):
@@ -141,7 +143,9 @@ def read_tree_picture(path: Path) -> TreePicture:
     """The tree in the file `path`, images/tree-STEP.json of a run."""
     values = json.loads(path.read_text())
     sheet = tiles(path.with_suffix(".png"), _COLUMNS, len(values["leaves"]))
-    images = {leaf: data_uri(tile, _SIZE) for leaf, tile in zip(values["leaves"], sheet, strict=True)}
+    images = {
+        leaf: data_uri(tile, _SIZE) for leaf, tile in zip(values["leaves"], sheet, strict=True)
+    }
     file = _TreeFile(values, images)
     groups = _groups(file)
     branches = [branch for group in groups for branch in group.branches]
@@ -151,7 +155,10 @@ def read_tree_picture(path: Path) -> TreePicture:
         anchor=_anchor(file),
         groups=groups,
         largest_advantage=max((abs(a) for a in values["advantage"]), default=0) or 1.0,
-        several_lengths=any(len({image.steps for image in branch.images}) > 1 for branch in branches),
+        rewards=list(values["rewards"]),
+        several_lengths=any(
+            len({image.steps for image in branch.images}) > 1 for branch in branches
+        ),
     )
 
 

@@ -1,16 +1,19 @@
 """Measurement of trained models, and the speed of this machine."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from flowgrain.config import Config
 from flowgrain.shapes.features import diversity, features, frechet, true_features
 from flowgrain.studies.comparison import Measurement
 from flowgrain.studies.entries import Entry
+from flowgrain.training.evaluate import Evaluation
 from flowgrain.training.pictures import contact_sheet, to_pixels
 from flowgrain.training.trainer import Trainer
 
@@ -36,13 +39,19 @@ def _measure_at(
     contact_sheet(shown, NUM_SHOWN).save(folder / f"pictures-{num_steps}.png")
     values = evaluation.means() | evaluation.part_means()
     if trainer.config.model.name == "shapes":  # the features are of this model's images
-        of_images = features(evaluation.images)
-        truth = true_features([prompt.text for prompt in evaluation.prompts])
-        by_prompt = of_images.reshape(per_prompt, count, -1).swapaxes(0, 1)
-        adjacent = by_prompt.reshape(len(of_images), -1)
-        values |= {"frechet": frechet(of_images, truth)}
-        values |= {"diversity": diversity(adjacent, per_prompt)}
+        values |= _image_statistics(evaluation, per_prompt)
     return values
+
+
+def _image_statistics(evaluation: Evaluation, per_prompt: int) -> dict[str, float]:
+    """Frechet distance to true renderings, and diversity. NaN for images that are not finite."""
+    of_images = features(evaluation.images)
+    if not np.isfinite(of_images).all():
+        return {"frechet": math.nan, "diversity": math.nan}
+    truth = true_features([prompt.text for prompt in evaluation.prompts])
+    by_repeat = of_images.reshape(per_prompt, -1, of_images.shape[1])
+    adjacent = by_repeat.swapaxes(0, 1).reshape(of_images.shape)
+    return {"frechet": frechet(of_images, truth), "diversity": diversity(adjacent, per_prompt)}
 
 
 def machine_speed(config: Config) -> dict[str, float]:
