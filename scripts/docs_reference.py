@@ -7,12 +7,12 @@ The pages are part of every build, so they always match the code:
 """
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
-import click
 import typer
 from annotated_types import Ge, Gt, Le, Lt
 from mkdocs.config.defaults import MkDocsConfig
@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from flowgrain.cli import app
+from flowgrain.cli.app import app
 from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, Method, PolicyGradient
 from flowgrain.rewards import REWARDS, RewardConfig
@@ -224,24 +224,9 @@ def option_text(parameter: inspect.Parameter) -> str:
 
 def cli_page() -> str:
     """Every command with its arguments and options."""
-    command = typer.main.get_command(app)
-    parts = [CLI_INTRO]
-    for path, sub in subcommands(command, "flowgrain"):
-        parts.append(f"## {path}")
-        parts.append(inspect.cleandoc(sub.help or ""))
-        usage = [
-            f"{path} [OPTIONS]",
-            *(usage_of(p) for p in sub.params if p.param_type_name == "argument"),
-        ]
-        parts.append(f"```text\n{' '.join(usage)}\n```")
-        lines = [
-            option_row(p) for p in sub.params if p.param_type_name == "option" and p.name != "help"
-        ]
-        if lines:
-            parts.append(
-                "\n".join(["| Option | Default | Description |", "| --- | --- | --- |", *lines])
-            )
-    return "\n\n".join(parts) + "\n"
+    commands = subcommands(typer.main.get_command(app), "flowgrain")
+    parts = [part for path, command in commands for part in command_part(path, command)]
+    return "\n\n".join([CLI_INTRO, *parts]) + "\n"
 
 
 CLI_INTRO = """# Command line
@@ -258,7 +243,7 @@ flowgrain --help
 | 130 | interrupted. The run is saved |"""
 
 
-def subcommands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+def subcommands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     """All commands without subcommands, with the words that call them."""
     if not hasattr(command, "commands"):
         yield path, command
@@ -267,9 +252,18 @@ def subcommands(command: click.Command, path: str) -> Iterator[tuple[str, click.
         yield from subcommands(sub, f"{path} {name}")
 
 
-def usage_of(parameter: click.Parameter) -> str:
-    """An argument in the usage line."""
-    return parameter.make_metavar(click.Context(click.Command("flowgrain")))
+def command_part(path: str, command: Any) -> Iterator[str]:
+    """The heading, usage, help and options of a command."""
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    usage = [path, *(["[OPTIONS]"] if options else [])]
+    usage += [p.metavar or str(p.name).upper() for p in arguments]
+    yield f"## {path}"
+    yield f"```text\n{' '.join(usage)}\n```"
+    yield re.sub(r"\n(?=\* )", "\n\n", inspect.cleandoc(command.help or ""), count=1)
+    lines = ["| Option | Default | Description |", "| --- | --- | --- |"]
+    if options:
+        yield "\n".join([*lines, *map(option_row, options)])
 
 
 def option_row(option: Any) -> str:

@@ -72,7 +72,8 @@ class Toy:
         return {"number": torch.tensor([PROMPTS.index(text) if text else 0 for text in texts])}
 
     def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        return transformer(x, sigma, cond["number"])
+        v: Tensor = transformer(x, sigma, cond["number"])
+        return v
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(latents).mean(1)[:, :, None, None].expand(-1, 3, 2, 2)

@@ -1,4 +1,8 @@
-"""Prompts and noise of a training step: functions of (seed, step, ...) alone, so a resumed run only needs its step number."""
+"""Prompt files, and the prompts and noise of a training step.
+
+The prompts and the noise of a step are functions of the seed and the step number, so a resumed run
+needs only its step number.
+"""
 
 import csv
 import hashlib
@@ -19,12 +23,12 @@ from flowgrain.core.tree import Ints
 from flowgrain.settings import SettingsError, nearest
 
 TEXT_FIELDS = ("prompt", "text", "caption", "prompt_en")
-"""Column names that may hold a prompt's text. The first one that exists is used."""
+"""Column names that may hold the text of a prompt. The first name that a file has is used."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its text, and the other columns of the prompt file for rewards that need them."""
+    """A prompt: its text, and the other columns of its prompt file, which some rewards need."""
 
     text: str
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -39,7 +43,8 @@ def existing_file(setting: str, value: str) -> Path:
     """`value` as the path of an existing file.
 
     Raises:
-        SettingsError: no such file. The message names `setting` and the file with the nearest name.
+        SettingsError: there is no such file. The message contains `setting` and the file with the
+            nearest name.
     """
     path = Path(value).expanduser()
     if path.is_file():
@@ -51,10 +56,10 @@ def existing_file(setting: str, value: str) -> Path:
 
 
 def read_prompts(setting: str, path: str) -> list[Prompt]:
-    """Read the prompts of a file, in order, with repeats and with their other columns.
+    """The prompts of a file in order, including repeats, with their other columns.
 
-    .jsonl, .json (a list), .csv and .parquet files hold the text in a column named `prompt`,
-    `text`, `caption` or `prompt_en`. Any other file is text with one prompt per line.
+    .jsonl, .json (a list), .csv and .parquet files contain the text in a column named `prompt`,
+    `text`, `caption` or `prompt_en`. Any other file is a text file with one prompt per line.
 
     Raises:
         SettingsError: the file is missing, empty or unreadable, or a prompt is blank. The message
@@ -71,7 +76,8 @@ def read_prompts(setting: str, path: str) -> list[Prompt]:
             numbered = list(readers.get(file.suffix.lower(), _from_lines)(text))
     except UnicodeDecodeError as error:
         raise SettingsError(
-            f"{setting}={path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+            f"{setting}={path}: not UTF-8 text ({error.reason} at byte {error.start}). "
+            "Save it as UTF-8."
         ) from None
     except (ValueError, csv.Error) as error:
         raise SettingsError(f"{setting}={path}: {error}") from None
@@ -80,7 +86,8 @@ def read_prompts(setting: str, path: str) -> list[Prompt]:
     for number, prompt in numbered:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt.text):
             raise SettingsError(
-                f"{setting}={path}: line {number} contains a lone surrogate. Replace this character."
+                f"{setting}={path}: line {number} contains a lone surrogate. "
+                "Replace this character."
             )
         if not prompt.text.strip():
             raise SettingsError(
@@ -90,7 +97,7 @@ def read_prompts(setting: str, path: str) -> list[Prompt]:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not splitlines: a prompt may contain one of the rare characters that it treats as a line end.
+    # Not splitlines, which also ends lines at rare characters that a prompt may contain.
     yield from enumerate(text.rstrip().split("\n") if text.strip() else (), 1)
 
 
@@ -105,7 +112,8 @@ def _from_jsonl(text: str) -> Iterator[tuple[int, Prompt]]:
             yield number, _prompt(json.loads(line), number)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"line {number} is not JSON ({error.msg}). Write one object with a `prompt` field per line."
+                f"line {number} is not JSON ({error.msg}). "
+                "Write one object with a `prompt` field per line."
             ) from None
 
 
@@ -141,7 +149,8 @@ def _prompt(row: Any, number: int) -> Prompt:
     name = next((name for name in TEXT_FIELDS if isinstance(row, dict) and name in row), None)
     if name is None or not isinstance(row[name], str):
         raise ValueError(
-            f"line {number} has no `prompt` field with text (nor {', '.join(TEXT_FIELDS[1:])})"
+            f"line {number} has no `prompt` field with text. "
+            f"Write the text in one of the fields {', '.join(TEXT_FIELDS)}."
         )
     return Prompt(row[name], {key: value for key, value in row.items() if key != name})
 
@@ -149,7 +158,7 @@ def _prompt(row: Any, number: int) -> Prompt:
 def prompts_of_step(prompts: Sequence[Prompt], step: int, count: int, seed: int) -> list[Prompt]:
     """The `count` prompts of training step `step` (from 1).
 
-    Every epoch visits all prompts once, in its own order.
+    Every epoch visits all prompts once, in a new random order.
     """
     orders: dict[int, NDArray[np.int64]] = {}
     chosen = []
@@ -164,7 +173,7 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, count: int, seed: int)
 def latent_noise(shape: Sequence[int], *key: int | str) -> Tensor:
     """Standard normal noise of `shape`, determined by `key`.
 
-    Drawn on the CPU, so it is the same on every device.
+    It is drawn on the CPU, so it is the same on every device.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -172,7 +181,11 @@ def latent_noise(shape: Sequence[int], *key: int | str) -> Tensor:
 
 
 def keyed_noise(shape: Sequence[int], *key: int | str) -> Noise:
-    """The noise of a tree under `key`: a function of the prompt's position in the batch and the draw's number in the plan."""
+    """The noise source of a tree, determined by `key`.
+
+    A sample depends on `key`, the position of the prompt in the batch, and the number of the draw
+    in the plan.
+    """
 
     def noise(prompt: Ints, draw: Ints) -> Tensor:
         pairs = zip(prompt, draw, strict=True)

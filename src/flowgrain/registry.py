@@ -1,4 +1,4 @@
-"""Named extension points: methods, rewards and backbones, built in, from plugin files, or from installed packages."""
+"""Registries of methods, rewards and backbones, and plugin files that extend them."""
 
 import hashlib
 import importlib
@@ -16,20 +16,23 @@ T = TypeVar("T")
 
 
 def canonical(name: str) -> str:
-    """`name` in lower case without separators: DanceGRPO, dance-grpo and dance_grpo are the same name."""
+    """`name` in lower case without separators.
+
+    DanceGRPO, dance-grpo and dance_grpo are the same name.
+    """
     return re.sub(r"[-_ ]", "", name.lower())
 
 
 class Registry(Generic[T]):
-    """Objects of one kind by name.
+    """Objects of one kind, by name.
 
-    An object is added by the decorator `register`, by a package's entry point of `group`, or as a
-    built-in "module:attribute", which is imported when it is first used.
+    An object is a built-in "module:attribute", an entry point of an installed package, or added by
+    the decorator `register`. Built-in objects and entry points are imported on first use.
 
     Args:
-        kind: what is registered, for error messages ("method").
+        kind: kind of the objects, for error messages ("method").
         group: entry-point group in which other packages publish objects ("flowgrain.methods").
-        built_in: "module:attribute" by name.
+        built_in: "module:attribute" of the built-in objects, by name.
     """
 
     def __init__(self, kind: str, group: str, built_in: Mapping[str, str] | None = None) -> None:
@@ -41,10 +44,10 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that adds an object under `name`.
 
-        A plugin file that is loaded twice replaces its own object.
+        A module may register the same name again, which replaces its own object.
 
         Raises:
-            SettingsError: `name` belongs to a built-in object, or to one from another module.
+            SettingsError: `name` belongs to a built-in object, or to an object of another module.
         """
 
         def add(thing: T) -> T:
@@ -54,11 +57,12 @@ class Registry(Generic[T]):
             spelling = next(taken, None)
             known = self._objects.get(spelling) if spelling is not None else None
             replaces_itself = (
-                spelling == name and known is not None and _home(known) == _home(thing)
+                spelling == name and known is not None and _module_of(known) == _module_of(thing)
             )
             if spelling is not None and not replaces_itself:
                 raise SettingsError(
-                    f"A {self.kind} named {spelling!r} already exists. Choose another name than {name!r}."
+                    f"A {self.kind} named {spelling!r} already exists. "
+                    f"Choose another name than {name!r}."
                 )
             self._objects[name] = thing
             return thing
@@ -66,11 +70,11 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The object registered as `name`, whatever its capitals and separators.
+        """The object registered as `name`. Case and separators of `name` do not matter.
 
         Raises:
-            SettingsError: no such object, with the nearest known name; or its package cannot be
-                imported.
+            SettingsError: there is no such object, or it cannot be imported. The message contains
+                the nearest known name.
         """
         found = self.find(name)
         if found is None:
@@ -89,7 +93,7 @@ class Registry(Generic[T]):
         return self._objects[found]
 
     def find(self, name: str) -> str | None:
-        """The registered spelling of `name`; None if nothing is registered under it."""
+        """The registered spelling of `name`. None if there is no such object."""
         return next((known for known in self if canonical(known) == canonical(name)), None)
 
     def __iter__(self) -> Iterator[str]:
@@ -105,17 +109,18 @@ class Registry(Generic[T]):
         return self._entry_points
 
 
-def _home(thing: Any) -> str | None:
+def _module_of(thing: Any) -> str | None:
+    """Name of the module that defines `thing`."""
     return getattr(thing, "__module__", None)
 
 
 def load_plugin(path: str | Path) -> None:
     """Run a Python file that registers methods, rewards or backbones.
 
-    Loading a file again has no effect.
+    Loading the same file again has no effect.
 
     Raises:
-        SettingsError: the file does not exist, or raises an error.
+        SettingsError: the file does not exist, is not a Python file, or raises an error.
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():

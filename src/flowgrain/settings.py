@@ -1,4 +1,4 @@
-"""What every section of the settings is made of: strict pydantic models, fields that document themselves, one error type."""
+"""Base class of the configuration sections, documented settings, and the settings error."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used. The message names the setting, its value and the fix."""
+    """A setting cannot be used. The message names the setting, its value and the fix."""
 
 
 class Section(BaseModel):
-    """A group of settings: immutable, strictly typed, without unknown keys."""
+    """Base class of a group of settings: immutable, strictly typed, without unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -25,12 +25,19 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Let a subclass change a field's default by `field: type = value` and keep its description and limits."""
+        """Let a subclass change a default with `field: type = value`.
+
+        The field keeps its description, its unit and its constraints.
+        """
         super().__pydantic_init_subclass__(**kwargs)
         changed = False
         for name, field in cls.model_fields.items():
             inherited = next(
-                (base.model_fields[name] for base in cls.__mro__[1:] if issubclass(base, Section) and name in base.model_fields),
+                (
+                    base.model_fields[name]
+                    for base in cls.__mro__[1:]
+                    if issubclass(base, Section) and name in base.model_fields
+                ),
                 None,
             )
             if inherited is None or field.description is not None:
@@ -46,15 +53,14 @@ class Section(BaseModel):
 def Setting(  # noqa: N802  (reads like pydantic's Field)
     default: Any, description: str, *, unit: str = "", keep: bool = False, **constraints: Any
 ) -> Any:
-    """A documented field of a section.
+    """Field of a section with a description.
 
     Args:
         default: default value, or ``...`` for a required field.
         description: one sentence for the reference page and for error messages.
-        unit: unit of the value, such as "pixels" or "steps"; empty for names, switches and pure
+        unit: unit of the value, such as "pixels" or "steps". Empty for names, switches and pure
             numbers.
-        keep: a resumed run must keep this value, because with another one it would be a different
-            run.
+        keep: whether a resumed run must keep the value that it was started with.
         **constraints: pydantic constraints such as ``ge=1``.
     """
     extra: dict[str, Any] = {"unit": unit, "keep": keep}
@@ -68,13 +74,13 @@ StrTuple = Annotated[tuple[str, ...], Strict(False)]
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The entry of `known` that is spelled most like `name`; None if nothing is close."""
+    """The entry of `known` with the spelling closest to `name`. None if no entry is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The second half of an error message: the nearest known name, or all of them."""
+    """Hint for an error message: the nearest known name, or all known names."""
     known = list(known)
     close = nearest(name, known, 0.5)
     return f"Did you mean {close!r}?" if close else f"Known: {', '.join(known)}."

@@ -55,5 +55,5 @@ def test_kl_has_a_gradient_and_two_forms():
     exact = clipped(1e-4, 0.04)(edges(theta, reference=True))
     exact.kl.sum().backward()
     assert theta.grad.abs().min() > 0
-    published = clipped(1e-4, 0.04, "flow_grpo")(edges(theta, reference=True))
+    published = clipped(1e-4, 0.04, "published")(edges(theta, reference=True))
     torch.testing.assert_close(published.kl, exact.kl * -edges(theta).step.dt)

@@ -1,4 +1,4 @@
-"""The executor on random trees, against the plan and against a naive executor that shares nothing."""
+"""The executor on random trees, against the plan and a naive executor that shares nothing."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""Prompt files of all formats: their prompts, their other columns, and the errors of unusable files."""
+"""Prompt files of all formats: prompts, other columns, and the errors of unusable files."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_every_text_column(tmp_path, column):
 
 
 def test_columns_stay_with_their_prompts(tmp_path):
-    """From a Parquet file with repeats, Unicode and lists, through the choice of a step, into the reward."""
+    """From a Parquet file with repeats, Unicode and lists to the reward."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,51 +1,77 @@
-"""Ratio exactly 1 before the first update, for every kernel; the update's forward gives the rollout's log-probability."""
-
-from dataclasses import replace
+"""The ratio is exactly 1 before the first update, for every kernel; updates and batch sizes."""
 
 import pytest
 import torch
 
-from flowgrain.methods.algorithms import build
-from flowgrain.core.sde import CPS, CalibratedSDE, DanceSDE, FlowSDE
-from flowgrain.config.schema import Settings
-from flowgrain.training.trainer import Run
-from flowgrain.core.tree import split_updates
+from flowgrain.core.cost import split_updates
+from flowgrain.training import Trainer
+from flowgrain.training.policy_gradient import PolicyGradientLoss
+from flowgrain.training.step import update
+
+KERNELS = [
+    {"method.sde_type": "flow_sde", "method.eta": 0.7},
+    {"method.sde_type": "dance_sde", "method.eta": 0.3},
+    {"method.sde_type": "cps", "method.eta": 0.7},
+    {"method.sde_type": "calibrated_sde", "method.psi": [0.4] * 4},
+]
 
 
-@pytest.mark.parametrize("kernel", [FlowSDE(0.7), DanceSDE(0.3), CPS(0.7), CalibratedSDE([0.4] * 4)])
+def rollout_losses(trainer: Trainer) -> PolicyGradientLoss:
+    """The losses of the first rollout batch."""
+    batch = trainer.collector.collect(1)
+    return PolicyGradientLoss(trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel["method.sde_type"])
 def test_ratio_is_exactly_one_before_the_first_update(tiny, kernel, tmp_path):
-    run = Run(tiny, tmp_path, method=replace(build(tiny), kernel=kernel))
-    sampled = run.sample_tree(1)
-    parents = sampled.result.tree.trained_parents
-    old = run._old_law(sampled, parents)  # a separate pass, without gradient
-    found = run._edge_loss(sampled, parents, old)
-    assert torch.equal(found.ratio, torch.ones_like(found.ratio))
+    losses = rollout_losses(Trainer(tiny.with_changes(kernel), tmp_path))
+    with torch.no_grad():  # a separate forward pass without gradient
+        losses._old = [
+            [losses._transition(b.rows, losses.policy.train_velocity)[0] for b in u.micro_batches]
+            for u in losses.updates
+        ]
+    ratio = losses.terms(0, 0)["ratio"]
+    assert len(ratio) == len(losses.batch.tree.edges)
+    assert torch.equal(ratio, torch.ones_like(ratio))
 
 
-def test_a_second_update_is_off_policy(tiny: Settings, tmp_path):
-    run = Run(tiny.model_copy(update={"updates_per_rollout": 2, "learning_rate": 1e-2}), tmp_path)
-    metrics = run.step(1)
+def test_old_transitions_of_later_updates_are_those_before_the_first(tiny, tmp_path):
+    losses = rollout_losses(Trainer(tiny.with_changes({"method.updates_per_rollout": 2}), tmp_path))
+    losses.prepare()
+    for number in range(2):
+        ratio = losses.terms(number, 0)["ratio"]
+        assert torch.equal(ratio, torch.ones_like(ratio))
+
+
+def test_a_second_update_is_off_policy(tiny, tmp_path):
+    changes = {"method.updates_per_rollout": 2, "optimizer.learning_rate": 1e-2}
+    metrics = Trainer(tiny.with_changes(changes), tmp_path).step(1)
     assert metrics["updates"] == 2
     assert metrics["ratio/mean"] != 1
 
 
 @pytest.mark.parametrize(("updates", "number"), [(1, 1), (2, 2), ("per_step", 2)])
-def test_updates_deal_out_every_parent_once(tiny, tmp_path, updates, number):
-    tree = Run(tiny, tmp_path).sample_tree(1).result.tree
+def test_every_trained_parent_is_in_exactly_one_update(tiny, updates, number):
+    tree = tiny.tree().repeat(2)
     shares = split_updates(tree, updates)
     assert len(shares) == number
     assert sorted(row for share in shares for row in share) == tree.trained_parents.tolist()
 
 
-def test_pass_size_does_not_matter(tiny, tmp_path):
-    """7 rows a pass and 64: same images and weights but for the order of fp32 sums (1e-5 after one update)."""
+def test_batch_size_does_not_matter(tiny, tmp_path):
+    """Batches of 7 and 64 rows give the same images and parameters, up to the order of fp32 sums."""
     results = []
-    for rows in (7, 64):
-        run = Run(tiny.model_copy(update={"rows_per_pass": rows, "train_rows_per_pass": 1 if rows == 7 else None}), tmp_path)
-        sampled = run.sample_tree(1)
-        run.update(sampled)
-        results.append((sampled.images, sampled.advantage, torch.cat([p.flatten() for p in run.policy.trained.values()])))
-    (images_a, advantage_a, weights_a), (images_b, advantage_b, weights_b) = results
+    for rows, micro_batch in ((7, 1), (64, None)):
+        sizes = {"sampling.batch_size": rows, "training.micro_batch_size": micro_batch}
+        trainer = Trainer(tiny.with_changes(sizes), tmp_path)
+        batch = trainer.collector.collect(1)
+        update(
+            trainer.config, trainer.method, trainer.policy, trainer.optimizer, batch, trainer.sigmas
+        )
+        parameters = torch.cat([p.flatten() for p in trainer.policy.parameters.values()])
+        results.append((batch.images, batch.advantage, parameters))
+    (images_a, advantage_a, parameters_a), (images_b, advantage_b, parameters_b) = results
     torch.testing.assert_close(images_a, images_b, atol=1e-4, rtol=0)
     torch.testing.assert_close(advantage_a, advantage_b, atol=1e-3, rtol=0)
-    assert (weights_a - weights_b).abs().mean() < 1e-6  # Adam's first step moves by lr 1e-4 whatever the size
+    # Adam's first step has the length of the learning rate, 1e-4, whatever the gradient.
+    assert (parameters_a - parameters_b).abs().mean() < 1e-6

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import twins
+from toy import ToyNet
 
 from flowgrain import SettingsError
 from flowgrain.models import Dtypes, ModelConfig, load_backbone, take
@@ -257,6 +258,12 @@ def test_settings_that_cannot_be_used(backbones, monkeypatch):
         SettingsError, match=r"tail_cache=first_block:0\.1: .* support SD3Trans.*3\."
     ):
         check(sd3, "first_block:0.1")
+    with pytest.raises(SettingsError, match=r"taylorseer:2: ToyNet has no attention .* Use none"):
+        check(ToyNet(), "taylorseer:2")
+    with pytest.raises(
+        SettingsError, match=r"int8: the blocks of ToyNet have no attention .* same"
+    ):
+        QuantizedCopy(ToyNet(), [], "int8", torch.float32)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
     check(sd3, tail_weights="int8")
     with pytest.raises(SettingsError, match=r"needs a GPU of compute capability 8\.9 .* not cpu\."):

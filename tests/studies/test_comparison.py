@@ -18,7 +18,7 @@ SMALL = {
     "methods": {"g2rpo": {"method": {"granularities": [1]}}, "mixgrpo": {"method.window_size": 1}},
     "rewards": {"oracle": ["oracle"]},
     "seeds": [1, 2],
-    "budget": 500,
+    "budget": 300,
     "common": {
         "method": {"group_size": 3},
         "sampling": {"num_steps": 4},
@@ -45,7 +45,7 @@ def small(tmp_path):
 def test_the_budget_is_used_and_not_exceeded(small):
     for entry in plan_entries(small()):
         of_step = entry.units / entry.config.training.max_steps
-        assert entry.units <= 500 < entry.units + 1.5 * of_step, entry.name
+        assert entry.units <= 300 < entry.units + 1.5 * of_step, entry.name
     for entry in plan_entries(small(unit="updates", budget=3)):
         assert entry.config.training.max_steps == 3
     for entry in plan_entries(small(unit="seconds", budget=7)):

@@ -1,13 +1,12 @@
 """A comparison that is killed continues, and its results equal those of an uninterrupted one."""
 
 import json
-import os
-import signal
-import subprocess
+import multiprocessing
 import sys
 import time
 
 import pytest
+import torch
 import yaml
 from studies.test_comparison import SMALL
 
@@ -17,37 +16,37 @@ from flowgrain.studies.entries import plan_entries
 from flowgrain.studies.measure import estimated_seconds, machine_speed
 from flowgrain.studies.results import by_seed, read_comparison, results
 from flowgrain.studies.run import run_comparison
-from flowgrain.training import RunStopped
+from flowgrain.studies.workers import PRELOAD
+from flowgrain.training import Interrupted, RunStopped
 
-RUN = """
-import sys
-from pathlib import Path
-from flowgrain.studies.comparison import load_comparison
-from flowgrain.studies.run import run_comparison
-from flowgrain.training import Interrupted
-file, folder, jobs = sys.argv[1:]
-try:
-    run_comparison(load_comparison(file), Path(folder), int(jobs))
-except Interrupted as error:
-    sys.exit(f"interrupted: {error}")
-"""
+INTERRUPTED = 130
+
+
+def run_in_process(file, folder, jobs):
+    """Run the comparison in `file`. An interruption is written to `folder`/message.txt."""
+    torch.set_num_threads(1)
+    try:
+        run_comparison(load_comparison(file), folder, jobs)
+    except Interrupted as error:
+        (folder / "message.txt").write_text(str(error))
+        sys.exit(INTERRUPTED)
 
 
 def start(file, folder, jobs):
-    """A process that runs the comparison in `file`."""
-    command = [sys.executable, "-c", RUN, str(file), str(folder), str(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    """A process that runs the comparison in `file`. All of them share a fork server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=run_in_process, args=(file, folder, jobs))
+    process.start()
+    return process
 
 
 def wait_until(condition, process):
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+        assert process.is_alive(), process.exitcode
+        time.sleep(0.01)
 
 
 def metrics(folder, name):
@@ -65,8 +64,8 @@ def test_a_killed_comparison_continues(tmp_path):
 
     process = start(file, cut, 1)
     wait_until(lambda: len(results(cut)) >= 2, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     finished = {path: path.stat().st_mtime_ns for path in cut.glob("runs/*/result.json")}
     assert 2 <= len(finished) < 5
 
@@ -74,11 +73,10 @@ def test_a_killed_comparison_continues(tmp_path):
     wait_until(lambda: len(list(cut.glob("runs/*/metrics.jsonl"))) > len(finished), process)
     with pytest.raises(SettingsError, match="another process works on this comparison"):
         run_comparison(comparison, cut)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "interrupted" in errors
-    assert "Run the same command to continue" in errors
+    process.terminate()
+    process.join(120)
+    assert process.exitcode == INTERRUPTED
+    assert "Run the same command to continue" in (cut / "message.txt").read_text()
 
     seen = []
     state = run_comparison(comparison, cut, 2, lambda state, name: seen.append((state.done, name)))
@@ -94,7 +92,7 @@ def test_a_killed_comparison_continues(tmp_path):
         }
 
     with pytest.raises(SettingsError, match="other budget"):
-        run_comparison(load_comparison(file, budget=600), cut)
+        run_comparison(load_comparison(file, budget=400), cut)
     assert read_comparison(cut) == comparison
     check_results(whole, comparison)
 

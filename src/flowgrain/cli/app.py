@@ -32,7 +32,12 @@ err = Console(stderr=True)
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SOURCE] [section.key=VALUE ...]", show_default=False),
+    typer.Argument(
+        metavar="[SOURCE] [section.key=VALUE ...]",
+        show_default=False,
+        help="A recipe, a method, a YAML file or the directory of a run, and settings that replace "
+        "its own. Default: the recipe demo.",
+    ),
 ]
 """A recipe, method, YAML file or run directory, and overrides."""
 Plugins = Annotated[

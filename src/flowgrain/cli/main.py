@@ -1,6 +1,7 @@
 """The entry point: runs a command and turns errors into a message and an exit status."""
 
-from flowgrain.cli import compare, config, evaluate, plan, report, serve, train  # noqa: F401
+# In the order of the help.
+from flowgrain.cli import train, plan, evaluate, compare, report, config, serve  # noqa: F401, I001
 from flowgrain.cli.app import app, err
 from flowgrain.settings import SettingsError
 

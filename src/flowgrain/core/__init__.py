@@ -1,1 +1,1 @@
-"""The mathematics: transition kernels, rollout trees, their executor, credit and objectives. Tensors only."""
+"""The mathematics: transition kernels, rollout trees, rollouts, credit and objectives."""

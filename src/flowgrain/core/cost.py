@@ -1,4 +1,4 @@
-"""The cost of a tree, by counting, and how its trained rows are divided among optimizer updates."""
+"""Cost of a tree, and the division of its trained rows among optimizer updates."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,18 @@ from flowgrain.core.tree import Ints, Tree
 
 @dataclass(frozen=True)
 class Cost:
-    """What a tree costs. A forward pass is one row through the model (two rows with true CFG).
+    """Cost of a tree, as counts of operations.
+
+    A forward pass evaluates the model on one row. With true CFG it evaluates two rows.
 
     Attributes:
         forward_passes: forward passes of sampling.
         train_forward_passes: forward passes with gradient.
-        decodes: images decoded.
-        reward_calls: images scored, times rewards.
+        decodes: decoded images.
+        reward_calls: scored images times rewards.
         trained_edges: edges with a loss.
-        frozen_forward_passes: forward passes of the update without gradient, by the old policy and
-            the reference. The tree does not determine them; see `methods.cost.price`.
+        frozen_forward_passes: forward passes of the old policy and the reference during the
+            update, without gradient. They depend on the method, see `methods.cost.price`.
     """
 
     forward_passes: int
@@ -30,17 +32,17 @@ class Cost:
 
     @property
     def passes(self) -> float:
-        """All forward passes. A pass with gradient counts three times, for forward and backward."""
+        """All forward passes. A pass with gradient counts as three because of its backward pass."""
         return self.forward_passes + 3 * self.train_forward_passes + self.frozen_forward_passes
 
     @property
     def units(self) -> float:
-        """One number to compare methods by: passes + decodes + reward calls."""
+        """Total cost, to compare methods: passes + decodes + reward calls."""
         return self.passes + self.decodes + self.reward_calls
 
 
 def cost(tree: Tree, num_rewards: int = 1) -> Cost:
-    """The cost of `tree`, which is scored by `num_rewards` rewards."""
+    """The cost of `tree`, if `num_rewards` rewards score its images."""
     return Cost(
         forward_passes=len(tree.evaluated),
         train_forward_passes=len(tree.trained_parents),
@@ -55,8 +57,11 @@ def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
 
     Args:
         tree: tree of all prompts.
-        updates: number of updates, which get equal shares of the prompts; or "per_step", one update
-            per grid step.
+        updates: number of updates, each with an equal share of the prompts, or "per_step" for one
+            update per grid step.
+
+    Returns:
+        The rows of each update.
     """
     parents = tree.trained_parents
     if updates == "per_step":

@@ -1,7 +1,7 @@
 """Credit: rewards at the leaves of a tree become one advantage per trained edge.
 
-Shapes: I images (leaves), E trained edges, N rows, C channels, M rewards. Everything runs on the CPU in fp32 or fp64. A
-comparison group lives on one rank, so credit needs no communication.
+Shapes: I images (leaves), E trained edges, N rows, C channels. Everything runs on the CPU in
+float32 or float64.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,15 @@ Comparison = Literal["step", "prompt"]
 
 @dataclass(frozen=True)
 class Normalization:
-    """How values become advantages: (value - mean of the comparison group) / (std + epsilon).
+    """Normalization of values to advantages: (value - mean of comparison group) / (std + epsilon).
 
     Attributes:
-        scope: whose std: "group" for the comparison group, "global" for all edges of the batch.
-        unbiased: divide by n - 1 instead of n.
-        epsilon: added to the std.
-        comparison: a comparison group is a prompt's edges at one grid step ("step"), or all edges
-            of a prompt ("prompt", Stepwise-Flow-GRPO).
+        scope: "group" uses the std of the comparison group, "global" the std of all edges of the
+            batch.
+        unbiased: whether the std divides by n - 1 instead of n.
+        epsilon: constant added to the std.
+        comparison: "step" compares the edges of a prompt at the same grid step, "prompt" all edges
+            of a prompt (Stepwise-Flow-GRPO).
     """
 
     scope: Scope = "group"
@@ -42,12 +43,12 @@ class Normalization:
 
 
 def row_values(tree: Tree, rewards: Tensor) -> Tensor:
-    """The value [N, C] of every row: for each channel, the mean reward of the leaves at or below the row.
+    """Values [N, C] of all rows: the mean reward, per channel, of the leaves at or below the row.
 
     Args:
         tree: N rows.
-        rewards: [I] in the order of `tree.leaves`. NaN marks an image without a score. It does not
-            count, and a row without a scored leaf has the value NaN.
+        rewards: [I] in the order of `tree.leaves`. NaN marks an image without a score, which is
+            left out of the mean. A row without a scored leaf has the value NaN.
     """
     reward_of_row = torch.full((len(tree),), torch.nan, dtype=torch.float64)
     reward_of_row[torch.from_numpy(tree.leaves)] = rewards.double().cpu()
@@ -71,10 +72,11 @@ def edge_values(tree: Tree, rewards: Tensor) -> Tensor:
 
 
 def normalize(values: Tensor, groups: Tensor, how: Normalization) -> Tensor:
-    """Advantages [E] of values [E], compared within the edges that share a number in `groups` [E].
+    """Advantages [E] of values [E]. `groups` [E] is the number of the comparison group.
 
-    A NaN value gets advantage 0. So does a whole group with fewer than two values, or whose spread
-    is only fp32 rounding: dividing rounding noise by epsilon would train on nothing.
+    The advantage of a NaN value is 0. All advantages of a group are 0 if it has fewer than two
+    values, or if the values differ only by float32 rounding: rounding errors divided by epsilon
+    would be large and meaningless.
     """
     known = values.isfinite()
     v = values.double().nan_to_num()
@@ -102,10 +104,7 @@ def normalize(values: Tensor, groups: Tensor, how: Normalization) -> Tensor:
 
 
 def granular(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
-    """G2RPO's credit [E] (eq.
-
-    12): values are normalized per channel (granularity), then the channels are summed.
-    """
+    """G2RPO's credit [E]: values normalized per channel (granularity), then summed (eq. 12)."""
     channels = edge_values(tree, rewards).T
     return torch.stack([normalize(values, how.groups(tree), how) for values in channels]).sum(0)
 
@@ -116,13 +115,19 @@ def outcome(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
 
 
 def _completion_rewards(tree: Tree, rewards: Tensor, rows: Ints) -> Tensor:
-    """The reward of the ODE completion of each of `rows`: the image in the channel numbered by the row's grid index."""
+    """Rewards of the ODE completions of `rows`.
+
+    The completion of a row is its image in the channel whose number is the row's grid index.
+    """
     index = tree.grid_index[rows]
     return row_values(tree, rewards)[torch.from_numpy(rows), torch.from_numpy(index)]
 
 
 def gains(tree: Tree, rewards: Tensor) -> Tensor:
-    """The reward gain R_{i+1} - R_i [E] of every trained edge, between ODE completions (DenseGRPO eq. 6)."""
+    """Reward gains R_{i+1} - R_i [E] of the trained edges (DenseGRPO eq. 6).
+
+    R_i is the reward of the ODE completion of the state at grid index i.
+    """
     edges = tree.edges
     after = _completion_rewards(tree, rewards, edges)
     return after - _completion_rewards(tree, rewards, tree.parent[edges])
@@ -134,17 +139,21 @@ def gain(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
 
 
 def state(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
-    """DenseGRPO's baseline [E]: the reward R_{i+1} of the state that the step reached, normalized."""
+    """DenseGRPO's baseline [E]: the reward R_{i+1} of the state after the step, normalized."""
     return normalize(_completion_rewards(tree, rewards, tree.edges), how.groups(tree), how)
 
 
 def per_image(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
-    """One advantage per leaf, [I], within its prompt: for methods that train on images instead of steps."""
+    """One advantage per leaf [I], normalized per prompt, for methods that train on images."""
     return normalize(rewards, torch.from_numpy(tree.prompt[tree.leaves]), how)
 
 
 def extremes(advantage: Tensor, groups: Tensor, kept: int) -> Tensor:
-    """Edge weights [E] that keep the `kept` / 2 highest and lowest of every group, with mean 1 (DanceGRPO's best-of-N)."""
+    """Edge weights [E] that keep the best and the worst edges of every group (DanceGRPO).
+
+    The `kept` / 2 highest and the `kept` / 2 lowest advantages of a group have the same weight. All
+    other edges have weight 0. The mean weight of a group is 1.
+    """
     edge_weight = torch.zeros_like(advantage)
     for group in torch.unique(groups):
         places = (groups == group).nonzero().squeeze(1)
@@ -156,7 +165,10 @@ def extremes(advantage: Tensor, groups: Tensor, kept: int) -> Tensor:
 
 
 Credit = Callable[[Tree, Tensor, Normalization], Tensor]
-"""credit(tree, rewards [I], normalization) -> advantages [E], or [I] for methods that train on images."""
+"""credit(tree, rewards [I], normalization) -> advantages [E].
+
+For methods that train on images the advantages are [I].
+"""
 
 
 def combine(
@@ -173,13 +185,13 @@ def combine(
     Args:
         credit: credit of one reward.
         tree: tree of all prompts.
-        rewards: by name, [I] each.
-        weights: by name, the weight of the reward.
-        how: normalization.
-        by: "advantage" sums weighted advantages; "reward" takes the advantage of the weighted sum
-            of rewards. A missing score masks the image in a sum of rewards, but only its own term
-            in a sum of advantages.
-        clip: advantages are clamped to -clip ... clip.
+        rewards: rewards [I] by name.
+        weights: weight of each reward by name.
+        how: normalization of values to advantages.
+        by: "advantage" sums weighted advantages. "reward" sums weighted rewards and takes the
+            advantage of the sum. A missing score masks the image in a sum of rewards, but only its
+            own term in a sum of advantages.
+        clip: advantages are clamped to [-clip, clip]. None: they are not clamped.
     """
     if by == "reward":
         total = torch.stack([weights[name] * rewards[name] for name in rewards]).sum(0)

@@ -1,4 +1,6 @@
-"""Objectives: one loss per trained edge, unreduced. The only reduction is sum / global count, in the update.
+"""Objectives: one loss per trained edge, unreduced.
+
+The only reduction is in the update: sum / global count.
 
 Shapes: E trained edges of a micro-batch, B rows, *L latent.
 """
@@ -12,12 +14,19 @@ from torch import Tensor
 
 from flowgrain.core.sde import Gaussian, Step, per_row
 
-KLForm = Literal["gaussian", "flow_grpo"]
+KLForm = Literal["gaussian", "published"]
 
 
 @dataclass(frozen=True)
 class EdgeLoss:
-    """The result of an objective, [E] each: loss, ratio, whether the clip is active, and the KL to the reference."""
+    """Result of an objective.
+
+    Attributes:
+        loss: [E].
+        ratio: [E] p_theta / p_old.
+        clipped: [E] whether the clip is active.
+        kl: [E] KL to the reference.
+    """
 
     loss: Tensor
     ratio: Tensor
@@ -30,9 +39,9 @@ class Edges:
     """E trained edges, the input of an objective.
 
     Attributes:
-        transition: p_theta(x_next | x) of the policy that is trained.
+        transition: p_theta(x_next | x) of the trained policy.
         old_transition: transition of the policy that generated the rollout.
-        x_next: [E, *L] the latent that was sampled.
+        x_next: [E, *L] sampled latents.
         advantage: [E].
         step: grid steps.
         reference: transition of the frozen reference model, or None.
@@ -62,20 +71,20 @@ def _surrogate(ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Ten
 
 
 def _kl(edges: Edges, form: KLForm) -> Tensor:
-    """KL [E] to the reference, 0 without one.
+    """KL [E] to the reference. 0 without a reference.
 
-    "flow_grpo" divides by 2 s^2 instead of 2 std^2 = 2 s^2 (-dt).
+    "published" (Flow-GRPO's code) divides by 2 s^2 instead of 2 std^2 = 2 s^2 (-dt).
     """
     if edges.reference is None:
         return torch.zeros_like(edges.advantage)
     kl = edges.transition.kl(edges.reference)
-    return kl * -edges.step.dt if form == "flow_grpo" else kl
+    return kl * -edges.step.dt if form == "published" else kl
 
 
 def clipped(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussian") -> Objective:
-    """PPO's clipped surrogate (Flow-GRPO eq.
+    """PPO's clipped surrogate plus `kl_weight` times the KL to the reference.
 
-    5, G2RPO eq. 13) plus `kl_weight` times the KL to the reference.
+    Flow-GRPO eq. 5, G2RPO eq. 13.
     """
 
     def objective(edges: Edges) -> EdgeLoss:
@@ -88,10 +97,10 @@ def clipped(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussi
 
 
 def guarded(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussian") -> Objective:
-    """GRPO-Guard: log r' = std (log r + ||mean - mean_old||^2 / (2 std^2)), and the surrogate divided by -dt.
+    """GRPO-Guard: the clipped surrogate of a normalized ratio, divided by -dt.
 
-    The normalized ratio has mean 1 and the same spread at every step, and every step has the same
-    share of the gradient.
+    log r' = std (log r + ||mean - mean_old||^2 / (2 std^2)). The normalized ratio r' has mean 1 and
+    the same spread at every step. Every step contributes the same share of the gradient.
     """
 
     def objective(edges: Edges) -> EdgeLoss:
@@ -106,7 +115,7 @@ def guarded(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussi
 
 
 def weighted(objective: Objective, step_weights: Sequence[float]) -> Objective:
-    """`objective` with the loss of an edge at grid step i multiplied by step_weights[i] (TempFlow-GRPO)."""
+    """`objective` with the loss at grid step i multiplied by step_weights[i] (TempFlow-GRPO)."""
 
     def scaled(edges: Edges) -> EdgeLoss:
         result = objective(edges)
@@ -127,8 +136,8 @@ def nft_loss(
 ) -> Tensor:
     """DiffusionNFT's loss [B] on noised images (arXiv 2509.16117 eq. 5 and published code).
 
-    The squared errors are those of the x0 estimates, sigma^2 ||v - u||^2. Each is divided by its
-    own mean absolute error.
+    The loss uses the squared error of the x0 estimate, sigma^2 ||v - u||^2, divided by the mean
+    absolute error of the same estimate.
 
     Args:
         v: [B, *L] velocity of the trained policy.
@@ -136,8 +145,8 @@ def nft_loss(
         target: [B, *L] u = eps - x0.
         sigma: [B] noise levels.
         advantage: [B].
-        beta: distance of v+ and v- from the old velocity.
-        advantage_clip: the advantage at which the optimality probability r is 1.
+        beta: scale of v+ and v-, which are v_old + beta (v - v_old) and v_old - beta (v - v_old).
+        advantage_clip: advantage at which the optimality probability r is 1.
     """
     r = (advantage / advantage_clip / 2 + 0.5).clamp(0, 1)
 

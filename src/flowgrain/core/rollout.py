@@ -1,4 +1,4 @@
-"""The executor: computes the latents of a tree. The velocity of a state is computed at most once.
+"""Execution of a tree: computes its latents. The velocity of a state is computed at most once.
 
 Shapes: N rows of the tree, B rows of a batch, K children, S slots, *L latent.
 """
@@ -16,13 +16,13 @@ from flowgrain.core.sde import ODE, Kernel, Step, multistep, per_row
 from flowgrain.core.tree import ROOT, Ints, Tree
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""velocity(x [B, *L], sigma [B] fp32, prompt [B] index) -> v [B, *L]."""
+"""velocity(x [B, *L], sigma [B] float32, prompt [B] index) -> v [B, *L]."""
 
 TailVelocity = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-"""tail(x [B, *L], sigma [B] fp32, prompt [B] index, continues) -> v [B, *L].
+"""tail(x [B, *L], sigma [B] float32, prompt [B] index, continues) -> v [B, *L].
 
-If `continues` is true, the rows are those
-of the previous call, one step later."""
+If `continues` is true, each row is the child of the row at the same position in the previous call.
+"""
 
 Noise = Callable[[Ints, Ints], Tensor]
 """noise(prompt [K], draw [K]) -> standard normal [K, *L], determined by its arguments."""
@@ -54,7 +54,10 @@ class Rollout:
 
 
 def concatenate(tree: Tree, parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of consecutive prompts as one rollout of `tree`, which has the rows of all of them in this order."""
+    """The rollout of `tree`, from rollouts of consecutive prompts.
+
+    `tree` contains the rows of all `parts` in this order.
+    """
     starts = np.cumsum([0, *(len(part.latents) for part in parts)])
     slots = [part.slot + start for part, start in zip(parts, starts, strict=False)]
     return Rollout(
@@ -82,19 +85,19 @@ def rollout(
 
     Args:
         tree: tree of all prompts.
-        velocity: the model.
+        velocity: velocity of the policy that samples.
         kernel: transition of the stochastic steps.
         sigmas: [T + 1] noise levels of the grid.
         noise: source of noise samples.
         batch_size: rows of one model call.
-        dtype: storage dtype of latents. A stochastic step is rounded when it is stored, so
-            log-probabilities that are computed from stored latents belong to the latents that were
-            used.
-        tail: opens another source of velocities for tail rows, if `tail_schedule` separates them.
-        tail_schedule: when tail rows are evaluated, see `schedule`.
+        dtype: storage dtype of latents. The result of a stochastic step is rounded when it is
+            stored, so log-probabilities of stored latents are exact.
+        tail: opens a source of approximate velocities, for the tail rows that `tail_schedule`
+            separates from other rows.
+        tail_schedule: when tail rows are evaluated, see `TailSchedule`.
 
     Raises:
-        ValueError: the grid has another length than the tree.
+        ValueError: `sigmas` and `tree` have different numbers of steps.
     """
     if len(sigmas) != tree.num_steps + 1:
         raise ValueError(f"the tree has {tree.num_steps} steps, but the grid has {len(sigmas) - 1}")
@@ -139,7 +142,7 @@ class _State:
     x0_estimates: Tensor
 
     def add_children(self, batch: Batch, x: Tensor, sigma: Tensor, v: Tensor) -> None:
-        """Compute the children of a batch from its rows x [B, *L] at sigma [B] and their velocities v [B, *L]."""
+        """Compute the children of a batch: rows x [B, *L] at sigma [B] with velocity v [B, *L]."""
         tree, device = self.tree, self.sigmas.device
         steps = (
             (tree.stochastic, self._sde_step),

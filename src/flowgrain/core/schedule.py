@@ -1,4 +1,4 @@
-"""The order in which a tree is evaluated: batches of rows, and the slot in which each latent is stored.
+"""Evaluation order of a tree: batches of rows, and a storage slot for each latent.
 
 Shapes: N rows of the tree, B rows of a batch, K children.
 """
@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from flowgrain.core.tree import ROOT, Ints, Tree
 
 TailSchedule = Literal["interleaved", "last", "aligned"]
-"""When tail rows are evaluated: with all other rows, after all other rows, or after them with every chain of steps in
-the same batch position from its first to its last step."""
+"""When tail rows are evaluated.
+
+"interleaved": together with other rows. "last": after all other rows. "aligned": after all other
+rows, and every chain of steps keeps its batch position from its first to its last step.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,9 @@ class _Slots:
 
 @lru_cache(maxsize=4)
 def schedule(tree: Tree, batch_size: int, tail_schedule: TailSchedule = "interleaved") -> Schedule:
-    """Order the evaluations of `tree` into the fewest batches of `batch_size` rows, and assign a slot to every latent.
+    """Divide `tree` into the fewest batches of `batch_size` rows, and assign a slot per latent.
 
-    All ready rows can share a batch, whatever their noise levels. Rows with the longest way to go
+    All ready rows can share a batch, whatever their noise levels. Rows with the most steps left
     come first, which is optimal for trees (Hu 1961). A slot is reused once the row's children
     exist, unless the update or the decoder needs the latent.
     """
@@ -117,7 +120,7 @@ def _children(tree: Tree) -> list[Ints]:
 def _assign_slots(
     tree: Tree, children_of: Sequence[Ints], order: Sequence[tuple[Ints, bool, bool]]
 ) -> Schedule:
-    """The schedule that evaluates (rows, tail, continues) of `order` one after the other."""
+    """The schedule that evaluates the entries (rows, tail, continues) of `order` in sequence."""
     n = len(tree)
     kept = np.zeros(n, dtype=bool)
     kept[tree.leaves] = kept[tree.edges] = kept[tree.trained_parents] = True
@@ -158,7 +161,7 @@ def _highest_first(
     among: NDArray[np.bool_],
     batch_size: int,
 ) -> Iterator[Ints]:
-    """Batches of the rows `among` as they become ready, highest first."""
+    """Batches of the rows `among` as they become ready. Rows with the largest height come first."""
     ready = [(-int(height[row]), row) for row in _first_rows(tree, among)]
     heapq.heapify(ready)
     while ready:
@@ -176,10 +179,10 @@ def _aligned(
     among: NDArray[np.bool_],
     batch_size: int,
 ) -> Iterator[tuple[Ints, bool]]:
-    """Batches of the rows `among`, chain by chain, and whether each batch continues the previous one.
+    """Batches of the rows `among` by chain, and whether each batch continues the previous batch.
 
-    A chain continues with its highest child. Any other child starts a chain of its own, which runs
-    after the first.
+    A chain continues with the child of the largest height. Every other child starts a new chain,
+    which is evaluated later.
     """
     chains: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
     starts = [(0, row) for row in _first_rows(tree, among)]
@@ -187,9 +190,9 @@ def _aligned(
         generation, row = starts.pop()
         chain = [row]
         while below := [child for child in children_of[chain[-1]].tolist() if among[child]]:
-            heir = max(below, key=lambda child: (height[child], -child))
-            starts += [(generation + 1, child) for child in below if child != heir]
-            chain.append(heir)
+            highest = max(below, key=lambda child: (height[child], -child))
+            starts += [(generation + 1, child) for child in below if child != highest]
+            chain.append(highest)
         key = (generation, tuple(tree.grid_index[chain].tolist()))
         chains.setdefault(key, []).append(chain)
     for key in sorted(chains):

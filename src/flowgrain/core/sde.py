@@ -1,8 +1,9 @@
 """Transition kernels of rectified flow as Gaussians, and the shifted noise grid.
 
 Shapes: B rows, *L latent. Sampling runs from sigma = 1 (pure noise) to sigma = 0 (image):
-x_sigma = (1 - sigma) x0 + sigma eps. The model predicts the velocity v = eps - x0. A kernel gives
-p(x_next | x, v) = Normal(mean, std^2 I) of one grid step. It does not know models or trees.
+x_sigma = (1 - sigma) x0 + sigma eps. The model predicts the velocity v = eps - x0. A kernel returns
+the transition p(x_next | x, v) = Normal(mean, std^2 I) of one grid step. Kernels do not depend on
+models or trees.
 """
 
 import math
@@ -14,15 +15,14 @@ from torch import Tensor
 
 
 def sigma_grid(num_steps: int, shift: float = 3.0, terminal: float | None = None) -> Tensor:
-    """Noise levels 1 ...
+    """Noise levels [T + 1] of a T-step sampler, from 1 to 0, in float32.
 
-    0 of a T-step sampler, [T + 1] in fp32: linear, then s -> shift s / (1 + (shift - 1) s).
+    A linear grid is shifted: s -> shift s / (1 + (shift - 1) s).
 
     Args:
         num_steps: T.
         shift: timestep shift.
-        terminal: the levels above 0 are stretched so that the last of them is `terminal`
-            (Qwen-Image's scheduler).
+        terminal: last noise level above 0. The grid is stretched to it (Qwen-Image's scheduler).
     """
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     s = shift * s / (1 + (shift - 1) * s)
@@ -38,9 +38,9 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal(mean, std^2 I) over the latent for each row: mean [B, *L], std [B] in fp32.
+    """Normal(mean, std^2 I) over the latent of each row: mean [B, *L], std [B] in float32.
 
-    std 0 is a point.
+    With std 0 the distribution is a point.
     """
 
     mean: Tensor
@@ -51,19 +51,25 @@ class Gaussian:
         return self.mean + per_row(self.std, self.mean) * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) [B] in fp32, averaged (not summed) over latent dimensions, as in all methods of the family."""
+        """log p(x) [B] in float32, averaged over latent dimensions.
+
+        All methods of the family average over latent dimensions instead of summing.
+        """
         z = (x.float() - self.mean) / per_row(self.std, self.mean)
         return -0.5 * z.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """KL [B] to a Gaussian of the same std: ||mean - mean'||^2 / (2 std^2), mean over dimensions (Flow-GRPO eq. 10)."""
+        """KL [B] to a Gaussian of the same std, averaged over latent dimensions.
+
+        ||mean - mean'||^2 / (2 std^2), Flow-GRPO eq. 10.
+        """
         distance = (self.mean - other.mean).square().flatten(1).mean(1)
         return distance / (2 * self.std.square())
 
 
 @dataclass(frozen=True)
 class Step:
-    """The grid step of each of B rows: from sigma [B] to sigma_next [B].
+    """The grid steps of B rows, from sigma [B] to sigma_next [B].
 
     index [B] is the grid index of sigma.
     """
@@ -84,15 +90,15 @@ class Step:
 
 
 class Kernel(Protocol):
-    """p(x_next | x, v) of one step, for x, v [B, *L]."""
+    """The transition p(x_next | x, v) of one grid step, for x and v of shape [B, *L]."""
 
     def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian: ...
 
 
 def _flow_sde(x: Tensor, v: Tensor, step: Step, s: Tensor) -> Gaussian:
-    """Flow-GRPO eq.
+    """The SDE with the marginals of the flow and noise strength s [B] (Flow-GRPO eq. 9).
 
-    9 with noise strength s [B]: the SDE with the marginals of the flow. s = 0 is the ODE.
+    With s = 0 it is the ODE.
     """
     correction = s.square() / (2 * step.sigma) * step.dt
     v_scale = per_row(step.dt + correction * (1 - step.sigma), x)
@@ -101,7 +107,7 @@ def _flow_sde(x: Tensor, v: Tensor, step: Step, s: Tensor) -> Gaussian:
 
 
 def flow_strength(eta: float, step: Step) -> Tensor:
-    """s = eta sqrt(sigma / (1 - sigma)), [B].
+    """Noise strength s = eta sqrt(sigma / (1 - sigma)), [B].
 
     At sigma = 1 the denominator uses sigma_next (Flow-GRPO eq. 8).
     """
@@ -119,11 +125,9 @@ class ODE:
 
 
 def multistep(x: Tensor, v: Tensor, step: Step, x0_before: Tensor, sigma_before: Tensor) -> Tensor:
-    """One deterministic second-order step, [B, *L]: DPM-Solver++(2M), midpoint (Lu et al.
+    """One deterministic second-order step, [B, *L]: midpoint DPM-Solver++(2M).
 
-    2022, algorithm 2).
-
-    The first-order part is the Euler step.
+    Lu et al. 2022, algorithm 2. The first-order part is the Euler step.
 
     Args:
         x: [B, *L] state.
@@ -155,7 +159,10 @@ class FlowSDE:
 
 @dataclass(frozen=True)
 class DanceSDE:
-    """Dance-SDE(eta) of DanceGRPO: constant noise strength, corrected by the score -(x - (1 - sigma) x0_hat) / sigma^2."""
+    """Dance-SDE(eta) of DanceGRPO: constant noise strength with a score correction.
+
+    The score is -(x - (1 - sigma) x0_hat) / sigma^2.
+    """
 
     eta: float = 0.3
 
@@ -169,7 +176,10 @@ class DanceSDE:
 
 @dataclass(frozen=True)
 class CPS:
-    """Coefficients-preserving sampling (Flow-CPS): the total noise after the step is exactly sigma_next."""
+    """Coefficients-preserving sampling (Flow-CPS).
+
+    The total noise after the step is exactly sigma_next.
+    """
 
     eta: float = 0.7
 
@@ -185,7 +195,7 @@ class CPS:
 
 @dataclass(frozen=True)
 class CalibratedSDE:
-    """Flow-SDE with its own strength psi[i] for every grid step i (DenseGRPO)."""
+    """Flow-SDE with a separate strength psi[i] for every grid step i (DenseGRPO)."""
 
     psi: tuple[float, ...]
 

@@ -1,7 +1,7 @@
 """The tree of a rollout, stored as a table, and the planner that writes it.
 
-A row is a latent, the step that reached it and, at sigma = 0, an image. The table holds structure only, so it can be
-priced and drawn before anything runs.
+A row stands for a latent and the step that reached it. At sigma = 0 it also stands for an image.
+The table contains no latents, so the cost of a tree is known before anything runs.
 
 Shapes: P prompts, N rows, E trained edges, T steps, I images, C channels.
 """
@@ -24,11 +24,11 @@ ROOT = -1
 def coarse_indices(
     start: int, num_steps: int, stride: int = 1, grid: CoarseGrid = "stride"
 ) -> list[int]:
-    """Grid indices that an ODE of granularity `stride` visits from `start` to T, both ends included.
+    """Grid indices from `start` to T that an ODE of granularity `stride` visits.
 
-    The first step is always fine and the last step goes straight to T. "stride" is the grid of
+    The first step always has length 1, and the last step always ends at T. "stride" is the grid of
     G2RPO's published code, which drops the last index before T that the stride reaches. "exact"
-    keeps it (G2RPO eq. 10 as printed).
+    keeps this index (G2RPO eq. 10 as printed).
     """
     visited = [start, *range(start + 1, num_steps + 1, stride)]
     if grid == "stride" or visited[-1] == num_steps:
@@ -46,14 +46,14 @@ class Tree:
         parent: [N] row number of the parent, or ROOT.
         grid_index: [N] grid index of the row's noise level, 0 (noise) to T (image).
         stochastic: [N] whether a stochastic step reached the row.
-        trained: [N] whether this step is trained.
+        trained: [N] whether the step that reached the row is trained.
         multistep: [N] whether a second-order ODE step reached the row. Such a step also reads its
             grandparent.
         prompt: [N] prompt number, 0 to P - 1.
-        draw: [N] number of the noise sample that a root or a stochastic row uses, -1 for ODE rows.
+        draw: [N] number of the noise sample of a root or a stochastic row. -1 for ODE rows.
         image: [J] rows that are decoded and scored.
         channel: [J] channel in which the reward of `image[j]` counts, such as a granularity. A row
-            may appear in several channels. It is decoded once.
+            may appear in several channels, but is decoded only once.
     """
 
     num_steps: int
@@ -101,7 +101,7 @@ class Tree:
 
     @cached_property
     def trained_parents(self) -> Ints:
-        """Distinct rows that trained edges leave. Each needs one forward pass with gradient."""
+        """Distinct parents of trained edges. Each needs one forward pass with gradient."""
         return np.unique(self.parent[self.edges])
 
     @cached_property
@@ -116,7 +116,10 @@ class Tree:
 
     @cached_property
     def comparison_groups(self) -> Ints:
-        """Comparison group [E] of every trained edge: edges of one prompt at one grid step share a number."""
+        """Number of the comparison group [E] of every trained edge.
+
+        Edges of the same prompt at the same grid step are in the same group.
+        """
         edges = self.edges
         key = self.prompt[edges] * (self.num_steps + 1) + self.grid_index[edges]
         groups: Ints = np.unique(key, return_inverse=True)[1]
@@ -174,7 +177,9 @@ class _Row(NamedTuple):
 
 
 class Planner:
-    """Writes the tree of one prompt: `root`, `sde` and `ode` add rows, `image` marks rows to decode and score.
+    """Writes the tree of one prompt.
+
+    `root`, `sde` and `ode` add rows. `image` marks a row to decode and score.
 
     Args:
         num_steps: T, steps of the sampling grid.
@@ -188,13 +193,14 @@ class Planner:
         self._draws = 0
 
     def root(self) -> int:
-        """Add an initial noise sample at sigma = 1. Returns its row."""
+        """Add an initial noise sample at sigma = 1, and return its row."""
         return self._add(_Row(ROOT, 0, draw=self._next_draw()))
 
     def sde(self, node: int, fan: int = 1, train: bool = True) -> list[int]:
         """Add `fan` stochastic steps of one grid step from `node`, each with its own noise.
 
-        Returns their rows.
+        Returns:
+            The rows of the steps.
 
         Raises:
             ValueError: `node` is already at sigma = 0.
@@ -226,16 +232,16 @@ class Planner:
             node: row to start from.
             to: grid index to reach. Default: T, which is sigma = 0.
             stride: granularity; 1 visits every grid index.
-            via: grid indices to visit instead, the last of which is reached.
+            via: grid indices to visit, in place of `to` and `stride`.
             order: 2 uses second-order multistep steps (see `sde.multistep`), except from a root and
                 into sigma = 0.
-            grid: which coarse grid `stride` uses, see `coarse_indices`.
+            grid: coarse grid of a stride above 1, see `coarse_indices`.
 
         Returns:
             The last row.
 
         Raises:
-            ValueError: indices that are not ahead of `node`, or a stride above 1 with `to` before
+            ValueError: an index is not after `node`, or a stride above 1 does not end at
                 sigma = 0.
         """
         start = self._rows[node].grid_index
@@ -269,7 +275,7 @@ class Planner:
             self._images.append((node, channel))
 
     def tree(self) -> Tree:
-        """The table without rows that lead to no image.
+        """The finished tree. Rows that lead to no image are left out.
 
         Raises:
             ValueError: no image was requested.

@@ -174,7 +174,8 @@ def _by_prompt(values: Floats, prompt: Ints) -> Floats:
     finite, count = np.isfinite(values), int(prompt.max()) + 1
     total = np.bincount(prompt[finite], weights=values[finite], minlength=count)
     number = np.bincount(prompt[finite], minlength=count)
-    return np.divide(total, number, out=np.full(count, np.nan), where=number > 0)
+    means: Floats = np.divide(total, number, out=np.full(count, np.nan), where=number > 0)
+    return means
 
 
 def _part_means(

@@ -207,17 +207,8 @@ def _load_run(
     device = compute_device(config.runtime.device)
     policy = Policy.for_sampling(config, model, device, adapter=config.lora.rank > 0)
     if target.checkpoint is not None:
-        _load_checkpoint(policy, config, target.checkpoint)
+        policy.load_for_sampling(target.checkpoint)
     return policy, config
-
-
-def _load_checkpoint(policy: Policy, config: Config, path: Path) -> None:
-    """Load the EMA of a run's parameters into its policy, or the parameters without EMA."""
-    lora = config.lora.rank > 0
-    parameters = policy.parameters if lora else dict(policy.model.named_parameters())
-    kind = "ema" if config.training.ema_decay else "weights"
-    checkpoint.read(path, {f"{kind}.{name}": p.detach() for name, p in parameters.items()})
-    policy.refresh()
 
 
 def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:

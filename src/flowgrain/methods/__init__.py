@@ -1,4 +1,4 @@
-"""Training methods, one file each. Importing this package registers the built-in ones."""
+"""Training methods, one file each. Importing this package registers the built-in methods."""
 
 import importlib
 import pkgutil

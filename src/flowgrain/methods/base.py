@@ -1,4 +1,7 @@
-"""What a method is: typed settings, a plan, a credit and an objective in one class, and the registry of methods."""
+"""Base classes of methods, and the registry of methods.
+
+A method is one class with typed settings, a plan, a credit and an objective.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -41,21 +44,22 @@ def register(cls: M) -> M:
 
 
 def build_method(values: Mapping[str, Any]) -> "Method":
-    """The method that `values["name"]` names, with the other values as its options.
+    """The method named `values["name"]`, with the other values as its options.
 
     Raises:
-        SettingsError: no such method.
-        pydantic.ValidationError: an option is wrong.
+        SettingsError: there is no such method.
+        pydantic.ValidationError: an option is not valid.
     """
     options = dict(values)
     return METHODS.get(str(options.pop("name"))).model_validate(options)
 
 
 class Method(Section, ABC):
-    """A training method: its options, whose defaults are the paper's values, and its behavior.
+    """A training method: its options and its behavior.
 
-    A subclass implements `plan` and `credit`. Derive from `PolicyGradient` to train stochastic
-    steps, or from `ForwardProcess` to train on finished images.
+    The default values of the options are the values of the method's paper. A subclass implements
+    `plan` and `credit`. Derive from `PolicyGradient` to train stochastic steps, or from
+    `ForwardProcess` to train on finished images.
     """
 
     name: ClassVar[str]
@@ -65,9 +69,9 @@ class Method(Section, ABC):
     paper: ClassVar[str] = ""
     """arXiv identifier."""
     summary: ClassVar[str] = ""
-    """One sentence that explains a report's tree picture."""
+    """Explanation of the tree picture in a report."""
     config_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """The paper's values in other sections, by section."""
+    """Values of the paper for settings of other sections, by section."""
 
     group_size: int = Setting(
         12, "Samples per prompt that are compared with each other (G).", unit="samples", ge=2
@@ -77,19 +81,23 @@ class Method(Section, ABC):
         'Optimizer updates per rollout, or "per_step" for one update per stochastic step.',
         unit="updates",
     )
-    kl_weight: float = Setting(0.0, "Weight of the KL to the reference model (beta).", ge=0)
+    kl_weight: float = Setting(
+        0.0, "Weight of the KL to the reference model (beta). 0: no KL.", ge=0
+    )
     tail_order: Literal[1, 2] = Setting(
         1, "Order of the ODE steps after the last stochastic step. 2 is DPM-Solver++(2M)."
     )
     reward_mix: RewardMix = Setting(
-        "advantage", "With several rewards: weighted sum of their advantages, or of the rewards."
+        "advantage",
+        "How several rewards are combined: weighted sum of their advantages, or of the rewards.",
     )
     std_scope: Scope = Setting(
         "group",
-        "Whose standard deviation divides: the comparison group's, or the whole batch's (global).",
+        "Standard deviation that normalizes advantages: of the comparison group (group), or of the "
+        "whole batch (global).",
     )
     std_unbiased: bool = Setting(True, "Divide by n - 1 instead of n in the standard deviation.")
-    std_epsilon: float = Setting(1e-8, "Added to the standard deviation.", gt=0)
+    std_epsilon: float = Setting(1e-8, "Constant added to the standard deviation.", gt=0)
     advantage_clip: float = Setting(5.0, "Advantages are clamped to this absolute value.", gt=0)
 
     @abstractmethod
@@ -104,39 +112,36 @@ class Method(Section, ABC):
 
     @abstractmethod
     def credit(self, tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
-        """Advantages [E] of the trained edges, or [I] of the images for a method that trains on images.
+        """Advantages [E] of the trained edges, or [I] of the images if the method trains on images.
 
         Args:
             tree: tree of all prompts.
-            rewards: [I] rewards of its leaves, NaN where an image has no score.
+            rewards: [I] rewards of the leaves. NaN marks an image without a score.
             how: normalization of values to advantages.
         """
 
     @property
     def plan_varies(self) -> bool:
-        """Whether the tree changes from one training step to the next."""
+        """Whether the tree changes between training steps."""
         return False
 
     def published_passes(self, num_steps: int) -> int:
-        """Sampling forward passes per prompt of the published code. 0 if unknown."""
+        """Sampling forward passes per prompt in the published code. 0: unknown."""
         return 0
 
     def check(self, num_steps: int) -> None:
         """Check the options against the length of the sampling grid.
 
         Raises:
-            ValueError: an option is impossible. The message starts with the option and its value.
+            ValueError: an option does not fit. The message starts with the option and its value.
         """
 
     def normalization(self) -> Normalization:
-        """How values become advantages."""
+        """Normalization of values to advantages."""
         return Normalization(self.std_scope, self.std_unbiased, self.std_epsilon)
 
     def state_dict(self) -> dict[str, Any]:
-        """State that the method keeps between steps, as plain JSON values.
-
-        It is part of every checkpoint.
-        """
+        """State of the method that a checkpoint stores, as plain JSON values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -153,17 +158,17 @@ class Method(Section, ABC):
 
 
 class Calibration(Section):
-    """How the noise strengths psi of `calibrated_sde` are found (DenseGRPO section 4.2)."""
+    """Calibration of the noise strengths psi of `calibrated_sde` (DenseGRPO section 4.2)."""
 
     rounds: int = Setting(
-        20, "Calibration rounds. Each changes every psi by `step`.", unit="rounds", ge=1
+        20, "Number of rounds. Each round changes every psi by `step`.", unit="rounds", ge=1
     )
     samples: int = Setting(
         64, "Trajectories per round, each with its own prompt (N).", unit="samples", ge=2
     )
     step: float = Setting(0.01, "Change of psi per round.", gt=0)
     balance: float = Setting(
-        0.25, "A step is balanced if |gains - losses| / N is below this share.", gt=0, le=1
+        0.25, "A step is balanced if |gains - losses| / N is below this value.", gt=0, le=1
     )
 
 
@@ -174,32 +179,34 @@ class PolicyGradient(Method):
     eta: float = Setting(0.7, "Noise strength of the stochastic steps.", gt=0)
     psi: FloatTuple | None = Setting(
         None,
-        "Noise strength of every grid step for calibrated_sde. Default: calibrated before the first step.",
+        "Noise strength of every grid step for calibrated_sde. "
+        "Default: calibrated before the first training step.",
         keep=True,
     )
-    calibration: Calibration = Setting(Calibration(), "How psi is calibrated for calibrated_sde.")
+    calibration: Calibration = Setting(Calibration(), "Calibration of psi for calibrated_sde.")
     clip_range: float = Setting(1e-4, "PPO clip range of the ratio.", gt=0)
     kl_form: KLForm = Setting(
         "gaussian", "Exact Gaussian KL, or the form of Flow-GRPO's published code."
     )
     comparison: Comparison = Setting(
         "step",
-        "Comparison group: a prompt's edges at one grid step, or all its edges (Stepwise-Flow-GRPO).",
+        "Comparison group: edges of a prompt at the same grid step (step), "
+        "or all edges of a prompt (prompt, Stepwise-Flow-GRPO).",
     )
     best_of: int = Setting(
         0,
-        "Train only the best and worst half of this number per comparison group. 0: all.",
+        "Samples per comparison group to train on: half of them the best, half the worst. 0: all.",
         unit="samples",
         ge=0,
     )
     _psi: tuple[float, ...] | None = PrivateAttr(None)
 
     def credit(self, tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
-        """Flow-GRPO's credit: the reward of the images below an edge, normalized."""
+        """Flow-GRPO's credit: the mean reward of the images below an edge, normalized."""
         return credit.outcome(tree, rewards, how)
 
     def normalization(self) -> Normalization:
-        """How values become advantages."""
+        """Normalization of values to advantages."""
         return Normalization(self.std_scope, self.std_unbiased, self.std_epsilon, self.comparison)
 
     def kernel(self, sigmas: Tensor) -> Kernel:
@@ -210,7 +217,7 @@ class PolicyGradient(Method):
             return DanceSDE(self.eta)
         return CPS(self.eta) if self.sde_type == "cps" else FlowSDE(self.eta)
 
-    def objective(self, sigmas: Tensor) -> Objective:  # noqa: ARG002  (used by subclasses)
+    def objective(self, sigmas: Tensor) -> Objective:
         """The loss of a trained edge.
 
         Default: PPO's clipped surrogate and the KL to the reference.
@@ -218,18 +225,18 @@ class PolicyGradient(Method):
         return objective.clipped(self.clip_range, self.kl_weight, self.kl_form)
 
     def initial_psi(self, sigmas: Tensor) -> tuple[float, ...]:
-        """Noise strengths [T] from which calibration starts: those of Flow-SDE(eta)."""
+        """Noise strengths [T] at the start of the calibration, equal to Flow-SDE(eta)."""
         index = torch.arange(len(sigmas) - 1)
         step = Step.on(sigmas.cpu(), index, index + 1)
         return tuple(flow_strength(self.eta, step).tolist())
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether psi has to be calibrated before the first training step."""
+        """Whether psi must be calibrated before the first training step."""
         return self.sde_type == "calibrated_sde" and self.psi is None and self._psi is None
 
     def calibration_plan(self, tree: Planner) -> None:
-        """Write the tree from which psi is calibrated: one trajectory with an ODE completion of every state."""
+        """Write the tree of a calibration round: a trajectory with completions of all states."""
         steps = range(tree.num_steps)
         completed_trajectory(
             tree, tree.root(), steps, range(tree.num_steps + 1), order=self.tail_order
@@ -252,33 +259,36 @@ class PolicyGradient(Method):
         """See `Method.check`."""
         if self.best_of % 2 or self.best_of > self.group_size:
             raise ValueError(
-                f"best_of={self.best_of}: use an even number up to group_size={self.group_size}, or 0 for all."
+                f"best_of={self.best_of}: not an even number up to method.group_size="
+                f"{self.group_size}. Use such a number, or 0 for all samples."
             )
         if self.psi is not None and self.sde_type != "calibrated_sde":
             raise ValueError(
-                f"psi: sde_type={self.sde_type} does not use it. Remove it or use calibrated_sde."
+                f"psi={list(self.psi)}: has no effect with method.sde_type={self.sde_type}. "
+                "Remove it, or use method.sde_type=calibrated_sde."
             )
         if self.psi is not None and len(self.psi) != num_steps:
             raise ValueError(
-                f"psi: has {len(self.psi)} values. sampling.num_steps={num_steps} needs as many."
+                f"psi={list(self.psi)}: has {len(self.psi)} values. "
+                f"Use {num_steps} values, one for each of the sampling.num_steps={num_steps} steps."
             )
         unused = self.sde_type != "calibrated_sde" or self.psi is not None
         if unused and self.calibration != type(self).model_fields["calibration"].default:
             raise ValueError(
-                "calibration: there is nothing to calibrate. Remove it, or use sde_type=calibrated_sde without psi."
+                "calibration: has no effect, because psi is not calibrated. "
+                "Remove it, or use method.sde_type=calibrated_sde without method.psi."
             )
         if self.sde_type == "cps" and self.eta > 1:
             raise ValueError(
-                f"eta={self.eta}: sde_type=cps rotates by eta * 90 degrees. Use at most 1."
+                f"eta={self.eta}: method.sde_type=cps rotates by eta * 90 degrees. Use at most 1."
             )
 
 
 class ForwardProcess(Method):
     """A method that trains on finished images by adding noise to them again.
 
-    Its trees have no trained edges.
-
-    The old policy samples. After every rollout it moves toward the trained policy.
+    The old policy samples. After every rollout it moves toward the trained policy. The trees have
+    no trained edges.
     """
 
     @abstractmethod
@@ -297,17 +307,17 @@ class ForwardProcess(Method):
 
     @abstractmethod
     def num_levels(self, num_steps: int) -> int:
-        """How many noise levels are drawn for every image."""
+        """Number of noise levels that are drawn for every image."""
 
     @abstractmethod
     def decay(self, step: int) -> float:
-        """The share of itself that the old policy keeps after training step `step`."""
+        """Share of its parameters that the old policy keeps after training step `step`."""
 
     def credit(self, tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
         """One advantage per image, normalized within the prompt."""
         return credit.per_image(tree, rewards, how)
 
-    def check(self, num_steps: int) -> None:  # noqa: ARG002
+    def check(self, num_steps: int) -> None:
         """See `Method.check`."""
         if self.updates_per_rollout == "per_step":
             raise ValueError(

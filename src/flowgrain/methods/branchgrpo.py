@@ -12,13 +12,16 @@ from flowgrain.settings import IntTuple, Setting
 class BranchGRPO(StepChoice, CompressedTail):
     """BranchGRPO: a stochastic tree that splits at several steps.
 
-    The value of a node is the mean of its leaves.
+    The value of an edge is the mean reward of the leaves below it.
     """
 
     name = "branchgrpo"
     title = "BranchGRPO"
     paper = "2509.06040"
-    summary = "The tree splits at several steps. An edge has the value of the mean reward of the images below it."
+    summary = (
+        "The tree splits at several steps. "
+        "The value of an edge is the mean reward of the images below it."
+    )
     config_defaults = {"sampling": {"num_steps": 20}}  # section 5
 
     group_size: int = 16  # section 5: 2^4 leaves
@@ -46,12 +49,14 @@ class BranchGRPO(StepChoice, CompressedTail):
         self.check_tail(num_steps, max(steps))
         if not set(self.split_steps) <= set(steps):
             raise ValueError(
-                f"split_steps={list(self.split_steps)}: a split needs a stochastic step. Use some of {list(steps)}."
+                f"split_steps={list(self.split_steps)}: a split needs a stochastic step. "
+                f"Use some of {list(steps)}."
             )
         leaves = self.split_fan ** len(self.split_steps)
         if self.group_size != leaves:
             raise ValueError(
-                f"group_size={self.group_size}: split_fan and split_steps make {leaves} leaves. Use group_size={leaves}."
+                f"group_size={self.group_size}: method.split_fan and method.split_steps give "
+                f"{leaves} leaves. Use method.group_size={leaves}."
             )
 
     @field_validator("split_steps")

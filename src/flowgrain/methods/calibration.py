@@ -1,4 +1,4 @@
-"""Calibration of the noise: a strength psi[i] for every grid step, found once on the base policy (DenseGRPO).
+"""Calibration of the noise strength psi[i] of every grid step on the base policy (DenseGRPO).
 
 Shapes: T grid steps, E stochastic edges of a round, N trajectories.
 """
@@ -20,7 +20,13 @@ from flowgrain.methods.base import Method, PolicyGradient
 
 @dataclass(frozen=True)
 class Round:
-    """A calibration round: its psi [T], and per step the shares of trajectories that gained and lost reward."""
+    """A calibration round.
+
+    Attributes:
+        psi: [T] noise strengths of the round.
+        gained: [T] share of trajectories that gained reward at each step.
+        lost: [T] share of trajectories that lost reward at each step.
+    """
 
     psi: list[float]
     gained: list[float]
@@ -29,7 +35,7 @@ class Round:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The calibrated psi [T], the rounds that led to it, and their cost."""
+    """The calibrated psi [T], the rounds of the calibration, and their cost."""
 
     psi: list[float]
     rounds: list[Round]
@@ -42,45 +48,49 @@ class CalibrationResult:
 
 
 ScoreTree = Callable[[Tree, Kernel, int], Tensor]
-"""score_tree(tree of one prompt, kernel, round) -> rewards [I] of the leaves of N prompts, each with its own noise."""
+"""score_tree(tree of one prompt, kernel, round) -> rewards [I] of the leaves of N prompts.
+
+Every prompt has its own noise.
+"""
 
 
 def calibrate(method: PolicyGradient, sigmas: Tensor, score_tree: ScoreTree) -> CalibrationResult:
-    """Find psi. Where gains and losses of the reward balance, noise grows by `calibration.step`. Elsewhere it shrinks.
+    """Calibrate psi (DenseGRPO section 4.2).
 
-    A round samples N = `calibration.samples` trajectories, each of its own prompt, with an ODE
+    A round samples N = `calibration.samples` trajectories, each with its own prompt and with an ODE
     completion of every state. A step is balanced if |#gained - #lost| / N < `calibration.balance`.
-    The printed test |#gained - #lost| < 2 depends on N and drives psi to 0 (DenseGRPO section 4.2).
+    The paper prints |#gained - #lost| < 2, which depends on N and reduces psi to 0. psi of a
+    balanced step grows by `calibration.step`, psi of any other step shrinks by it.
     """
-    how, num_steps = method.calibration, len(sigmas) - 1
-    one = calibration_tree(method, num_steps)
-    tree = one.repeat(how.samples)
+    settings, num_steps = method.calibration, len(sigmas) - 1
+    prompt_tree = calibration_tree(method, num_steps)
+    tree = prompt_tree.repeat(settings.samples)
     step_of_edge = tree.grid_index[tree.parent[tree.edges]]
     psi = np.array(method.initial_psi(sigmas))
     rounds = []
-    for number in range(1, how.rounds + 1):
-        gain = gains(tree, score_tree(one, CalibratedSDE(tuple(psi.tolist())), number))
+    for number in range(1, settings.rounds + 1):
+        gain = gains(tree, score_tree(prompt_tree, CalibratedSDE(tuple(psi.tolist())), number))
         gained = _share_by_step(gain > 0, step_of_edge, num_steps)
         lost = _share_by_step(gain < 0, step_of_edge, num_steps)
         rounds.append(Round(psi.tolist(), gained.tolist(), lost.tolist()))
-        direction = np.where(np.abs(gained - lost) < how.balance, 1.0, -1.0)
+        direction = np.where(np.abs(gained - lost) < settings.balance, 1.0, -1.0)
         moved = np.isin(np.arange(num_steps), step_of_edge)
-        psi = np.where(moved, np.maximum(psi + direction * how.step, how.step), psi)
+        psi = np.where(moved, np.maximum(psi + direction * settings.step, settings.step), psi)
     total = calibration_cost(method, num_steps)
     return CalibrationResult(psi.tolist(), rounds, total.forward_passes, total.decodes)
 
 
 def calibration_cost(method: Method, num_steps: int, num_rewards: int = 1) -> Cost:
-    """The cost of a run's calibration. 0 if the method needs none."""
+    """The cost of a run's calibration. 0 if the method needs no calibration."""
     if not isinstance(method, PolicyGradient) or not method.needs_calibration:
         return Cost(0, 0, 0, 0, 0)
-    one = cost(calibration_tree(method, num_steps), num_rewards)
+    per_tree = cost(calibration_tree(method, num_steps), num_rewards)
     n = method.calibration.rounds * method.calibration.samples
-    return Cost(n * one.forward_passes, 0, n * one.decodes, n * one.reward_calls, 0)
+    return Cost(n * per_tree.forward_passes, 0, n * per_tree.decodes, n * per_tree.reward_calls, 0)
 
 
 def calibration_tree(method: PolicyGradient, num_steps: int) -> Tree:
-    """The tree of one prompt that a calibration round samples."""
+    """The tree that a calibration round samples for one prompt."""
     planner = Planner(num_steps)
     method.calibration_plan(planner)
     return planner.tree()
@@ -89,9 +99,9 @@ def calibration_tree(method: PolicyGradient, num_steps: int) -> Tree:
 def _share_by_step(
     holds: Tensor, step_of_edge: NDArray[np.int64], num_steps: int
 ) -> NDArray[np.float32]:
-    """The share of edges at each step for which `holds` [E] is true, [T].
+    """Share of the edges of each step for which `holds` [E] is true, [T].
 
-    A failed reward is neither gain nor loss.
+    An edge without a score counts as neither a gain nor a loss.
     """
     steps = torch.from_numpy(step_of_edge)
     zeros = torch.zeros(num_steps)

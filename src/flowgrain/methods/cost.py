@@ -1,4 +1,4 @@
-"""Plans and costs of a method, before anything runs."""
+"""Plan and cost of a method, before anything runs."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from flowgrain.methods.base import ForwardProcess, Method
 
 
 def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> Tree:
-    """The tree of one prompt at training step `step`, on a grid of `num_steps` steps."""
+    """The tree of one prompt at training step `step` on a grid of `num_steps` steps."""
     planner = Planner(num_steps)
     method.plan(planner, step, seed)
     return planner.tree()
@@ -29,7 +29,7 @@ def price(
     step: int = 1,
     seed: int = 0,
 ) -> Cost:
-    """The cost of training step `step` per prompt: its tree, and the forward passes of the updates on it."""
+    """The cost of training step `step` per prompt, including its optimizer updates."""
     tree = plan_tree(method, num_steps, step, seed)
     counted = cost(tree, num_rewards)
     if isinstance(method, ForwardProcess):

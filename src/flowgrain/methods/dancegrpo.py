@@ -11,21 +11,24 @@ from flowgrain.settings import Setting
 
 @register
 class DanceGRPO(StepChoice, SharedNoise, CompressedTail):
-    """DanceGRPO: one initial noise per group, noise at every step, and a random share of the steps trained."""
+    """DanceGRPO: one initial noise per group, noise at every step, training on a random share.
+
+    The trained steps are drawn for every rollout.
+    """
 
     name = "dancegrpo"
     title = "DanceGRPO"
     paper = "2505.07818"
     summary = (
-        "The trajectories of a group start from the same noise and are compared by their final images. "
-        "Every trained step of a trajectory has the same advantage."
+        "The trajectories of a group start from the same noise and are compared by their final "
+        "images. Every trained step of a trajectory has the same advantage."
     )
 
     sde_type: SdeType = "dance_sde"  # section 3
     eta: float = 0.3  # section 4
     shared_noise: bool = True  # section 3
     timestep_fraction: float = Setting(
-        0.6, "Share of the stochastic steps that is trained, drawn for every rollout.", gt=0, le=1
+        0.6, "Share of the stochastic steps to train on, drawn for every rollout.", gt=0, le=1
     )  # section 4
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:

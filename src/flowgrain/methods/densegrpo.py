@@ -18,17 +18,17 @@ from flowgrain.settings import Setting
 
 @register
 class DenseGRPO(FlowGRPODefaults, SharedNoise):
-    """DenseGRPO: an ODE completion of every state.
+    """DenseGRPO: trajectories with an ODE completion of every state.
 
-    A step earns the reward gain between two completions.
+    The reward of a step is the gain between the completions before and after it.
     """
 
     name = "densegrpo"
     title = "DenseGRPO"
     paper = "2601.20218"
     summary = (
-        "Every state of a trajectory is completed by the ODE. A step earns the reward gained or lost between the "
-        "completions before and after it. The image shown is the completion after the step."
+        "Every state of a trajectory is completed by the ODE. The reward of a step is the gain "
+        "between the completions before and after it. The image is the completion after the step."
     )
 
     sde_type: SdeType = "calibrated_sde"  # section 4.2
@@ -39,7 +39,7 @@ class DenseGRPO(FlowGRPODefaults, SharedNoise):
         "all", "ODE steps of a completion: all remaining grid steps, or a number.", unit="ODE steps"
     )  # section 4.1
     dense_reward: Literal["gain", "state"] = Setting(
-        "gain", "Reward of a step: the gain R_next - R, or R_next itself (the paper's baseline)."
+        "gain", "Reward of a step: the gain R_next - R, or R_next (state, the paper's baseline)."
     )
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:
@@ -62,7 +62,7 @@ class DenseGRPO(FlowGRPODefaults, SharedNoise):
         return (credit.gain if self.dense_reward == "gain" else credit.state)(tree, rewards, how)
 
     def last_possible_step(self, num_steps: int) -> int:
-        # The step into sigma = 0 is stochastic too, except with CPS, which has no noise there.
+        # The step into sigma = 0 is also stochastic, except with CPS, which adds no noise there.
         return num_steps - 2 if self.sde_type == "cps" else num_steps - 1
 
     def _steps(self, num_steps: int) -> tuple[int, ...]:

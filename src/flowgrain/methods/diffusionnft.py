@@ -15,7 +15,10 @@ from flowgrain.settings import Setting
 
 @register
 class DiffusionNFT(ForwardProcess, CompressedTail):
-    """DiffusionNFT: images by ODE, and a contrast of two velocities around the old policy's at noised images."""
+    """DiffusionNFT: images by the ODE, and a loss on noised images.
+
+    The loss evaluates two velocities on either side of the old policy's velocity.
+    """
 
     name = "diffusionnft"
     title = "DiffusionNFT"
@@ -33,16 +36,16 @@ class DiffusionNFT(ForwardProcess, CompressedTail):
     reward_mix: RewardMix = "reward"  # published code
     tail_order: Literal[1, 2] = 2  # published code
     timestep_fraction: float = Setting(
-        0.99, "Share of the grid's noise levels that is drawn for every image.", gt=0, le=1
+        0.99, "Share of the grid's noise levels to train on, drawn for every image.", gt=0, le=1
     )  # published code
     beta: float = Setting(
-        1.0, "Distance of v+ and v- from the old velocity.", gt=0
+        1.0, "Scale of the difference between v+ or v- and the old velocity.", gt=0
     )  # published code
     max_decay: float = Setting(
-        0.5, "Largest share of itself that the old policy keeps per step.", ge=0, lt=1
+        0.5, "Largest share of its parameters that the old policy keeps per step.", ge=0, lt=1
     )
     decay_rate: float = Setting(
-        0.001, "The old policy keeps min(decay_rate * step, max_decay) of itself.", ge=0
+        0.001, "The old policy keeps the share min(decay_rate * step, max_decay).", ge=0
     )
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:

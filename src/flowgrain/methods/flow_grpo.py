@@ -10,9 +10,9 @@ from flowgrain.methods.plans import trajectory
 
 
 class FlowGRPODefaults(StepChoice):
-    """Values of Flow-GRPO that the methods derived from it share.
+    """Values of Flow-GRPO, shared by the methods that are derived from it.
 
-    The source is its section 5 or its published code.
+    The source is section 5 of the paper, or its published code.
     """
 
     config_defaults = {"sampling": {"num_steps": 10}}  # section 5: T = 10 in training
@@ -28,7 +28,7 @@ class FlowGRPODefaults(StepChoice):
 
 @register
 class FlowGRPO(FlowGRPODefaults, SharedNoise, CompressedTail):
-    """Flow-GRPO: trajectories with noise at every step, and one reward for all steps of a trajectory."""
+    """Flow-GRPO: trajectories with noise at every step, and one reward for all of these steps."""
 
     name = "flow_grpo"
     title = "Flow-GRPO"

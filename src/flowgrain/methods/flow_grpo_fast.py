@@ -18,8 +18,8 @@ class FlowGRPOFast(WindowChoice, SharedNoise, CompressedTail):
     title = "Flow-GRPO-Fast"
     paper = "2505.05470"
     summary = (
-        "The trajectories of a group differ only in the noise of a short window. They are compared by their final "
-        "images, and every step of the window has the same advantage."
+        "The trajectories of a group differ only in the noise of a short window. They are compared "
+        "by their final images, and every step of the window has the same advantage."
     )
     config_defaults = {"sampling": {"num_steps": 10}}  # section 5
 

@@ -13,24 +13,24 @@ from flowgrain.settings import IntTuple, Setting
 
 @register
 class G2RPO(StepChoice):
-    """Granular GRPO: one ODE trajectory.
+    """Granular GRPO: branches from one ODE trajectory.
 
-    At each step k in M it branches, and every branch is finished at every granularity.
+    The trajectory branches at each stochastic step. Every branch is finished at every granularity.
     """
 
     name = "g2rpo"
     title = "G2RPO"
     paper = "2510.01982"
     summary = (
-        "One ODE trajectory branches at every stochastic step. The branches of a step differ only in its noise. "
-        "Each branch is finished at every granularity and scored."
+        "One ODE trajectory branches at every stochastic step. The branches of a step differ only "
+        "in its noise. Each branch is finished at every granularity and scored."
     )
 
     granularities: IntTuple = Setting(
         (1, 2, 3), "Strides of the ODE completions of every branch (Lambda).", unit="grid steps"
     )  # section 4.1
     coarse_grid: CoarseGrid = Setting(
-        "stride", "Coarse grid of the published code (stride), or of eq. 10 (exact)."
+        "stride", "Grid of the coarse ODEs: of the published code (stride), or of eq. 10 (exact)."
     )
     anchor_image: bool = Setting(
         True, "Also decode and score the image of the ODE trajectory itself."
@@ -67,8 +67,9 @@ class G2RPO(StepChoice):
         for stride in self.granularities:
             if not 1 <= stride < num_steps:
                 raise ValueError(
-                    f"granularities={list(self.granularities)}: {stride} is not a stride of a grid with "
-                    f"sampling.num_steps={num_steps}. Use 1 (the full grid) to {num_steps - 1}."
+                    f"granularities={list(self.granularities)}: {stride} is not a stride of a grid "
+                    f"with sampling.num_steps={num_steps}. Use 1 (the full grid) to "
+                    f"{num_steps - 1}."
                 )
 
     @field_validator("granularities")

@@ -9,14 +9,14 @@ from flowgrain.methods.window import WindowChoice
 
 @register
 class MixGRPO(WindowChoice, SharedNoise, CompressedTail):
-    """MixGRPO: an ODE trunk, a sliding window of stochastic steps, and an ODE tail."""
+    """MixGRPO: ODE steps, a sliding window of stochastic steps, and an ODE tail."""
 
     name = "mixgrpo"
     title = "MixGRPO"
     paper = "2507.21802"
     summary = (
-        "The trajectories of a group differ only in the noise of the window. They are compared by their final images, "
-        "and every step of the window has the same advantage."
+        "The trajectories of a group differ only in the noise of the window. They are compared by "
+        "their final images, and every step of the window has the same advantage."
     )
     config_defaults = {"sampling": {"num_steps": 25}}  # section 4
 

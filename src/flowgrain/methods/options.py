@@ -9,7 +9,11 @@ from flowgrain.settings import IntTuple, Setting
 
 
 def distinct(values: tuple[int, ...]) -> tuple[int, ...]:
-    """`values`, if they are not empty and all different. Raises ValueError otherwise."""
+    """`values`, unchanged.
+
+    Raises:
+        ValueError: `values` is empty or contains a value twice.
+    """
     if not values:
         raise ValueError("must not be empty. Remove it to use the method's default")
     if len(set(values)) != len(values):
@@ -22,7 +26,7 @@ class StepChoice(PolicyGradient):
 
     sde_steps: IntTuple | None = Setting(
         None,
-        "Grid indices with noise and training (M). Default: see the method.",
+        "Grid indices of the stochastic steps (M), which are trained. Default: set by the method.",
         unit="grid indices",
     )
 
@@ -32,7 +36,7 @@ class StepChoice(PolicyGradient):
         return None if value is None else distinct(value)
 
     def steps(self, end: int) -> tuple[int, ...]:
-        """The stochastic steps: as set, or the grid indices before `end`."""
+        """The stochastic steps: `sde_steps`, or all grid indices before `end`."""
         return self.sde_steps or tuple(range(end))
 
     def calibration_plan(self, tree: Planner) -> None:
@@ -52,8 +56,8 @@ class StepChoice(PolicyGradient):
         for k in self.sde_steps or ():
             if not 0 <= k <= last:
                 raise ValueError(
-                    f"sde_steps={list(self.sde_steps or ())}: {k} is outside the grid of sampling.num_steps="
-                    f"{num_steps}. The step into sigma = 0 has no noise here. Use 0 to {last}."
+                    f"sde_steps={list(self.sde_steps or ())}: step {k} of a grid with "
+                    f"sampling.num_steps={num_steps} cannot be stochastic. Use 0 to {last}."
                 )
 
 
@@ -74,29 +78,29 @@ class CompressedTail(Method):
 
     tail_ratio: float = Setting(
         1.0,
-        "Share of the ODE steps that is taken after the last stochastic step (MixGRPO-Flash).",
+        "ODE steps of the tail as a share of its grid steps (MixGRPO-Flash).",
         gt=0,
         le=1,
     )
 
     def finish(self, tree: Planner, node: int, index: int) -> None:
-        """Take the ODE tail from `node` at grid index `index`, and request its image."""
+        """Add the ODE tail from `node` at grid index `index`, and its image."""
         if index < tree.num_steps:
             via = tail_indices(index, tree.num_steps, self.tail_ratio)
             node = tree.ode(node, via=via, order=self.tail_order)
         tree.image(node)
 
     def check_tail(self, num_steps: int, last_step: int) -> None:
-        """Check that tail options have an effect if `last_step` is the last stochastic grid step.
+        """Check that the tail options have an effect after the stochastic grid step `last_step`.
 
         Raises:
-            ValueError: the tail is too short for an option that is set.
+            ValueError: the tail is too short for the value of an option.
         """
         length = num_steps - 1 - last_step
         for option, default in (("tail_order", 1), ("tail_ratio", 1.0)):
             value = getattr(self, option)
             if value != default and length <= 1:
                 raise ValueError(
-                    f"{option}={value}: has no effect, because only {length} step follows the last stochastic step. "
-                    f"Remove it, or end sde_steps before {num_steps - 2}."
+                    f"{option}={value}: has no effect on a tail of length {length}. "
+                    f"Remove it, or end method.sde_steps before {num_steps - 2}."
                 )

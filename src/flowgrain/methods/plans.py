@@ -1,4 +1,4 @@
-"""Pieces of plans that several methods share: initial noise, trajectories, ODE tails and completions."""
+"""Parts of plans that several methods share: initial noise, trajectories, tails, completions."""
 
 from collections.abc import Collection
 from typing import Literal
@@ -9,18 +9,19 @@ from flowgrain.core.tree import Planner
 
 
 def initial_noise(tree: Planner, count: int, shared: bool) -> list[int]:
-    """Rows of `count` initial noise samples: one shared sample, or one each."""
+    """Rows of `count` initial noise samples. If `shared`, all of them are the same row."""
     return [tree.root()] * count if shared else [tree.root() for _ in range(count)]
 
 
 def trajectory(
     tree: Planner, node: int, stop: int, stochastic: Collection[int], trained: Collection[int]
 ) -> int:
-    """Walk from `node` at grid index 0 to `stop`, with noise at the steps `stochastic`.
+    """Add a trajectory from `node` at grid index 0 to `stop`, with noise at the steps `stochastic`.
 
-    Returns the last row.
+    Trajectories that start from the same node share their first ODE steps.
 
-    An ODE prefix is shared with trajectories that start from the same node.
+    Returns:
+        The last row.
     """
     for k in range(stop):
         node = (
@@ -35,7 +36,7 @@ def spread(start: int, stop: int, steps: int) -> list[int]:
 
 
 def tail_indices(index: int, num_steps: int, ratio: float = 1.0) -> list[int]:
-    """Grid indices of an ODE tail from `index`: all of them, or the share `ratio`."""
+    """Grid indices of an ODE tail from `index`. `ratio`: share of the grid steps that it takes."""
     return spread(index, num_steps, max(1, int((num_steps - index) * ratio)))
 
 
@@ -47,14 +48,13 @@ def completed_trajectory(
     completion_steps: int | Literal["all"] = "all",
     order: int = 1,
 ) -> None:
-    """Walk from `node` to sigma = 0 and add the ODE completion of states on the way (DenseGRPO).
+    """Add a trajectory from `node` to sigma = 0 with ODE completions of its states (DenseGRPO).
 
     Args:
         tree: planner.
         node: initial noise.
         steps: grid indices with a stochastic step.
-        completed: grid indices whose states are completed. The image counts in the channel of this
-            index.
+        completed: grid indices whose states are completed. The channel of the image is this index.
         completion_steps: ODE steps of a completion: all remaining grid steps, or a number.
         order: order of the ODE steps.
     """

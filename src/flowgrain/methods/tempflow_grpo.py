@@ -18,12 +18,15 @@ from flowgrain.methods.options import CompressedTail
 
 @register
 class TempFlowGRPO(FlowGRPODefaults, CompressedTail):
-    """TempFlow-GRPO: branches from an ODE trunk at every step, with a loss weighted by the noise of the step."""
+    """TempFlow-GRPO: branches from an ODE trajectory, with a loss weighted by the step's noise."""
 
     name = "tempflow_grpo"
     title = "TempFlow-GRPO"
     paper = "2508.04324"
-    summary = "One ODE trajectory branches at every step. The branches of a step differ only in its noise."
+    summary = (
+        "One ODE trajectory branches at every step. "
+        "The branches of a step differ only in its noise."
+    )
 
     group_size: int = 6  # section 5: 6 branches
     std_scope: Scope = "group"
@@ -48,7 +51,7 @@ class TempFlowGRPO(FlowGRPODefaults, CompressedTail):
 
 
 def noise_weights(kernel: Kernel, sigmas: Tensor, steps: Collection[int]) -> tuple[float, ...]:
-    """The kernel's std at every grid step [T], scaled to mean 1 over `steps` (TempFlow-GRPO section 4.2)."""
+    """Std of `kernel` at every grid step [T], scaled to mean 1 over `steps` (section 4.2)."""
     sigmas = sigmas.cpu()
     index = torch.arange(len(sigmas) - 1)
     zeros = torch.zeros(len(index), 1)

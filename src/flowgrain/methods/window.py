@@ -1,4 +1,7 @@
-"""A sliding window of stochastic steps, a function of the options, the training step and the seed (MixGRPO)."""
+"""A sliding window of stochastic steps (MixGRPO).
+
+The window is a function of the options, the training step and the seed.
+"""
 
 import math
 from typing import Literal
@@ -22,13 +25,13 @@ class WindowChoice(PolicyGradient):
         25, "Training steps between two moves (tau).", unit="training steps", ge=1
     )
     window_schedule: WindowSchedule = Setting(
-        "progressive", "How the window moves. frozen: it stays at the start."
+        "progressive", "How the window moves. frozen: it stays at the start of the grid."
     )
     window_region: Literal["all", "first_half"] = Setting(
         "all", "Part of the grid that the window visits."
     )
     window_end: Literal["roll_back", "stay"] = Setting(
-        "roll_back", "After the last position: go back to the start, or stay."
+        "roll_back", "After the last position: return to the start, or stay."
     )
 
     @property
@@ -37,10 +40,10 @@ class WindowChoice(PolicyGradient):
         return self.window_schedule != "frozen"
 
     def window(self, num_steps: int, step: int, seed: int) -> range:
-        """The stochastic grid steps of training step `step` (from 1), never empty.
+        """The stochastic grid steps of training step `step` (from 1).
 
-        The result is the same on every rank and after a resume. The step into sigma = 0 is never in
-        the window.
+        The window is the same on every rank and after a resume. It never contains the step into
+        sigma = 0.
         """
         last = self._room(num_steps) - self.window_size
         if self.window_schedule == "random":
@@ -58,7 +61,7 @@ class WindowChoice(PolicyGradient):
         return num_steps // 2 if self.window_region == "first_half" else num_steps - 1
 
     def _duration(self, num_steps: int, left: int) -> int:
-        """Training steps that the window stays at `left`, at least 1 (MixGRPO section 3.2 and published code)."""
+        """Training steps for which the window stays at `left` (section 3.2 and published code)."""
         tau, share = self.window_interval, left / max(num_steps - 2, 1)
         if self.window_schedule == "decay":
             return max(1, int(tau * (1 - share) + share))
@@ -74,6 +77,6 @@ class WindowChoice(PolicyGradient):
         room = self._room(num_steps)
         if self.window_size > room:
             raise ValueError(
-                f"window_size={self.window_size}: sampling.num_steps={num_steps} with window_region="
-                f"{self.window_region} has room for {room}. Use 1 to {room}."
+                f"window_size={self.window_size}: sampling.num_steps={num_steps} with "
+                f"method.window_region={self.window_region} has room for {room}. Use 1 to {room}."
             )

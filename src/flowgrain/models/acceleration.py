@@ -20,6 +20,8 @@ from flowgrain.settings import SettingsError
 
 _LAYERS = r"(attn2?|attention|ff|ff_context|feed_forward|img_mlp|txt_mlp|proj_mlp|proj_out)"
 """Names of the attention and feed-forward layers of a block in the transformers of diffusers."""
+_CACHED_LAYERS = rf"(.*blocks|layers)\.\d+\.{_LAYERS}"
+"""Full names of the layers whose outputs TaylorSeer predicts."""
 _FIRST_BLOCK_MODELS = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 """Transformers that the first-block cache of diffusers supports.
 
@@ -65,6 +67,11 @@ def check_tails(
             f"sampling.tail_cache={tail_cache}: the first-block cache of diffusers does not "
             f"support {name}. Use taylorseer:3."
         )
+    if tail_cache.startswith("taylorseer") and not _has_cached_layers(model):
+        raise SettingsError(
+            f"sampling.tail_cache={tail_cache}: {name} has no attention or feed-forward layers "
+            "with the names that diffusers uses. Use none."
+        )
     if not quantized:
         return
     if importlib.util.find_spec("torchao") is None:
@@ -77,6 +84,10 @@ def check_tails(
             "sampling.tail_weights=float8: needs a GPU of compute capability 8.9 or higher, "
             f"not {device}. Use int8."
         )
+
+
+def _has_cached_layers(model: nn.Module) -> bool:
+    return any(re.fullmatch(_CACHED_LAYERS, name) for name, _ in model.named_modules())
 
 
 def _supports_float8(device: torch.device) -> bool:
@@ -114,7 +125,7 @@ def feature_cache(model: nn.Module, setting: str) -> Iterator[CacheStep]:
     from diffusers.hooks.hooks import HookRegistry
     from diffusers.models.cache_utils import CacheMixin
 
-    # Called as a function, because SD3's transformer is not a CacheMixin. It only uses the hooks.
+    # Called without an instance, because SD3's transformer does not inherit from CacheMixin.
     cache_context: Callable[..., AbstractContextManager[None]] = CacheMixin.cache_context
 
     registry = HookRegistry.check_if_exists_or_initialize(model)
@@ -158,7 +169,7 @@ def _add_hooks(model: nn.Module, setting: str) -> tuple[str, ...]:
         disable_cache_before_step=2,  # Linear extrapolation needs two exact steps.
         max_order=1,
         taylor_factors_dtype=next(model.parameters()).dtype,
-        cache_identifiers=[rf"(.*blocks|layers)\.\d+\.{_LAYERS}"],
+        cache_identifiers=[_CACHED_LAYERS],
         skip_predict_identifiers=skipped,
     )
     taylorseer_cache.apply_taylorseer_cache(model, config)
@@ -198,6 +209,9 @@ class QuantizedCopy:
             blocks: names of its repeated blocks.
             kind: "int8" or "float8".
             dtype: dtype of the layers that are not quantized.
+
+        Raises:
+            SettingsError: the blocks contain no layers to quantize.
         """
         self.kind, self.dtype = kind, dtype
         self.layers = {
@@ -206,6 +220,11 @@ class QuantizedCopy:
             for name, module in model.get_submodule(block).named_modules()
             if isinstance(module, nn.Linear) and _is_quantizable(name)
         }
+        if not self.layers:
+            raise SettingsError(
+                f"sampling.tail_weights={kind}: the blocks of {type(model).__name__} have no "
+                "attention or feed-forward layers with the names that diffusers uses. Use same."
+            )
         self.model = copy.deepcopy(model).requires_grad_(False).to(dtype)
 
     def to(self, device: torch.device) -> Self:

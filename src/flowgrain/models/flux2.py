@@ -36,7 +36,7 @@ class Flux2Backbone(PipelineBackbone):
         model = self.transformer
         return [*model.transformer_blocks, *model.single_transformer_blocks]
 
-    def _dynamic_shift(self, num_steps: int) -> float:
+    def _mu(self, num_steps: int) -> float:
         mu: float = compute_empirical_mu(self.sequence_length, num_steps)
         return mu
 

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
@@ -25,6 +23,7 @@ from flowgrain.models.loading import (
     open_cache,
     saved_parts,
 )
+from flowgrain.models.shift import linear_mu, scheduler_shift
 from flowgrain.models.tokens import check_lengths, token_counts
 from flowgrain.settings import SettingsError
 
@@ -99,8 +98,6 @@ class PipelineBackbone(ABC):
             if part is not None:
                 part.to(device)
 
-    # ------------------------------------------------------------------ structure of the model
-
     @property
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
@@ -149,26 +146,11 @@ class PipelineBackbone(ABC):
 
     def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
         """Return the timestep shift and the terminal noise level of the pipeline's scheduler."""
-        config = self.pipe.scheduler.config
-        terminal = config.get("shift_terminal") or None
-        if not config.get("use_dynamic_shifting", False):
-            return float(config.get("shift", 1.0)), terminal
-        mu = self._dynamic_shift(num_steps)
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu), terminal
+        return scheduler_shift(self.pipe.scheduler.config, self._mu(num_steps))
 
-    def _dynamic_shift(self, num_steps: int) -> float:  # noqa: ARG002
-        """mu, the scheduler's dynamic shift: linear in the number of image tokens."""
-        config = self.pipe.scheduler.config
-        mu: float = calculate_shift(
-            self.sequence_length,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        return mu
-
-    # ------------------------------------------------------------------ prompts
+    def _mu(self, num_steps: int) -> float:  # noqa: ARG002
+        """Parameter of the scheduler's dynamic shift."""
+        return linear_mu(self.pipe.scheduler.config, self.sequence_length)
 
     def bundled_prompts(self, split: str) -> list[str]:  # noqa: ARG002
         """Return an empty list: the published models come without prompts."""
@@ -229,14 +211,6 @@ class PipelineBackbone(ABC):
     @abstractmethod
     def _encode(self, pipe: Any, text: str) -> Conditioning:
         """Conditioning of one text, one row, from the pipeline's own encode_prompt."""
-
-    def _padded(self, embeds: Tensor) -> Conditioning:
-        """Embeddings [n, D] as "embeds" [1, max_prompt_tokens, D] and their "length" [1], n."""
-        missing = self.config.max_prompt_tokens - len(embeds)
-        length = torch.tensor([len(embeds)])
-        return {"embeds": F.pad(embeds, (0, 0, 0, missing))[None], "length": length}
-
-    # ------------------------------------------------------------------ latents
 
     @abstractmethod
     def velocity(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
 from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
+from flowgrain.models.tokens import pad
 from flowgrain.settings import SettingsError
 
 _MAX_PROMPT_TOKENS = 1024
@@ -54,7 +55,7 @@ class QwenImageBackbone(PipelineBackbone):
 
     def _encode(self, pipe: Any, text: str) -> Conditioning:
         limit = self.config.max_prompt_tokens
-        return self._padded(pipe.encode_prompt(text, max_sequence_length=limit)[0][0])
+        return pad(pipe.encode_prompt(text, max_sequence_length=limit)[0][0], limit)
 
     def velocity(
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning

@@ -1,10 +1,14 @@
-"""Numbers of tokens of prompts, and their limits."""
+"""Numbers of tokens of prompts, their limits, and padding."""
 
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-from flowgrain.models.base import ModelConfig
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowgrain.models.base import Conditioning, ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -60,3 +64,9 @@ def check_lengths(counts: Sequence[int], model: ModelConfig, encoder_limit: int 
         f"prompt {first} has {counts[first - 1]} tokens. The maximum is {limit} ({source}).{also} "
         f"Shorten the prompt, {fix}, or set model.long_prompts=truncate."
     )
+
+
+def pad(embeds: Tensor, length: int) -> Conditioning:
+    """Return the embeddings [n, D] of n tokens as "embeds" [1, length, D] and "length" [1], n."""
+    padded = F.pad(embeds, (0, 0, 0, length - len(embeds)))
+    return {"embeds": padded[None], "length": torch.tensor([len(embeds)])}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
 from flowgrain.models.pipeline import PipelineBackbone
-from flowgrain.models.tokens import chat_token_counts
+from flowgrain.models.tokens import chat_token_counts, pad
 
 
 class ZImageBackbone(PipelineBackbone):
@@ -28,12 +28,11 @@ class ZImageBackbone(PipelineBackbone):
         return chat_token_counts(self._tokenizer, texts, thinking=True)
 
     def _encode(self, pipe: Any, text: str) -> Conditioning:
+        limit = self.config.max_prompt_tokens
         embeds = pipe.encode_prompt(
-            text,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.config.max_prompt_tokens,
+            text, do_classifier_free_guidance=False, max_sequence_length=limit
         )
-        return self._padded(embeds[0][0])
+        return pad(embeds[0][0], limit)
 
     def velocity(
         self, transformer: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning

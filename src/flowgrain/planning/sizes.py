@@ -149,15 +149,23 @@ def _count(
         if isinstance(module, nn.Linear)
         and any(name == target or name.endswith(f".{target}") for target in lora_targets)
     ]
-    quantized = QuantizedCopy(_on_meta(transformer), block_names, "int8", torch.float32)
-    weights = (quantized.model.get_parameter(f"{name}.weight") for name in quantized.layers)
     return ModelSize(
         transformer=sum(p.numel() for p in transformer.parameters()),
         adapter=sum(module.in_features + module.out_features for module in adapted),
-        quantizable=sum(weight.numel() for weight in weights),
+        quantizable=_quantizable(transformer, block_names),
         vae=0 if vae is None else sum(p.numel() for p in vae.parameters()),
         latent=latent,
     )
+
+
+def _quantizable(transformer: nn.Module, block_names: Sequence[str]) -> int:
+    """Parameters of the layers that a `QuantizedCopy` quantizes. 0 if it supports none of them."""
+    try:
+        copied = QuantizedCopy(_on_meta(transformer), block_names, "int8", torch.float32)
+    except SettingsError:
+        return 0
+    weights = (copied.model.get_parameter(f"{name}.weight") for name in copied.layers)
+    return sum(weight.numel() for weight in weights)
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

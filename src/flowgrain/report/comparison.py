@@ -34,8 +34,7 @@ from flowgrain.studies.results import (
     units_of_step,
 )
 from flowgrain.training.files import write_atomically
-from flowgrain.training.recorder import Recorder
-from flowgrain.training.run_files import read_run_config
+from flowgrain.training.run_files import read_metrics, read_run_config
 
 _AXES = {"units": "cost in units", "updates": "optimizer updates"}
 
@@ -151,7 +150,7 @@ def _points(run: Path) -> dict[str, list[_Point]]:
     units, updates = calibration_cost(config.method, num_steps, num_rewards).units, 0.0
     evaluated = (*config.rewards, *config.evaluation.rewards)
     points: dict[str, list[_Point]] = {reward.name: [] for reward in evaluated}
-    for line in Recorder(run, config).read_metrics():
+    for line in read_metrics(run):
         if "forward_passes" in line:
             units += units_of_step(line, num_rewards)
             updates += line["updates"]

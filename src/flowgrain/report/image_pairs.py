@@ -8,11 +8,9 @@ from PIL import Image
 
 from flowgrain.report.render import data_uri, tiles
 from flowgrain.report.run_data import RunData, SavedEvaluation
-from flowgrain.training.recorder import SHOWN
+from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
 
 MAX_PAIRS = 16
-_COLUMNS = 8
-"""Columns of the contact sheets that `Recorder.write_evaluation` writes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class PartChange:
 
 
 def image_pairs(run: RunData) -> list[ImagePair]:
-    """The first held-out prompts before and after training. Empty with fewer than two evaluations."""
+    """The first held-out prompts before and after training. Empty for one evaluation or none."""
     if len(run.evaluations) < 2:
         return []
     first, last = run.evaluations[0], run.evaluations[-1]
@@ -80,11 +78,11 @@ def image_pairs(run: RunData) -> list[ImagePair]:
 
 def _images(folder: Path, evaluation: SavedEvaluation) -> list[Image.Image]:
     path = folder / "images" / f"evaluation-{evaluation.step:06d}.png"
-    return tiles(path, _COLUMNS, min(SHOWN, len(evaluation.prompts)))
+    return tiles(path, EVALUATION_COLUMNS, min(EVALUATION_IMAGES, len(evaluation.prompts)))
 
 
 def part_changes(run: RunData) -> list[PartChange]:
-    """Means of the parts before and after training. Empty with fewer than two evaluations."""
+    """Means of the parts before and after training. Empty for one evaluation or none."""
     if len(run.evaluations) < 2:
         return []
     first, last = run.evaluations[0].parts, run.evaluations[-1].parts

@@ -55,7 +55,7 @@ def evaluation_scores(run: RunData) -> Figure | None:
 
 
 def other_scores(run: RunData) -> Figure | None:
-    """Scores of held-out prompts by rewards that are not trained, as changes in standard deviations."""
+    """Change of the held-out scores by other rewards, in initial standard deviations."""
     names = [name for name in run.evaluated_rewards if name not in run.trained_rewards]
     if not names or len(run.evaluations) < 2:
         return None
@@ -121,7 +121,7 @@ def calibrated_noise(run: RunData) -> Figure | None:
 
 
 def calibration_balance(run: RunData) -> Figure | None:
-    """Shares of trajectories that gained and lost reward at every step, in the first and last round."""
+    """Shares of trajectories that gained and lost reward, in the first and the last round."""
     if run.calibration is None:
         return None
     first, last = run.calibration["rounds"][0], run.calibration["rounds"][-1]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrain.config.schema import Config
-from flowgrain.training.recorder import Recorder
-from flowgrain.training.run_files import read_run, read_run_config
+from flowgrain.training.run_files import read_metrics, read_run, read_run_config
 
 Metrics = Mapping[str, Any]
 
@@ -71,15 +70,12 @@ def read_run_data(folder: Path) -> RunData:
         SettingsError: the directory contains no run.
     """
     config = read_run_config(folder)
-    lines: list[dict[str, Any]] = []
-    if (folder / "metrics.jsonl").exists():
-        lines = Recorder(folder, config).read_metrics()
     calibration = folder / "calibration.json"
     return RunData(
         folder=folder,
         config=config,
         record=read_run(folder),
-        steps=[line for line in lines if line["step"] > 0],
+        steps=[line for line in read_metrics(folder) if line["step"] > 0],
         evaluations=[
             _read_evaluation(path) for path in sorted((folder / "evaluations").glob("step-*.json"))
         ],

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 PALETTE = (
     "#2f6fde",
@@ -24,7 +25,7 @@ PALETTE = (
     "#e06c9f",
 )
 INK = "#123456"  # replaced by the text color of the page
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "flowgrain",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -39,10 +40,10 @@ STYLE: dict[str, Any] = {
     "grid.alpha": 0.25,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
     "font.size": 10,
     "legend.frameon": False,
 }
+_LEGEND_WIDTH = 80  # characters
 Floats = Sequence[float]
 
 
@@ -98,8 +99,12 @@ def draw_figure(
         axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
         if ylim is not None:
             axes.set_ylim(*ylim)
-        if any(curve.label for curve in curves):
-            axes.legend(fontsize=8 if len(curves) > 3 else 9)
+        if all(isinstance(x, int) for curve in curves for x in curve.x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        labels = [curve.label for curve in curves if curve.label]
+        if labels:
+            columns = _LEGEND_WIDTH // (max(map(len, labels)) + 6)
+            figure.legend(loc="outside upper left", ncols=max(1, columns), fontsize=8)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)

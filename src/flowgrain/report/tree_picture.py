@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from flowgrain.core.tree import ROOT
 from flowgrain.report.render import data_uri, tiles
+from flowgrain.training.recorder import TREE_COLUMNS
 
-_COLUMNS = 16
-"""Columns of the contact sheets that `Recorder.write_tree` writes."""
 _SIZE = 160
 """Largest size of an image in pixels. A page may show hundreds of them."""
 
@@ -57,15 +56,17 @@ class BranchGroup:
 
     @property
     def title(self) -> str:
-        """The grid steps in words."""
+        """The grid steps and the number of branches in words."""
+        first, last, count = self.grid_steps[0], self.grid_steps[-1], len(self.branches)
         if not self.stochastic:
-            return "Images of the prompt"
-        first, last = self.grid_steps[0], self.grid_steps[-1]
+            return f"{count} images"
         if first == last:
-            return f"Grid step {first}"
-        if self.grid_steps == list(range(first, last + 1)):
-            return f"Grid steps {first} to {last}"
-        return f"Grid steps {', '.join(map(str, self.grid_steps))}"
+            steps = f"step {first}"
+        elif self.grid_steps == list(range(first, last + 1)):
+            steps = f"steps {first} to {last}"
+        else:
+            steps = f"steps {', '.join(map(str, self.grid_steps))}"
+        return f"Grid {steps}: {count} branches"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class _TreeFile:
 
     @property
     def channel_per_state(self) -> bool:
-        """Whether the images of every grid index have a channel of their own: state k in channel k."""
+        """Whether channel k contains the completions of the states at grid index k."""
         return any(channel == self.values["num_steps"] for channel in self.values["channel"])
 
     def image(self, leaf: int, edge: int | None) -> ScoredImage:
@@ -142,7 +143,7 @@ class _TreeFile:
 def read_tree_picture(path: Path) -> TreePicture:
     """The tree in the file `path`, images/tree-STEP.json of a run."""
     values = json.loads(path.read_text())
-    sheet = tiles(path.with_suffix(".png"), _COLUMNS, len(values["leaves"]))
+    sheet = tiles(path.with_suffix(".png"), TREE_COLUMNS, len(values["leaves"]))
     images = {
         leaf: data_uri(tile, _SIZE) for leaf, tile in zip(values["leaves"], sheet, strict=True)
     }

@@ -16,8 +16,8 @@ from flowgrain.training.rollout_batch import Metrics
 J = TypeVar("J")
 R = TypeVar("R")
 
-# Slow imports that the fork server does once for all workers.
-_PRELOAD = ["flowgrain.studies.run", "flowgrain.models.shapes", "diffusers.training_utils"]
+PRELOAD = ["flowgrain.studies.run", "flowgrain.models.shapes", "diffusers.training_utils"]
+"""Slow imports that the fork server does once for all workers."""
 _POLL_SECONDS = 0.5
 
 
@@ -42,7 +42,7 @@ def run_all(
             note(work(job))
         return
     context = multiprocessing.get_context("forkserver")  # a fork would break torch's threads
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     stop = context.Event()
     pool = concurrent.futures.ProcessPoolExecutor(
         jobs, mp_context=context, initializer=_start_worker, initargs=(stop,)

@@ -19,6 +19,7 @@ from flowgrain.distributed import World, local_world_size
 from flowgrain.distributed.sharding import shard
 from flowgrain.methods import ForwardProcess
 from flowgrain.models import Backbone
+from flowgrain.settings import SettingsError
 
 
 @dataclass
@@ -86,6 +87,11 @@ def trained_model(config: Config, backbone: Backbone, dtype: torch.dtype) -> nn.
 def add_adapter(config: Config, backbone: Backbone) -> None:
     """Add a LoRA adapter with float32 parameters to the backbone's transformer."""
     from peft import LoraConfig  # takes seconds to import
+
+    if not backbone.lora_targets:
+        raise SettingsError(
+            f"lora.rank={config.lora.rank}: the backbone has no layers for LoRA. Use lora.rank=0."
+        )
 
     adapter = LoraConfig(
         r=config.lora.rank,

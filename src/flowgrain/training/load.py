@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from flowgrain.config.schema import Config
-from flowgrain.data import Prompt, as_prompts, read_prompts
+from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.rewards import Reward, build_reward
 from flowgrain.settings import SettingsError
@@ -88,11 +88,27 @@ def load_rewards(
     return trained, {**trained, **others}
 
 
+def check_prompt_files(config: Config) -> None:
+    """Check that the prompt files exist, before a large model is loaded.
+
+    Raises:
+        SettingsError: a file does not exist.
+    """
+    for name, path in (
+        ("data.prompts", config.data.prompts),
+        ("data.eval_prompts", config.data.eval_prompts),
+    ):
+        if path is not None:
+            existing_file(name, path)
+
+
 def load_prompts(
     config: Config,
     backbone: Backbone,
     use: Literal["train", "eval"],
     given: Sequence[str | Prompt] | None = None,
+    *,
+    hold_out: bool = True,
 ) -> list[Prompt]:
     """The prompts to train on or to evaluate.
 
@@ -101,23 +117,17 @@ def load_prompts(
         backbone: checks that it can encode every prompt, and may bring prompts of its own.
         use: "train" or "eval".
         given: prompts from Python, in place of a file.
+        hold_out: do not train on the last tenth of data.prompts if there are no other prompts to
+            evaluate.
 
     Raises:
         SettingsError: there are no prompts, or one is blank or cannot be encoded.
     """
     setting = "data.prompts" if use == "train" else "data.eval_prompts"
-    path = config.data.prompts if use == "train" else config.data.eval_prompts
-    source = setting if given is not None or path is None else f"{setting}={path}"
     if given is not None:
-        chosen = as_prompts(given)
-    elif path is not None:
-        chosen = read_prompts(setting, path)
+        source, chosen = setting, as_prompts(given)
     else:
-        split = "train" if use == "train" else config.evaluation.split
-        chosen = as_prompts(backbone.bundled_prompts(split))
-    if config.data.prompts is not None and (use == "train" or not chosen) and given is None:
-        chosen = _without_or_only_held_out(config, backbone, use)
-        source = f"data.prompts={config.data.prompts}"
+        source, chosen = _configured_prompts(config, backbone, use, hold_out)
     if not chosen:
         raise SettingsError(f"{setting}: there are no prompts. Give the path of a prompt file.")
     for number, prompt in enumerate(chosen, 1):
@@ -130,18 +140,24 @@ def load_prompts(
     return chosen
 
 
-def _without_or_only_held_out(
-    config: Config, backbone: Backbone, use: Literal["train", "eval"]
-) -> list[Prompt]:
-    """The training prompts of data.prompts, or the last tenth of them if nothing else can be evaluated."""
-    prompts = read_prompts("data.prompts", str(config.data.prompts))
-    other_source = config.data.eval_prompts or backbone.bundled_prompts(config.evaluation.split)
-    if other_source:
-        return prompts if use == "train" else []
+def _configured_prompts(
+    config: Config, backbone: Backbone, use: Literal["train", "eval"], hold_out: bool
+) -> tuple[str, list[Prompt]]:
+    """The prompts that the settings name, and their source for error messages."""
+    path, eval_path = config.data.prompts, config.data.eval_prompts
+    if use == "eval" and eval_path is not None:
+        return f"data.eval_prompts={eval_path}", read_prompts("data.eval_prompts", eval_path)
+    bundled = backbone.bundled_prompts("train" if use == "train" else config.evaluation.split)
+    if path is None or (use == "eval" and bundled):
+        return f"data.{'prompts' if use == 'train' else 'eval_prompts'}", as_prompts(bundled)
+    source, prompts = f"data.prompts={path}", read_prompts("data.prompts", path)
+    others = eval_path is not None or bool(backbone.bundled_prompts(config.evaluation.split))
+    if use == "train" and (others or not hold_out):
+        return source, prompts
     if len(prompts) < 2:
         raise SettingsError(
-            f"data.prompts={config.data.prompts}: one prompt cannot be divided into training and evaluation. "
+            f"{source}: one prompt cannot be divided into training and evaluation. "
             "Set data.eval_prompts."
         )
-    held_out = min(config.evaluation.num_prompts, max(1, len(prompts) // 10))
-    return prompts[:-held_out] if use == "train" else prompts[-held_out:]
+    first_held_out = len(prompts) - max(1, len(prompts) // 10)
+    return source, prompts[:first_held_out] if use == "train" else prompts[first_held_out:]

@@ -24,7 +24,13 @@ from flowgrain.training.collect import RolloutCollector, check_failed_rewards
 from flowgrain.training.errors import Diverged, Interrupted, RunStopped
 from flowgrain.training.evaluate import Evaluation, evaluate, interleave, sample_images
 from flowgrain.training.export import export_policy
-from flowgrain.training.load import compute_device, load_model, load_prompts, load_rewards
+from flowgrain.training.load import (
+    check_prompt_files,
+    compute_device,
+    load_model,
+    load_prompts,
+    load_rewards,
+)
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
@@ -69,6 +75,7 @@ class Trainer:
         backbone: Backbone | None = None,
     ) -> None:
         config = with_given(config, rewards, method)
+        check_prompt_files(config)
         set_threads(config.runtime.threads)
         self.device = compute_device(config.runtime.device)
         self.world = init_process_group(self.device)
@@ -83,7 +90,9 @@ class Trainer:
             config = config.with_shift(*natural)
         self.config = config
         self.method = config.method.model_copy()  # its state belongs to this run
-        self.prompts = load_prompts(config, self.backbone, "train", prompts)
+        self.prompts = load_prompts(
+            config, self.backbone, "train", prompts, hold_out=eval_prompts is None
+        )
         self.eval_prompts = load_prompts(config, self.backbone, "eval", eval_prompts)
         self.policy = Policy.for_training(config, self.backbone, self.device, self.world)
         self.optimizer = PolicyOptimizer(self.policy, config.optimizer, self.world)

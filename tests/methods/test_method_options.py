@@ -1,0 +1,246 @@
+"""The options of the methods: documentation, errors, and options that change what is trained."""
+
+import ast
+import inspect
+import re
+
+import pytest
+import torch
+from toy_trainer import STEP, toy_config, toy_trainer
+
+from flowgrain.config import load_config
+from flowgrain.methods import METHODS, ForwardProcess, Method, PolicyGradient, register
+from flowgrain.settings import SettingsError
+
+BUILT_IN = {
+    name: METHODS.get(name)
+    for name in METHODS
+    if METHODS.get(name).__module__.startswith("flowgrain.")
+}
+SOURCE = re.compile(r"#.*(section|appendix|eq\.|published code|not in the paper)")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_method_is_documented(name):
+    method = BUILT_IN[name]
+    assert method.name == name
+    assert method.__doc__
+    assert method.__doc__ != Method.__doc__
+    assert "title" in vars(method)
+    assert re.fullmatch(r"\d{4}\.\d{5}", method.paper)
+    assert method.summary.endswith(".")
+    assert issubclass(method, PolicyGradient | ForwardProcess)
+    for option, field in method.model_fields.items():
+        assert field.description, option
+        assert field.description.endswith("."), option
+
+
+def test_titles_are_distinct():
+    titles = [method.title for method in BUILT_IN.values()]
+    assert len(set(titles)) == len(titles)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_changed_default_has_a_source(name):
+    """A default that a method's file changes is followed by a comment that names its source."""
+    module = inspect.getmodule(BUILT_IN[name])
+    lines = inspect.getsource(module).splitlines()
+    missing = []
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        for statement in node.body if isinstance(node, ast.ClassDef) else ():
+            values = isinstance(statement, ast.Assign) and any(
+                isinstance(t, ast.Name) and t.id == "config_defaults" for t in statement.targets
+            )
+            # Own options are documented by `Setting`.
+            changed = isinstance(statement, ast.AnnAssign) and not isinstance(
+                statement.value, ast.Call
+            )
+            code = lines[statement.lineno - 1 : statement.end_lineno]
+            if (values or changed) and not any(SOURCE.search(line) for line in code):
+                missing.append(code[0].strip())
+    assert not missing
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_papers_values_can_be_used(name):
+    """A method's name alone is a valid configuration, with the defaults of its class."""
+    config = load_config(name)
+    assert config.method == BUILT_IN[name]()
+    for section, values in BUILT_IN[name].config_defaults.items():
+        for key, value in values.items():
+            assert getattr(getattr(config, section), key) == value
+
+
+PAPER_VALUES = {
+    "g2rpo": {"granularities": (1, 2, 3), "group_size": 12, "eta": 0.7, "clip_range": 1e-4},
+    "flow_grpo": {
+        "group_size": 24,
+        "std_scope": "global",
+        "std_unbiased": False,
+        "std_epsilon": 1e-4,
+        "reward_mix": "reward",
+        "updates_per_rollout": 2,
+        "kl_weight": 0.04,
+    },
+    "flow_grpo_fast": {
+        "group_size": 24,
+        "updates_per_rollout": 2,
+        "window_size": 2,
+        "window_schedule": "random",
+        "window_region": "first_half",
+    },
+    "densegrpo": {
+        "group_size": 24,
+        "sde_type": "calibrated_sde",
+        "std_scope": "group",
+        "std_unbiased": True,
+        "updates_per_rollout": 1,
+    },
+    "dancegrpo": {
+        "sde_type": "dance_sde",
+        "eta": 0.3,
+        "shared_noise": True,
+        "timestep_fraction": 0.6,
+    },
+    "mixgrpo": {"shared_noise": True, "window_size": 4, "tail_ratio": 1.0, "tail_order": 1},
+    "mixgrpo_flash": {"window_size": 4, "tail_order": 2, "tail_ratio": 0.4},
+    "mixgrpo_flash_star": {"tail_order": 2, "tail_ratio": 0.2, "window_schedule": "frozen"},
+    "tempflow_grpo": {
+        "group_size": 6,
+        "std_scope": "group",
+        "updates_per_rollout": 1,
+        "kl_weight": 0.04,
+    },
+    "grpo_guard": {"group_size": 24, "updates_per_rollout": 2, "kl_weight": 0.04},
+    "branchgrpo": {"group_size": 16, "std_epsilon": 1e-4, "split_steps": (0, 3, 6, 9)},
+    "diffusionnft": {
+        "group_size": 24,
+        "updates_per_rollout": 1,
+        "kl_weight": 1e-4,
+        "tail_order": 2,
+        "timestep_fraction": 0.99,
+        "std_scope": "global",
+        "reward_mix": "reward",
+    },
+}
+NUM_STEPS = {"g2rpo": 16, "dancegrpo": 16, "branchgrpo": 20}
+NUM_STEPS |= dict.fromkeys(("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"), 25)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_defaults_are_those_of_the_papers(name):
+    config = load_config(name)
+    values = {option: getattr(config.method, option) for option in PAPER_VALUES[name]}
+    assert values == PAPER_VALUES[name]
+    assert config.sampling.num_steps == NUM_STEPS.get(name, 10)
+
+
+# ---------------------------------------------------------------------- errors
+
+UNKNOWN = [
+    (
+        "flow_grpo",
+        "granularities=[1,2]",
+        "Method 'flow_grpo' has no option 'granularities'. Remove it, or use method 'g2rpo'.",
+    ),
+    (
+        "diffusionnft",
+        "clip_range=0.1",
+        "Method 'diffusionnft' has no option 'clip_range'. Remove it, or use method ",
+    ),
+    ("g2rpo", "window_size=2", "Method 'g2rpo' has no option 'window_size'. Remove it, or use "),
+    (
+        "g2rpo",
+        "granularity=[1]",
+        "Method 'g2rpo' has no option 'granularity'. Did you mean 'method.granularities'?",
+    ),
+]
+IMPOSSIBLE = [
+    ("g2rpo", ["sde_steps=[0,15]"], "method.sde_steps=[0, 15]: 15 is outside the grid", "0 to 14"),
+    ("g2rpo", ["sde_steps=[]"], "method.sde_steps=[]: must not be empty", ""),
+    ("g2rpo", ["granularities=[0]"], "method.granularities=[0]: 0 is not a stride", "to 15."),
+    ("g2rpo", ["granularities=[2,2]"], "method.granularities=[2, 2]: contains a value twice", ""),
+    ("g2rpo", ["group_size=1"], "method.group_size=1", ""),
+    ("g2rpo", ["best_of=3"], "method.best_of=3: use an even number up to group_size=12", ""),
+    ("g2rpo", ["best_of=14"], "method.best_of=14", "up to group_size=12"),
+    ("g2rpo", ["updates_per_rollout=0"], "method.updates_per_rollout=0", "at least 1"),
+    ("g2rpo", ["sde_type=cps", "eta=1.5"], "method.eta=1.5: sde_type=cps", "at most 1"),
+    ("g2rpo", ["psi=[0.5]"], "method.psi: sde_type=flow_sde does not use it", ""),
+    (
+        "g2rpo",
+        ["sde_type=calibrated_sde", "psi=[0.5]"],
+        "method.psi: has 1 values. sampling.num_steps=16 needs as many.",
+        "",
+    ),
+    ("g2rpo", ["calibration.rounds=3"], "method.calibration: there is nothing to calibrate", ""),
+    ("densegrpo", ["sde_type=cps", "sde_steps=[9]"], "method.sde_steps=[9]", "Use 0 to 8."),
+    ("densegrpo", ["completion_steps=0"], "method.completion_steps=0", "at least 1, or all"),
+    ("mixgrpo", ["window_size=25"], "method.window_size=25", "has room for 24. Use 1 to 24."),
+    ("flow_grpo_fast", ["window_size=6"], "method.window_size=6", "Use 1 to 5."),
+    ("flow_grpo", ["tail_order=2"], "method.tail_order=2: has no effect", "before 8"),
+    ("dancegrpo", ["tail_ratio=0.5"], "method.tail_ratio=0.5: has no effect", "before 14"),
+    ("branchgrpo", ["group_size=8"], "method.group_size=8", "Use group_size=16."),
+    ("branchgrpo", ["split_steps=[0,19]"], "method.split_steps=[0, 19]", "a stochastic step"),
+    (
+        "diffusionnft",
+        ["updates_per_rollout=per_step"],
+        "method.updates_per_rollout=per_step: method 'diffusionnft' trains no steps",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "override", "message"), UNKNOWN)
+def test_an_option_of_another_method_is_an_error(name, override, message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        load_config(name, [f"method.{override}"])
+
+
+@pytest.mark.parametrize(("name", "overrides", "message", "fix"), IMPOSSIBLE)
+def test_an_impossible_option_is_an_error(name, overrides, message, fix):
+    with pytest.raises(SettingsError) as error:
+        load_config(name, [f"method.{override}" for override in overrides])
+    assert message in str(error.value)
+    assert fix in str(error.value)
+
+
+def test_an_unknown_method_is_an_error():
+    with pytest.raises(SettingsError, match="Did you mean 'mixgrpo'"):
+        load_config("demo", ["method.name=mixgrop"])
+
+
+def test_names_are_found_whatever_their_capitals_and_separators():
+    assert METHODS.get("DanceGRPO") is METHODS.get("dance-grpo") is METHODS.get("dancegrpo")
+    assert type(load_config("Flow-GRPO").method) is METHODS.get("flow_grpo")
+
+
+def test_a_method_needs_a_name_of_its_own():
+    with pytest.raises(SettingsError, match="Nameless has no name"):
+
+        @register
+        class Nameless(PolicyGradient):
+            """Without a name."""
+
+    with pytest.raises(SettingsError, match="A method named 'g2rpo' already exists"):
+
+        @register
+        class Second(PolicyGradient):
+            """With a name that is taken."""
+
+            name = "g2rpo"
+
+
+# ---------------------------------------------------------------------- effects
+
+
+def test_best_of_trains_the_extremes(tmp_path):
+    changes = {"method.group_size": 6, "method.best_of": 2, "method.kl_weight": 0.0}
+    trainer = toy_trainer(toy_config("dancegrpo", changes), tmp_path)
+    batch = trainer.collector.collect(STEP)
+    groups = batch.tree.comparison_groups
+    for group in range(groups.max() + 1):
+        members = torch.from_numpy(groups == group)
+        edge_weight, advantage = batch.edge_weight[members], batch.advantage[members]
+        assert edge_weight.mean() == 1
+        trained = set(advantage[edge_weight > 0].tolist())
+        assert trained == {advantage.min().item(), advantage.max().item()}

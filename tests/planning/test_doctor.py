@@ -1,0 +1,137 @@
+"""The findings of the doctor, and the advice in those that failed."""
+
+import psutil
+import pytest
+
+from flowgrain.config import load_config
+from flowgrain.models.shapes import ShapesBackbone
+from flowgrain.planning import doctor
+from flowgrain.planning.doctor import examine
+
+
+def findings_of(config, folder):
+    return {finding.name: finding for finding in examine(config, folder)}
+
+
+def test_a_run_without_problems(tiny, tmp_path):
+    findings = findings_of(tiny, tmp_path / "run")
+    assert all(finding.ok for finding in findings.values()), findings
+    assert set(findings) == {
+        "versions",
+        "device",
+        "memory",
+        "disk",
+        "prompts",
+        "encoding",
+        "forward pass",
+        "decoding",
+        "reward oracle",
+        "cost",
+    }
+    assert "s per step" in findings["cost"].message
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_for_training_and_evaluation(tiny, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("two red circles\ntwo red circles\none blue square\n")
+    config = tiny.with_changes({"data.prompts": str(file), "data.eval_prompts": str(file)})
+    found = findings_of(config, tmp_path / "run")["prompts"]
+    assert not found.ok
+    assert "1 training prompts are repeats" in found.message
+    assert "2 evaluation prompts are also training prompts" in found.message
+
+
+def test_memory_is_checked_before_the_model_is_loaded(tiny, tmp_path, monkeypatch):
+    small = type("Memory", (), {"total": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", small)
+    monkeypatch.setattr(doctor, "Trainer", None)  # calling it would fail
+    findings = findings_of(tiny, tmp_path / "run")
+    assert not findings["memory"].ok
+    assert "The model was not loaded. Try lora.rank=32, model.gradient_checkpointing=true" in (
+        findings["memory"].message
+    )
+    assert findings["cost"].ok
+    assert "forward pass" not in findings
+    lora = findings_of(tiny.with_changes({"lora.rank": 4}), tmp_path / "run")
+    assert "lora.rank=32" not in lora["memory"].message
+
+
+def test_a_full_disk(tiny, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    disk = findings_of(tiny, tmp_path / "run")["disk"]
+    assert not disk.ok
+    assert "lower training.keep_checkpoints=2" in disk.message
+
+
+def test_a_reward_that_fails(tiny, tmp_path, monkeypatch):
+    (tmp_path / "doctor_rewards.py").write_text(
+        "def broken(images, prompts):\n    raise OSError('server gone')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = tiny.with_changes({"rewards": ["doctor_rewards:broken"]})
+    found = findings_of(config, tmp_path / "run")["reward doctor_rewards:broken"]
+    assert not found.ok
+    assert "server gone" in found.message
+
+
+def test_parts_of_the_model_that_fail(tiny, tmp_path, monkeypatch):
+    def no_decoder(self, latents):
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr(ShapesBackbone, "decode", no_decoder)
+    findings = findings_of(tiny, tmp_path / "run")
+    assert "no decoder" in findings["decoding"].message
+    assert "decoding failed" in findings["reward oracle"].message
+    assert findings["forward pass"].ok
+
+
+def test_approximate_tails(tiny, tmp_path):
+    config = tiny.with_changes({"sampling.num_steps": 6, "sampling.tail_cache": "taylorseer:3"})
+    tail = findings_of(config, tmp_path / "run")["approximate tail"]
+    assert tail.ok
+    assert "relative error of the first step 0.0%" in tail.message
+
+
+@pytest.mark.parametrize("method", ["densegrpo", "diffusionnft"])
+def test_the_cost_is_that_of_the_plan(tmp_path, method):
+    changes = {
+        "sampling.num_steps": 4,
+        "method.group_size": 3,
+        "training.prompts_per_step": 2,
+        "evaluation.rewards": [],
+    }
+    message = findings_of(load_config(method, changes), tmp_path)["cost"].message
+    assert "sampling forward passes" in message
+    assert ("calibration" in message) == (method == "densegrpo")
+    assert "True CFG" not in message
+    guided = load_config(method, {**changes, "sampling.guidance_scale": 4.5})
+    assert "True CFG doubles" in findings_of(guided, tmp_path)["cost"].message
+
+
+PLUGIN = """
+from flowgrain.models import register_backbone
+from toy import Toy
+
+register_backbone("doctor_toy")(Toy)
+"""
+
+
+def test_a_backbone_of_unknown_size(tmp_path):
+    """The size is measured after loading, before copies are made."""
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    config = load_config(
+        "g2rpo",
+        {
+            "model.name": "doctor_toy",
+            "sampling.num_steps": 4,
+            "rewards": ["toy:red"],
+            "evaluation.rewards": [],
+        },
+        plugins=[tmp_path / "plugin.py"],
+    )
+    findings = findings_of(config, tmp_path / "run")
+    failed = [name for name, finding in findings.items() if not finding.ok]
+    assert failed == ["prompts"]  # the toy has the same prompts for training and evaluation
+    assert "weights 0.00 GB" in findings["memory"].message

@@ -1,0 +1,88 @@
+"""The memory model, compared with what a policy holds."""
+
+import pytest
+import torch
+
+from flowgrain import Trainer
+from flowgrain.config import load_config
+from flowgrain.planning.memory import Layout, memory
+from flowgrain.planning.sizes import model_size
+
+FLUX = {"model.name": "flux", "method.kl_weight": 0.0}
+
+
+def held_bytes(*modules):
+    """Bytes of the distinct parameters of modules."""
+    parameters = {p.data_ptr(): p for module in modules for p in module.parameters()}
+    return sum(p.numel() * p.element_size() for p in parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("g2rpo", {"method.kl_weight": 0.1, "training.ema_decay": 0.9}),
+        ("g2rpo", {"lora.rank": 4}),
+        ("g2rpo", {"runtime.dtype": "bfloat16"}),
+        ("g2rpo", {"runtime.dtype": "bfloat16", "lora.rank": 4, "training.ema_decay": 0.9}),
+        ("diffusionnft", {"runtime.dtype": "bfloat16"}),
+        ("diffusionnft", {"lora.rank": 4}),
+    ],
+)
+def test_a_policy_holds_what_the_model_says(method, changes, tmp_path):
+    config = load_config(method, {"evaluation.rewards": [], **changes})
+    trainer = Trainer(config, tmp_path)
+    policy, size = trainer.policy, model_size(config.model)
+    parts = memory(config, size, policy.dtype).parts
+    model = held_bytes(policy.model)
+    assert parts["weights"] == model
+    trained = sum(p.numel() for p in policy.parameters.values())
+    assert (parts["gradients"], parts["AdamW"]) == (4 * trained, 8 * trained)
+    assert parts.get("EMA", 0) == (0 if policy.ema is None else 4 * trained)
+    assert parts.get("reference", 0) == (held_bytes(policy.reference) if policy.reference else 0)
+    # Parameters of a copy that are not shared with the model:
+    assert parts.get("old policy", 0) == (
+        held_bytes(policy.model, policy.old) - model if policy.old else 0
+    )
+    assert parts.get("sampling copy", 0) == held_bytes(policy.model, policy.sampler) - model
+    assert parts["VAE"] == held_bytes(trainer.backbone.vae)
+
+
+def test_latents_are_those_of_a_rollout(tiny, tmp_path):
+    trainer = Trainer(tiny, tmp_path)
+    rollout = trainer.collector.collect(1).rollout
+    parts = memory(tiny, model_size(tiny.model), torch.float32).parts
+    kept = {*rollout.tree.leaves, *rollout.tree.edges, *rollout.tree.trained_parents}
+    latent = trainer.backbone.latent_shape
+    assert parts["latents"] >= 4 * len(kept) * torch.Size(latent).numel()
+    assert parts["latents"] <= 1.2 * 4 * len(kept) * torch.Size(latent).numel()
+
+
+def test_a_quantized_copy_is_smaller():
+    config = load_config("g2rpo", {**FLUX, "sampling.tail_weights": "int8"})
+    size = model_size(config.model)
+    parts = memory(config, size, torch.bfloat16).parts
+    assert size.transformer < parts["quantized copy"] < parts["sampling copy"]
+
+
+def test_layouts():
+    def layout(gpus, **changes):
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        return Layout.of(load_config("g2rpo", {**FLUX, **changes}), gpus)
+
+    assert layout(1) == Layout(lora=False, replica=False, shards=1)
+    assert layout(4) == Layout(lora=False, replica=True, shards=4)
+    assert layout(16) == Layout(lora=False, replica=True, shards=8)
+    assert layout(8, lora__rank=32) == Layout(lora=True, replica=True, shards=1)
+    sharded = layout(8, lora__rank=32, runtime__rollout_weights="sharded")
+    assert sharded == Layout(lora=True, replica=False, shards=8)
+
+
+def test_sharding_divides_parameters():
+    config = load_config("g2rpo", FLUX)
+    one, eight = (memory(config, model_size(config.model), torch.bfloat16, n) for n in (1, 8))
+    assert eight.parts["weights"] == one.parts["weights"] / 8
+    assert eight.parts["AdamW"] == one.parts["AdamW"] / 8
+    assert eight.parts["gradients"] == one.parts["gradients"]
+    assert eight.parts["sampling copy"] == one.parts["sampling copy"]  # a replica
+    assert not one.fits(141e9)
+    assert eight.fits(141e9)
