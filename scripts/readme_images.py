@@ -39,7 +39,9 @@ def train_demo() -> Path:
 
 def evaluations(run: Path) -> list[dict]:
     """The evaluations of a run, in order."""
-    return [json.loads(file.read_text()) for file in sorted((run / "evaluations").glob("step-*.json"))]
+    return [
+        json.loads(file.read_text()) for file in sorted((run / "evaluations").glob("step-*.json"))
+    ]
 
 
 def tiles(run: Path, step: int) -> list[Image.Image]:
@@ -65,7 +67,9 @@ def draw(run: Path) -> dict:
     before, after = (np.array(e["scores"]["oracle"]) for e in (first, last))
     difference = confidence_interval(after - before)
     figure = plt.figure(figsize=(12, 3.9), dpi=160, facecolor="white")
-    pictures = figure.add_gridspec(2, PAIRS, left=0.035, right=0.645, top=0.765, bottom=0.03, wspace=0.06, hspace=0.06)
+    pictures = figure.add_gridspec(
+        2, PAIRS, left=0.035, right=0.645, top=0.765, bottom=0.03, wspace=0.06, hspace=0.06
+    )
     old, new = tiles(run, first["step"]), tiles(run, last["step"])
     for column, i in enumerate(shown_prompts(first, last)):
         for row, image in enumerate((old[i], new[i])):
@@ -81,17 +85,38 @@ def draw(run: Path) -> dict:
     curve = figure.add_axes((0.71, 0.16, 0.275, 0.605))
     points = [confidence_interval(np.array(e["scores"]["oracle"])) for e in found]
     steps = [e["step"] for e in found]
-    curve.fill_between(steps, [p.low for p in points], [p.high for p in points], color=BLUE, alpha=0.15, lw=0)
+    curve.fill_between(
+        steps, [p.low for p in points], [p.high for p in points], color=BLUE, alpha=0.15, lw=0
+    )
     curve.plot(steps, [p.mean for p in points], "o-", color=BLUE, lw=2, ms=5)
     for step, point, place in ((steps[0], points[0], (8, -14)), (steps[-1], points[-1], (-8, 12))):
-        curve.annotate(f"{point.mean:.3f}", (step, point.mean), place, textcoords="offset points", ha="center", color=INK)
+        curve.annotate(
+            f"{point.mean:.3f}",
+            (step, point.mean),
+            place,
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+        )
     curve.set_xlabel("training step", color=INK)
-    curve.set_title(f"Oracle score on {len(before)} held-out prompts,\nmean and 95% confidence interval", fontsize=9, color=INK)
+    curve.set_title(
+        f"Oracle score on {len(before)} held-out prompts,\nmean and 95% confidence interval",
+        fontsize=9,
+        color=INK,
+    )
     curve.set_xlim(-2, steps[-1] + 2)
     curve.spines[["top", "right"]].set_visible(False)
     curve.tick_params(colors=GRAY)
     curve.grid(alpha=0.25)
-    figure.suptitle("flowgrain demo: G2RPO on the bundled model", x=0.035, y=0.985, ha="left", fontsize=13, color=INK, weight="bold")
+    figure.suptitle(
+        "flowgrain demo: G2RPO on the bundled model",
+        x=0.035,
+        y=0.985,
+        ha="left",
+        fontsize=13,
+        color=INK,
+        weight="bold",
+    )
     figure.savefig(IMAGES / "demo.png")
     lines = [line for line in read_metrics(run) if line["step"] > 0]
     return {

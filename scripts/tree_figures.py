@@ -158,7 +158,8 @@ def tree_figure(tree: Tree) -> Figure:
         labelcolor=LIGHT["ink"],
         handletextpad=0.6,
         columnspacing=1.6,
-        borderaxespad=0.1,
+        borderaxespad=0,
+        borderpad=0.1,
     )
     return figure
 

@@ -124,17 +124,19 @@ def load_plugin(path: str | Path) -> None:
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        raise SettingsError(f"--plugin {path}: there is no such file.")
+        raise SettingsError(
+            f"plugin {path}: there is no such file. Give the path of a Python file."
+        )
     name = f"flowgrain_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{file.stem}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise SettingsError(f"--plugin {path}: not a Python file. Its name must end in .py.")
+        raise SettingsError(f"plugin {path}: not a Python file. Its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise SettingsError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+        raise SettingsError(f"plugin {path}: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Methods from outside the package: a plugin file, a class and an instance, each with state of its own."""
+"""Methods from outside the package, which keep state: a plugin file, a class, an instance."""
 
 import sys
 from pathlib import Path
@@ -190,7 +190,7 @@ def test_a_class_that_is_not_registered(tmp_path):
 
 
 def test_an_instance_with_calibrated_noise(tmp_path, monkeypatch):
-    """The calibrated noise belongs to the run: it is restored, and the given instance is unchanged."""
+    """The calibrated noise belongs to the run. The given instance does not change."""
     calibration = {"rounds": 2, "samples": 4}
     method = CountsImages.model_validate(
         {"sde_type": "calibrated_sde", "calibration": calibration, "group_size": 4}

@@ -25,10 +25,7 @@ def in_the_foreground(kind, rewards, batch_sizes, background):
 
 
 def test_rewards_of_a_chunk_are_computed_while_the_next_is_sampled(tiny, tmp_path):
-    """The reward of the first chunk waits until the second is decoded, which a scorer in the foreground would never reach.
-
-    The numbers are the same.
-    """
+    """The reward of the first chunk waits for the second chunk. The numbers are the same."""
     second = threading.Event()
     waited = []
 
@@ -57,9 +54,7 @@ def test_rewards_of_a_chunk_are_computed_while_the_next_is_sampled(tiny, tmp_pat
     torch.testing.assert_close(parts.images, whole.images, atol=1e-5, rtol=0)
     torch.testing.assert_close(parts.advantage, whole.advantage, atol=1e-3, rtol=0)
     edges = whole.rollout.tree.edges
-    torch.testing.assert_close(
-        parts.rollout.at(edges), whole.rollout.at(edges), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(parts.rollout.at(edges), whole.rollout.at(edges), atol=1e-5, rtol=0)
     inline = Trainer(chunked, tmp_path / "c", rewards=plain)
     with pytest.MonkeyPatch.context() as patch:
         scorer = functools.partial(in_the_foreground, Scorer)
@@ -94,7 +89,6 @@ def test_batch_sizes_of_models_and_rewards_are_the_settings(tiny):
 
     rewards = {"red": counted("red", red), "green": counted("green", green)}
     trainer = Trainer(config, backbone=Counting(), rewards=rewards)
-    trainer.collector.config = config  # rewards from Python have no batch size of their own
     metrics = trainer.step(1)
     assert metrics["decodes"] == 26
     assert calls["red"] == [7, 7, 7, 5]

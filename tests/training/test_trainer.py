@@ -215,8 +215,7 @@ def test_training_time_has_a_limit(tiny, tmp_path):
     assert [line["step"] for line in again.train()] == [1]  # its time is used up
 
 
-def test_the_given_rewards_keep_the_weights_of_the_settings(tiny, tmp_path):
-    """The total of two rewards in credit: weight 0.5 from the settings for red, 1 for another one."""
+def test_rewards_from_python_keep_the_weights_of_the_settings(tiny, tmp_path):
     config = tiny.with_changes({"rewards": [{"name": "red", "weight": 0.5}]})
     both = {"red": red, "blue": lambda images, prompts: images[:, 2, 0, 0]}
     trainer = Trainer(config, tmp_path, backbone=Toy(), rewards=both)
@@ -266,6 +265,7 @@ def test_a_trainer_does_not_share_the_state_of_its_method(tmp_path):
     written = json.loads((tmp_path / "calibration.json").read_text())
     assert written["psi"] == trainer.method.state_dict()["psi"]
     assert len(written["rounds"]) == 1
+    plain = load_config("diffusionnft", {"method.group_size": 3})
+    without_noise = Trainer(plain, tmp_path / "b", backbone=Toy(), rewards={"red": red})
     with pytest.raises(TypeError, match="no noise to calibrate"):
-        plain = load_config("diffusionnft", {"method.group_size": 3})
-        Trainer(plain, tmp_path / "b", backbone=Toy(), rewards={"red": red}).calibrate()
+        without_noise.calibrate()

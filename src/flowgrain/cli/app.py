@@ -34,7 +34,6 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SOURCE] [section.key=VALUE ...]",
-        show_default=False,
         help="A recipe, a method, a YAML file or the directory of a run, and settings that replace "
         "its own. Default: the recipe demo.",
     ),
@@ -45,18 +44,14 @@ Plugins = Annotated[
     typer.Option(
         "--plugin",
         metavar="FILE.py",
-        show_default=False,
         help="Python file that registers methods, rewards or backbones. Repeatable.",
     ),
 ]
 Preset = Annotated[
-    str | None,
-    typer.Option(
-        "--preset", show_default=False, help="one-gpu fits the run to one GPU with 80 GB."
-    ),
+    str | None, typer.Option("--preset", help="one-gpu fits the run to one GPU with 80 GB.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Out = Annotated[Path | None, typer.Option("--out", show_default=False, help="Output directory.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Output directory.")]
 
 
 def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:

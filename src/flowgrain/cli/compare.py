@@ -21,34 +21,21 @@ if TYPE_CHECKING:
 @app.command()
 def compare(
     words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[COMPARISON] [section.key=VALUE ...]", show_default=False),
+        list[str] | None, typer.Argument(metavar="[COMPARISON] [section.key=VALUE ...]")
     ] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Methods, a list such as g2rpo,mixgrpo.", show_default=False)
-    ] = None,
+    methods: Annotated[str | None, typer.Option(help="A list such as g2rpo,mixgrpo.")] = None,
     rewards: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A set of rewards, such as towers or towers,preference. Repeatable.",
-            show_default=False,
-        ),
+        typer.Option(help="A set of rewards, such as towers or towers,preference. Repeatable."),
     ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Seeds, a list such as 1,2,3.", show_default=False)
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Budget of a run, in --unit.", show_default=False)
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(help="passes, updates or seconds.", show_default=False)
-    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, a list such as 1,2,3.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Budget of a run, in --unit.")] = None,
+    unit: Annotated[str | None, typer.Option(help="passes, updates or seconds.")] = None,
     jobs: Annotated[
         int, typer.Option(min=0, help="Processes, one thread each. 0: one per CPU core.")
     ] = 0,
     folder: Annotated[
-        Path | None,
-        typer.Option("--out", show_default=False, help="Directory. Default: comparisons/NAME."),
+        Path | None, typer.Option("--out", help="Directory. Default: comparisons/NAME.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost.")] = False,
     plugins: Plugins = None,

@@ -14,7 +14,14 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 
-_COLUMNS = ("name", "title", "paper", "task", "hardware", "published")
+_COLUMNS = {
+    "name": "name",
+    "paper": "paper (arXiv)",
+    "task": "task",
+    "hardware": "hardware",
+    "published": "published result",
+}
+"""Facts of a recipe in the table, and their titles. JSON has all facts."""
 
 
 @app.command()
@@ -34,16 +41,15 @@ def recipes(plugins: Plugins = None, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    table = Table(*(name if name != "published" else "published result" for name in _COLUMNS))
-    table.columns[0].no_wrap = True
+    table = Table(*_COLUMNS.values(), show_lines=True)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for recipe in facts:
-        table.add_row(*(_cell(recipe, column) for column in _COLUMNS))
+        table.add_row(*(escape(_first_sentence(recipe.get(column))) for column in _COLUMNS))
     out.print(table)
 
 
-def _cell(recipe: dict[str, Any], column: str) -> str:
-    text = str(recipe.get(column, ""))
-    return escape(f"arXiv {text}" if column == "paper" and text else text)
+def _first_sentence(fact: Any) -> str:
+    return "" if fact is None else str(fact).split(". ")[0]
 
 
 @config_app.command()

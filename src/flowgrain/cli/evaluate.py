@@ -147,7 +147,7 @@ def _show_table(results: "EvaluationTable") -> None:
             table.add_row(label, str(paper.steps or "-"), *cells, style="dim")
     out.print(table)
     if len(results.rows) > 1:
-        say("with a sign: difference to the first model at the same steps, paired by prompt")
+        say("Δ: difference to the first model at the same steps, paired by prompt")
     for part_table in part_tables(results):
         title = escape(f"parts of {part_table.metric}")
         parts = map(escape, part_table.names)

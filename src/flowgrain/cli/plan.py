@@ -98,9 +98,7 @@ def fidelity_command(
     cheap: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="section.key=VALUE",
-            show_default=False,
-            help="A setting of the cheaper rollout. Repeatable.",
+            metavar="section.key=VALUE", help="A setting of the cheaper rollout. Repeatable."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps to sample.")] = 3,

@@ -25,12 +25,10 @@ if TYPE_CHECKING:
 def train(
     words: Words = None,
     folder: Annotated[
-        Path | None,
-        typer.Option("--out", show_default=False, help="Directory of the run. Default: runs/NAME."),
+        Path | None, typer.Option("--out", help="Directory of the run. Default: runs/NAME.")
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option("--resume", show_default=False, help="Resume the run in this directory."),
+        Path | None, typer.Option("--resume", help="Resume the run in this directory.")
     ] = None,
     plugins: Plugins = None,
     preset: Preset = None,

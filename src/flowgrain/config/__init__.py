@@ -1,4 +1,4 @@
-"""Settings of a run: the schema, loading from YAML and the command line, recipes and model defaults."""
+"""Settings of a run: schema, loading from YAML and the command line, recipes, model defaults."""
 
 from flowgrain.config.load import load_config
 from flowgrain.config.schema import Config

@@ -1,4 +1,4 @@
-"""Error messages of the settings: full paths, the nearest valid setting, and what a method's options are."""
+"""Error messages of wrong settings: the full path, the value, and a fix or the nearest setting."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,11 +13,11 @@ from flowgrain.settings import Section, did_you_mean, nearest
 
 
 def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
-    """One message per wrong setting of `values`."""
+    """Error messages, one for each wrong setting of `values`."""
     messages: dict[str, str] = {}
     for detail in error.errors():
         message = _explain(detail, values)
-        # A union reports every alternative. The first message of a path is enough.
+        # pydantic reports every alternative of a union. The first message of a path is enough.
         messages.setdefault(message.partition("=")[0].partition(":")[0], message)
     nested = [path for path in messages if any(other.startswith(f"{path}.") for other in messages)]
     yield from (message for path, message in messages.items() if path not in nested)
@@ -57,11 +57,12 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
     if detail["type"] == "missing":
         return f"{path}: required, but not set. {_description(path, method)}".rstrip()
     value = detail["input"]
-    return f"{path}={value!r}: {message[0].lower() + message[1:]}. {_description(path, method)}".rstrip()
+    message = message[0].lower() + message[1:]
+    return f"{path}={value!r}: {message}. {_description(path, method)}".rstrip()
 
 
 _UNION_TAGS = ("int", "float", "str", "tuple", "list", "none")
-"""What pydantic appends to a path for an alternative of a union."""
+"""Names that pydantic appends to a path for an alternative of a union."""
 
 
 def _method(values: Mapping[str, Any]) -> type[Method] | None:
@@ -86,7 +87,10 @@ def _unknown(path: str, method: type[Method] | None) -> str:
         users = [name for name in METHODS if option in METHODS.get(name).model_fields]
         if users and option not in method.model_fields:
             others = " or ".join(repr(name) for name in users[:3])
-            return f"Method {method.name!r} has no option {option!r}. Remove it, or use method {others}."
+            return (
+                f"Method {method.name!r} has no option {option!r}. "
+                f"Remove it, or use method {others}."
+            )
         close = nearest(option, method.model_fields)
         if close is not None:
             return (

@@ -1,7 +1,7 @@
-"""Loading a configuration: defaults, a recipe or file, overrides, and errors that name the setting and the fix.
+"""Loading of configurations from defaults, recipes, files and overrides.
 
-Later sources replace earlier ones: field defaults, the method's values for other sections, the model's defaults, the
-recipe or file, the preset, the overrides.
+Later layers replace earlier layers: field defaults, the method's values for other sections, the
+model's defaults, the recipe or file, the preset, the overrides.
 """
 
 import importlib.metadata
@@ -40,9 +40,9 @@ def load_config(
     """The configuration that `source` names, with `overrides`.
 
     Args:
-        source: a bundled recipe ("demo", "flux/g2rpo"), a method, a YAML file, or the directory of
-            a run.
-        overrides: "section.key=VALUE" with YAML values, or a mapping of full paths to values.
+        source: name of a bundled recipe ("demo", "flux/g2rpo") or of a method, path of a YAML file,
+            or directory of a run.
+        overrides: "section.key=VALUE" with YAML values, or a mapping from full paths to values.
         preset: name of a preset, such as "one-gpu".
         plugins: Python files that register methods, rewards or backbones.
 
@@ -95,10 +95,10 @@ def model_defaults(name: Any) -> Values:
 
 
 def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
-    """Nested values of "section.key=VALUE" words or of a mapping with full paths.
+    """Nested values of overrides, "section.key=VALUE" words or a mapping from full paths to values.
 
     Raises:
-        SettingsError: a word is not of this form.
+        SettingsError: a word has another form, or its value is not YAML.
     """
     if not isinstance(overrides, Mapping):
         for word in overrides:
@@ -132,22 +132,22 @@ def merge(*layers: Mapping[str, Any]) -> Values:
     try:
         return _container(OmegaConf.merge(*(OmegaConf.create(_plain(layer)) for layer in layers)))
     except TypeError:
-        lists = [
-            name
-            for name in ("rewards",)
-            if any(isinstance(_plain(x).get(name), dict) for x in layers)
-        ]
-        if lists:
-            raise SettingsError(
-                "rewards is a list. Write it whole: rewards=[hps,clip] or rewards=[{name: hps, weight: 0.5}]."
-            ) from None
-        raise SettingsError(
-            "An override replaces a whole section by a value. Write section.key=VALUE."
-        ) from None
+        if any(isinstance(layer.get("rewards"), Mapping) for layer in layers):
+            message = (
+                "rewards is a list. Write the whole list: "
+                "rewards=[hps,clip] or rewards=[{name: hps, weight: 0.5}]."
+            )
+        else:
+            message = "An override replaces a whole section by a value. Write section.key=VALUE."
+        raise SettingsError(message) from None
 
 
 def read_source(source: str | Path) -> tuple[str, Values]:
-    """The name and the nested values of a recipe, method, YAML file or run directory."""
+    """The name and the nested values of a recipe, method, YAML file or run directory.
+
+    Raises:
+        SettingsError: there is no such source, or it cannot be read.
+    """
     text = str(source)
     if text in recipe_names():
         return text.replace("/", "-"), read_yaml(_RECIPES.joinpath(f"{text}.yaml"))
@@ -158,7 +158,7 @@ def read_source(source: str | Path) -> tuple[str, Values]:
     if path.exists():
         file = path / "run.yaml" if path.is_dir() else path
         if not file.exists():
-            raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
+            raise SettingsError(f"{path}: not the directory of a run. It contains no run.yaml.")
         values = read_yaml(file)
         if file.name == "run.yaml":
             values = run_config(values, file)
@@ -181,8 +181,8 @@ def run_config(saved: Values, file: Path) -> Values:
         version = versions.get("flowgrain") if isinstance(versions, dict) else None
         if "settings" in saved:
             raise SettingsError(
-                f"{file}: written by flowgrain {version or '0.1'}, which flowgrain {version_now} cannot read. "
-                f"Install flowgrain=={version or '0.1'} to use this run, or start a new one."
+                f"{file}: written by flowgrain {version or '0.1'}, and not readable by flowgrain "
+                f"{version_now}. Install flowgrain=={version or '0.1'}, or start a new run."
             )
         raise SettingsError(f"{file}: contains no settings of a run.")
     config = saved["config"]
@@ -195,7 +195,7 @@ def read_yaml(file: Path | Traversable) -> Values:
     """The mapping in a YAML file.
 
     Raises:
-        SettingsError: the file is not YAML, or not a mapping with text keys.
+        SettingsError: the file is not YAML, or does not contain a mapping with text keys.
     """
     try:
         values = _container(OmegaConf.create(file.read_text(encoding="utf-8")))
@@ -224,7 +224,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_facts(name: str) -> Values:
-    """The `recipe` block of a bundled recipe: title, paper, task, hardware, cost and published result."""
+    """The `recipe` block of a bundled recipe: title, paper, task, hardware, cost and results."""
     facts = read_yaml(_RECIPES.joinpath(f"{name}.yaml")).get("recipe", {})
     return {"name": name, **facts}
 
@@ -233,7 +233,7 @@ def validate(values: Values) -> Config:
     """The configuration with these nested values.
 
     Raises:
-        SettingsError: with one line per wrong setting.
+        SettingsError: a setting is wrong. The message has one line per wrong setting.
     """
     try:
         return Config.model_validate(values)
@@ -252,7 +252,7 @@ def _plugins_of(values: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` without models and tuples, which OmegaConf does not take."""
+    """`value` without models and tuples, which OmegaConf does not accept."""
     if isinstance(value, BaseModel):
         return _plain(value.model_dump(mode="json"))
     if isinstance(value, Mapping):
@@ -266,7 +266,7 @@ def _container(config: Any) -> Values:
     plain = OmegaConf.to_container(config, resolve=True)
     if not isinstance(plain, dict):
         raise ValueError("not a mapping of sections")
-    return dict(plain)  # type: ignore[arg-type]
+    return dict(plain)
 
 
 def _first_line(error: Exception) -> str:

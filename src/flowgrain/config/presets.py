@@ -1,4 +1,4 @@
-"""Presets: changes that fit any configuration to a machine."""
+"""Presets: changes that adapt any configuration to a machine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,10 @@ PRESETS = {"one-gpu": "LoRA, small batches and rewards on the CPU, for one GPU w
 
 
 def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` changed by a preset.
+    """`values` with the changes of a preset.
 
     "one-gpu" replaces a full fine-tune by a LoRA of rank 32. The learning rate of a full fine-tune
-    is too small for an adapter, so the preset sets 1e-4, which was not tuned.
+    is too small for a LoRA, so the preset sets 1e-4. This value was not tuned.
 
     Raises:
         SettingsError: there is no such preset.
@@ -26,9 +26,8 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         changed["lora"] = {**values.get("lora", {}), "rank": 32, "alpha": 64.0}
         changed["optimizer"] = {**values.get("optimizer", {}), "learning_rate": 1e-4}
     model = values.get("model", {}).get("name", "shapes")
-    batch_size = (
-        4 if model == "flux" else 16
-    )  # FLUX.1 has five times the parameters of SD3.5-medium
+    # FLUX.1 has five times the parameters of SD3.5-medium.
+    batch_size = 4 if model == "flux" else 16
     changed["sampling"] = {
         **values.get("sampling", {}),
         "batch_size": batch_size,
@@ -40,7 +39,7 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _on_cpu(reward: Any) -> Any:
-    """`reward` on the CPU, if it has a device."""
+    """`reward` on the CPU, if it has a `device` option."""
     if isinstance(reward, Mapping) and "device" in reward:
         return {**reward, "device": "cpu"}
     return reward

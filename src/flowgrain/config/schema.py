@@ -1,15 +1,17 @@
-"""The settings of a run: nested sections of typed fields. The sections of model, method and rewards are defined beside them."""
+"""The settings of a run: nested sections of typed fields.
+
+The packages models, methods and rewards define the sections of their own settings.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, Strict, field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from flowgrain.core.schedule import TailSchedule
 from flowgrain.core.sde import sigma_grid
-from flowgrain.core.tree import ROOT, Tree
+from flowgrain.core.tree import Tree, tail_length
 from flowgrain.methods import Method, build_method, plan_tree
 from flowgrain.models.base import ModelConfig
 from flowgrain.rewards.base import RewardConfig
@@ -20,7 +22,7 @@ Rewards = Annotated[tuple[RewardConfig, ...], Strict(False)]
 
 
 class LoraConfig(Section):
-    """Low-rank adapters. Rank 0 is a full fine-tune."""
+    """Low-rank adapters (LoRA). Rank 0 is a full fine-tune."""
 
     rank: int = Setting(0, "Rank of the adapters. 0: train all parameters.", keep=True, ge=0)
     alpha: float | None = Setting(
@@ -41,34 +43,39 @@ class SamplingConfig(Section):
     )
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = Setting(
         3.0,
-        "Timestep shift of the noise grid. auto: as the model's own pipeline computes it.",
+        "Timestep shift of the noise grid. auto: the shift of the model's own pipeline.",
         keep=True,
     )
     shift_terminal: float | None = Setting(
         None,
-        "Stretch the grid so that its last step starts at this noise level (Qwen-Image).",
+        "Stretch the grid so that its last step starts at this noise level (Qwen-Image). "
+        "Default: not stretched.",
         gt=0,
         lt=1,
     )
     guidance_scale: float = Setting(
         1.0,
-        "Guidance scale during training: true CFG, or embedded guidance for FLUX.1. 1 disables true CFG.",
+        "Guidance scale during training: true CFG, or embedded guidance for FLUX.1. "
+        "1 disables true CFG.",
         ge=0,
     )
     batch_size: int = Setting(128, "Rows in one model call.", unit="rows", ge=1)
     prompts_per_chunk: int | None = Setting(
         None,
-        "Prompts sampled together. Rewards of a chunk are computed while the next one is sampled. Default: all.",
+        "Prompts that are sampled together. The rewards of a chunk are computed while the next "
+        "chunk is sampled. Default: all prompts.",
         unit="prompts",
         ge=1,
     )
     tail_cache: str = Setting(
         "none",
-        "Feature cache for the steps after the last stochastic step: none, first_block:THRESHOLD or taylorseer:INTERVAL.",
+        "Feature cache for the tail, the steps after the last stochastic step: none, "
+        "first_block:THRESHOLD or taylorseer:INTERVAL.",
         pattern=r"^(none|first_block:0?\.\d+|taylorseer:[2-9])$",
     )
     tail_weights: Literal["same", "int8", "float8"] = Setting(
-        "same", "Weights for these steps: the policy's own, or a copy quantized by torchao."
+        "same",
+        "Model weights for the tail: the same as for other steps, or a copy quantized by torchao.",
     )
 
 
@@ -93,11 +100,11 @@ class TrainingConfig(Section):
     """Length of the run, batch sizes, EMA and checkpoints."""
 
     max_steps: int = Setting(
-        100, "Training steps. Each is one rollout and its updates.", unit="steps", ge=1
+        100, "Training steps. A step is one rollout and its updates.", unit="steps", ge=1
     )
     max_seconds: float | None = Setting(
         None,
-        "Stop after the step that exceeds this training time. Default: no limit.",
+        "Stop after the step in which the training time exceeds this limit. Default: no limit.",
         unit="seconds",
         gt=0,
     )
@@ -112,7 +119,7 @@ class TrainingConfig(Section):
     )
     ema_decay: float = Setting(
         0.0,
-        "Decay of the EMA of the parameters, which evaluation and export use. 0: no EMA.",
+        "Decay of the EMA of the parameters. Evaluation and export use the EMA. 0: no EMA.",
         ge=0,
         lt=1,
     )
@@ -124,7 +131,10 @@ class TrainingConfig(Section):
         10, "Steps between checkpoints. 0: only the last step.", unit="steps", ge=0
     )
     keep_checkpoints: int = Setting(
-        2, "Latest checkpoints to keep, in addition to the best one.", unit="checkpoints", ge=1
+        2,
+        "Latest checkpoints to keep, in addition to the best checkpoint.",
+        unit="checkpoints",
+        ge=1,
     )
 
 
@@ -135,19 +145,20 @@ class EvaluationConfig(Section):
     num_steps: int = Setting(16, "ODE steps of an evaluation image.", unit="steps", ge=1)
     num_prompts: int = Setting(
         256,
-        "Images per evaluation. If there are fewer prompts, they repeat with other noise.",
+        "Images per evaluation. If there are fewer prompts, they are repeated with other noise.",
         unit="images",
         ge=1,
     )
     split: Literal["held-out", "validation"] = Setting(
         "held-out",
-        "Which bundled prompts of the model. Choose settings on validation, report results on held-out.",
+        "Bundled prompts of the model to evaluate. Choose settings on validation, and report "
+        "results on held-out.",
     )
     guidance_scale: float | None = Setting(
-        None, "Guidance scale. Default: sampling.guidance_scale.", ge=0
+        None, "Guidance scale of evaluation. Default: sampling.guidance_scale.", ge=0
     )
     rewards: Rewards = Setting(
-        (), "Rewards that are only evaluated. The trained rewards are always evaluated."
+        (), "Additional rewards to evaluate. The trained rewards are always evaluated."
     )
 
 
@@ -156,12 +167,14 @@ class DataConfig(Section):
 
     prompts: str | None = Setting(
         None,
-        "Training prompts: .txt, .json, .jsonl, .csv or .parquet. Default: the model's bundled prompts.",
+        "File with training prompts: .txt, .json, .jsonl, .csv or .parquet. "
+        "Default: the model's bundled prompts.",
         keep=True,
     )
     eval_prompts: str | None = Setting(
         None,
-        "Evaluation prompts. Default: the model's bundled ones, or the last tenth of data.prompts, which is then not trained on.",
+        "File with evaluation prompts. Default: the model's bundled prompts, or the last tenth of "
+        "data.prompts, which is then not used for training.",
     )
 
 
@@ -177,26 +190,29 @@ class RuntimeConfig(Section):
     )
     threads: int = Setting(
         0,
-        "CPU threads per process. 0: torch's default, or an equal share of the cores.",
+        "CPU threads per process. 0: torch's default, or with several processes an equal share of "
+        "the cores.",
         unit="threads",
         ge=0,
     )
     compile: Literal["inductor", "aot_eager"] | None = Setting(
         None,
-        "torch.compile backend for the repeated blocks. Batches are then padded to a fixed size.",
+        "torch.compile backend for the repeated blocks. Batches are padded to a fixed size. "
+        "Default: no compilation.",
     )
     rollout_weights: Literal["auto", "replica", "sharded"] = Setting(
         "auto",
-        "With several ranks: sample with a full copy per rank, or with sharded parameters. auto: by free memory.",
+        "With several ranks: sample with a full copy per rank (replica), or with sharded "
+        "parameters. auto: replica if it fits into the free memory.",
     )
     loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Strict(False)] = Setting(
-        (), "Metric loggers."
+        (), "Loggers to which metrics are also written: tensorboard, wandb."
     )
     plugins: StrTuple = Setting((), "Python files that register methods, rewards or backbones.")
 
 
 class Config(Section):
-    """Everything that determines a run. Create it with `load_config`."""
+    """All settings of a run. Create it with `load_config`."""
 
     name: str = Setting(
         "run", "Name of the run. Its directory is runs/NAME.", pattern=r"^[\w.+-]+$"
@@ -213,18 +229,18 @@ class Config(Section):
     runtime: RuntimeConfig = Setting(RuntimeConfig(), "Seed, device and processes.")
 
     def sigmas(self, num_steps: int | None = None) -> Tensor:
-        """Noise levels [T + 1] of `num_steps` steps, by default of training.
+        """Noise levels [T + 1] of a grid with `num_steps` steps. Default: sampling.num_steps.
 
-        Before the model is loaded, shift=auto counts as 3: the cost of a plan does not depend on
-        it.
+        Until the model is loaded, sampling.shift=auto counts as 3. The cost of a plan does not
+        depend on the shift.
         """
         shift = 3.0 if self.sampling.shift == "auto" else self.sampling.shift
         return sigma_grid(num_steps or self.sampling.num_steps, shift, self.sampling.shift_terminal)
 
     def with_shift(self, shift: float, terminal: float | None) -> "Config":
-        """This configuration with the model's own grid in place of shift=auto.
+        """This configuration with the grid of the model in place of sampling.shift=auto.
 
-        A terminal level that is set stays.
+        sampling.shift_terminal is kept if it is set.
         """
         terminal = self.sampling.shift_terminal or terminal
         sampling = self.sampling.model_copy(update={"shift": shift, "shift_terminal": terminal})
@@ -236,7 +252,7 @@ class Config(Section):
 
     @property
     def tail_schedule(self) -> TailSchedule:
-        """When the rollout evaluates the rows after the last stochastic step."""
+        """When the rollout evaluates tail rows."""
         if self.sampling.tail_cache != "none":
             return "aligned"
         return "last" if self.sampling.tail_weights != "same" else "interleaved"
@@ -258,14 +274,14 @@ class Config(Section):
         return {reward.name: reward.weight for reward in self.rewards}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, as in a YAML file."""
+        """Nested values of plain types, as in a YAML file."""
         return self.model_dump(mode="json")
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
-        """A validated copy with `changes`, by full path: {"method.group_size": 4}.
+        """A validated copy with `changes` by full path, such as {"method.group_size": 4}.
 
         Raises:
-            SettingsError: a change is not possible.
+            SettingsError: a change is not valid.
         """
         from flowgrain.config.load import changed
 
@@ -298,30 +314,21 @@ class Config(Section):
         compile_, cache = self.runtime.compile, self.sampling.tail_cache
         if compile_ and self.model.name == "zimage":
             raise ValueError(
-                f"runtime.compile={compile_}: prompts of model.name=zimage have different lengths, and every length would "
-                "be compiled. Remove runtime.compile."
+                f"runtime.compile={compile_}: prompts of model.name=zimage have different lengths, "
+                "and every length would be compiled. Remove runtime.compile."
             )
         if compile_ and cache != "none":
             raise ValueError(
-                f"runtime.compile={compile_}: sampling.tail_cache={cache} changes the compiled blocks. Remove one of them."
+                f"runtime.compile={compile_}: sampling.tail_cache={cache} changes the compiled "
+                "blocks. Remove one of the two settings."
             )
         if cache != "none":
             needed = 3 if cache.startswith("taylorseer") else 2
             length = tail_length(self.tree())
             if length < needed:
                 raise ValueError(
-                    f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. Remove it, or end the "
-                    f"stochastic steps earlier, so that at least {needed} steps follow."
+                    f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
+                    f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
+                    "steps follow."
                 )
         return self
-
-
-def tail_length(tree: Tree) -> int:
-    """The largest number of model calls in a row after the last stochastic step of a trajectory."""
-    length = np.zeros(len(tree), dtype=np.int64)
-    has_child = np.isin(np.arange(len(tree)), tree.evaluated)
-    for row in range(len(tree)):
-        parent = tree.parent[row]
-        if tree.tail[row] and has_child[row]:
-            length[row] = 1 + (length[parent] if parent != ROOT else 0)
-    return int(length.max(initial=0))

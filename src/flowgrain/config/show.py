@@ -48,7 +48,7 @@ def differences(left: Config, right: Config) -> list[Difference]:
 
 
 def inline(value: Any) -> str:
-    """`value` as YAML in one line, as an override on the command line takes it."""
+    """`value` as YAML in one line, in the form of an override on the command line."""
     text = yaml.safe_dump(
         value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
     )
@@ -56,7 +56,7 @@ def inline(value: Any) -> str:
 
 
 def _section_lines(section: Section, values: Mapping[str, Any], indent: str) -> Iterator[str]:
-    """The lines of a section: its settings, and a section inside it."""
+    """The lines of a section, including its inner sections."""
     fields = type(section).model_fields
     for name, value in values.items():
         field = fields.get(name)  # None for the name of a method
@@ -89,7 +89,7 @@ def _comment(field: Any) -> str:
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every setting below `path` with its YAML value.
+    """The full path and the YAML value of every setting below `path`.
 
     The path of a setting in a list of rewards contains the reward: rewards[hps].weight.
     """
@@ -113,7 +113,7 @@ def _is_named(value: Any) -> bool:
 
 
 def _order(path: str, known: Sequence[str]) -> tuple[int, int]:
-    """Position of a setting: by section, then by its first place in either file."""
+    """Sort key of a setting: its section, then its position in `known`."""
     sections = list(Config.model_fields)
     section = path.split(".")[0].split("[")[0]
     return sections.index(section), known.index(path)

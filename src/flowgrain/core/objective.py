@@ -65,7 +65,7 @@ Objective = Callable[[Edges], EdgeLoss]
 
 
 def _surrogate(ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A) [E], and whether the clipped term is the smaller one [E]."""
+    """-min(r A, clip(r) A) [E], and whether the clipped term is the smaller term [E]."""
     free, bound = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
     return -torch.minimum(free, bound), bound < free
 

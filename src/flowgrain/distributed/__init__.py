@@ -1,4 +1,7 @@
-"""Ranks, sharded parameters and distributed checkpoints. Only this package uses torch.distributed."""
+"""Ranks, sharded parameters and checkpoint tensors.
+
+Only this package uses torch.distributed.
+"""
 
 from flowgrain.distributed.world import (
     SINGLE,

@@ -13,29 +13,27 @@ from flowgrain.distributed.world import World
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
-    """Shard `model` in place, first each of its `blocks`, then the rest.
-
-    A single process changes nothing.
+    """Shard `model` in place: each of its `blocks`, then all other parameters.
 
     Gradients are summed over ranks, not averaged. Parameters are resharded after every forward
-    pass, because they may change before the next one.
+    pass, because they may change before the next forward pass. Does nothing in a single process.
     """
     if world.mesh is None:
         return
-    # The output of a wrapped module is a view. Nothing here writes to it.
+    # FSDP warns that the output of a wrapped module is a view. The code does not write to it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for module in (*blocks, model):
         fully_shard(module, mesh=world.mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # the only reduction of gloo
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass of `model` sums gradients over ranks.
+    """Set whether the next backward pass of `model` sums gradients over ranks.
 
-    Otherwise it only accumulates them.
+    Otherwise it only accumulates the gradients of this rank.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
@@ -48,9 +46,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_into(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Copy tensor by tensor, also from sharded to unsharded ones.
+    """Copy `sources` into `targets`, tensor by tensor.
 
-    All ranks must call it together.
+    A sharded tensor can also be copied into an unsharded tensor. All ranks must call it together.
     """
     for target, source in zip(targets, sources, strict=True):
         same_layout = isinstance(target, DTensor) == isinstance(source, DTensor)
@@ -58,14 +56,14 @@ def copy_into(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded state dict on the CPU of rank 0, and nothing on other ranks.
+    """The unsharded state dict on the CPU of rank 0. Empty on other ranks.
 
-    Gathers one tensor at a time.
+    Ranks gather one tensor at a time.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)  # type: ignore[return-value]
 
 
 def class_name(model: nn.Module) -> str:
-    """Name of the model's class. FSDP2 derives a class of its own when it shards a model."""
+    """Name of the model's class without the prefix that FSDP2 adds when it shards a model."""
     return type(model).__name__.removeprefix("FSDP")

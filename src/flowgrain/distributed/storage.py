@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as safetensors files, written and read by any number of ranks (torch.distributed.checkpoint)."""
+"""Tensors of a checkpoint as safetensors files, written and read by any number of ranks."""
 
 import warnings
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ from flowgrain.distributed.world import World
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Write `tensors` to safetensors files in `folder`.
 
-    Every rank writes its own shards and reads them back.
+    Every rank writes its own shards, reads them back and compares them.
 
     Raises:
-        OSError: a file could not be written, or differs from what was written.
+        OSError: a file cannot be written, or does not contain the written values.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a single process
+        warnings.simplefilter("ignore")  # a single process is not an error
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         try:
             save(dict(tensors), storage_writer=writer, no_dist=world.mesh is None)
@@ -41,17 +41,17 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> 
                 tensor = tensors[name]
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                 if not torch.equal(torch.from_numpy(stored.get_tensor(name)), local.cpu()):
-                    raise OSError(f"{name} in {file} differs from what was written")
+                    raise OSError(f"{name} in {file} differs from the written value")
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    """Fill `tensors` in place from `folder`, whatever number of ranks wrote it.
+    """Fill `tensors` in place from `folder`. Any number of ranks may have written it.
 
     Raises:
         OSError: a tensor is missing or has another shape.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a single process
+        warnings.simplefilter("ignore")  # a single process is not an error
         reader = HuggingFaceStorageReader(str(folder))
         try:
             load(dict(tensors), storage_reader=reader, no_dist=world.mesh is None)

@@ -1,6 +1,7 @@
-"""CPU threads of a process."""
+"""Number of CPU threads of a process."""
 
 import os
+import sys
 
 import torch
 
@@ -8,15 +9,15 @@ from flowgrain.distributed.world import local_world_size
 
 
 def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def set_threads(count: int) -> None:
-    """Use `count` CPU threads. With 0, several processes share the cores of the machine equally.
+    """Use `count` CPU threads.
 
-    torchrun sets OMP_NUM_THREADS=1 for every process. A larger value that the user set stays. A
-    single process keeps torch's default.
+    With `count` 0, a single process keeps torch's default. Several processes divide the cores of
+    the machine equally, unless OMP_NUM_THREADS is above 1. torchrun sets it to 1 by default.
     """
     processes = local_world_size()
     unset = os.environ.get("OMP_NUM_THREADS", "1") == "1"

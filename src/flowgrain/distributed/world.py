@@ -1,7 +1,7 @@
-"""The ranks of a run. A single process is a world of size 1 and takes the same path.
+"""The ranks of a run. A single process is a world of size 1 and runs the same code.
 
-Prompts are assigned to ranks, and a comparison group stays on one rank. Everything except gradients and parameters
-travels as small host objects, a few times per step.
+Prompts are assigned to ranks. Ranks exchange gradients and parameters as tensors, and scores and
+metrics as small objects on the CPU, a few times per step.
 """
 
 import os
@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from flowgrain.core.tree import Ints
 
 T = TypeVar("T")
+
+# A slow reward on one rank is not an error. If a rank dies, torchrun ends all other ranks.
 _TIMEOUT = timedelta(hours=1)
-# A slow reward on one rank is not an error. torchrun notices a dead rank and ends all of them.
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,15 @@ class World:
         return self.rank == 0
 
     def assign(self, count: int) -> Ints:
-        """Which of `count` items belong to this rank: every `size`-th one.
+        """Numbers of the items, out of `count`, that belong to this rank: every `size`-th item.
 
-        All ranks get the same number of items, so that they do the same work at the same time. Some
-        numbers may therefore be `count` or larger. Their results are discarded.
+        All ranks get the same number of items, so that they do the same work at the same time. The
+        last number may therefore be `count` or larger. The result of such an item is discarded.
         """
         return np.arange(-(-count // self.size), dtype=np.int64) * self.size + self.rank
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in order of rank.
-
-        Values are small objects, pickled between the run's own processes.
-        """
+        """The values of all ranks, in order of rank. Values are pickled and should be small."""
         if self.mesh is None:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -63,7 +61,7 @@ class World:
         return values  # type: ignore[return-value]
 
     def interleave(self, parts: Sequence[Tensor], count: int) -> Tensor:
-        """The `count` items [count, ...] that were assigned to ranks, if rank r computed parts[r]."""
+        """Results [count, ...] of all items, from the results parts[r] of each rank r."""
         return torch.stack(list(parts), 1).flatten(0, 1)[:count]
 
     def any(self, flag: bool) -> bool:
@@ -73,7 +71,7 @@ class World:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of replicated parameters over the ranks.
 
-        FSDP sums the gradients of sharded ones.
+        FSDP already sums the gradients of sharded parameters.
         """
         grads = [
             p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
@@ -92,10 +90,13 @@ SINGLE = World()
 
 
 def init_process_group(device: torch.device) -> World:
-    """Join the processes that torchrun started. Without torchrun, the world of a single process.
+    """Initialize the process group of the processes that torchrun started.
 
     With several machines the mesh is hybrid: parameters are sharded within a machine and replicated
     across machines.
+
+    Returns:
+        The world of these processes. Without torchrun, the world of a single process.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -121,9 +122,9 @@ def destroy_process_group() -> None:
 
 
 def env_rank() -> tuple[int, int, int]:
-    """Rank, world size and local rank as torchrun set them, without a process group.
+    """Rank, world size and local rank from the environment that torchrun sets.
 
-    (0, 1, 0) without torchrun.
+    It needs no process group. Without torchrun it is (0, 1, 0).
     """
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     rank, size, local = (int(os.environ.get(name, default)) for name, default in names.items())
@@ -131,5 +132,5 @@ def env_rank() -> tuple[int, int, int]:
 
 
 def local_world_size() -> int:
-    """Processes of this run on this machine."""
+    """Number of processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

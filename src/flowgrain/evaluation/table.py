@@ -249,18 +249,27 @@ def part_tables(table: Table) -> Iterator[PartTable]:
 
 
 def cell_lines(cell: Cell) -> list[str]:
-    """The lines of a cell: mean, interval, difference, its interval, number of unscored images."""
-    lines = _interval_lines(cell.value, "")
+    """The lines of a cell: mean and interval, difference and interval, unscored images."""
+    lines = [interval_text(cell.value)]
     if cell.difference is not None:
-        lines += _interval_lines(cell.difference, "+")
+        lines.append(f"Δ {interval_text(cell.difference, '+')}")
     return [*lines, f"{cell.failed} not scored"] if cell.failed else lines
 
 
+def interval_text(interval: Interval, sign: str = "") -> str:
+    """An interval such as 0.412 [0.380, 0.444]. `sign` is a sign option of a number format."""
+    if not math.isfinite(interval.mean):
+        return "-"
+    if not math.isfinite(interval.low):
+        return f"{interval.mean:{sign}.3f}"
+    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
 def markdown(table: Table) -> str:
-    """The table and the tables of its parts as Markdown."""
+    """The table and the tables of its parts as Markdown. Δ is the difference to the first model."""
     lines = [_line("model", "steps", *table.metrics), _rule(2 + len(table.metrics))]
     for row in table.rows:
-        cells = [" ".join(cell_lines(row.cells[metric])) for metric in table.metrics]
+        cells = ["<br>".join(cell_lines(row.cells[metric])) for metric in table.metrics]
         lines.append(_line(row.model, str(row.steps), *cells))
     for published_row in table.published:
         scores = [published_row.scores.get(metric) for metric in table.metrics]
@@ -287,12 +296,3 @@ def _number(value: float | None) -> str:
 
 def _published_name(row: PublishedRow) -> tuple[str, str]:
     return f"{row.label} (published, {row.paper})", str(row.steps or "-")
-
-
-def _interval_lines(interval: Interval, sign: str) -> list[str]:
-    if not math.isfinite(interval.mean):
-        return ["-"]
-    lines = [f"{interval.mean:{sign}.3f}"]
-    if math.isfinite(interval.low):
-        lines.append(f"[{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]")
-    return lines

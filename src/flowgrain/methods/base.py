@@ -89,7 +89,8 @@ class Method(Section, ABC):
     )
     reward_mix: RewardMix = Setting(
         "advantage",
-        "How several rewards are combined: weighted sum of their advantages, or of the rewards.",
+        "How several rewards are combined: weighted sum of their advantages (advantage), or of the "
+        "rewards (reward).",
     )
     std_scope: Scope = Setting(
         "group",
@@ -186,7 +187,8 @@ class PolicyGradient(Method):
     calibration: Calibration = Setting(Calibration(), "Calibration of psi for calibrated_sde.")
     clip_range: float = Setting(1e-4, "PPO clip range of the ratio.", gt=0)
     kl_form: KLForm = Setting(
-        "gaussian", "Exact Gaussian KL, or the form of Flow-GRPO's published code."
+        "gaussian",
+        "Exact Gaussian KL (gaussian), or the form of Flow-GRPO's published code (published).",
     )
     comparison: Comparison = Setting(
         "step",

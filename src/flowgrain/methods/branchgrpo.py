@@ -25,7 +25,7 @@ class BranchGRPO(StepChoice, CompressedTail):
     config_defaults = {"sampling": {"num_steps": 20}}  # section 5
 
     group_size: int = 16  # section 5: 2^4 leaves
-    std_epsilon: float = 1e-4
+    std_epsilon: float = 1e-4  # own choice; published: 1e-8
     split_steps: IntTuple = Setting(
         (0, 3, 6, 9), "Grid indices at which the tree splits.", unit="grid indices"
     )  # section 5

@@ -33,8 +33,8 @@ class DenseGRPO(FlowGRPODefaults, SharedNoise):
 
     sde_type: SdeType = "calibrated_sde"  # section 4.2
     std_scope: Scope = "group"  # eq. 7
-    std_unbiased: bool = True
-    updates_per_rollout: int | Literal["per_step"] = 1
+    std_unbiased: bool = True  # own choice
+    updates_per_rollout: int | Literal["per_step"] = 1  # own choice
     completion_steps: int | Literal["all"] = Setting(
         "all", "ODE steps of a completion: all remaining grid steps, or a number.", unit="ODE steps"
     )  # section 4.1

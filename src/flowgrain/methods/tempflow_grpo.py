@@ -29,8 +29,8 @@ class TempFlowGRPO(FlowGRPODefaults, CompressedTail):
     )
 
     group_size: int = 6  # section 5: 6 branches
-    std_scope: Scope = "group"
-    updates_per_rollout: int | Literal["per_step"] = 1
+    std_scope: Scope = "group"  # std_g in the paper's advantage
+    updates_per_rollout: int | Literal["per_step"] = 1  # own choice; published: 2
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:
         steps = self.steps(tree.num_steps - 1)

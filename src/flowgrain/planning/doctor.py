@@ -5,7 +5,6 @@ Memory and disk are checked first, then the prompts, the model and every reward.
 
 import importlib.metadata
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,21 +16,24 @@ import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
-from flowgrain.data import Prompt
 from flowgrain.methods import ForwardProcess
 from flowgrain.methods.calibration import calibration_cost
-from flowgrain.models import Conditioning, take
 from flowgrain.planning.memory import memory
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.sizes import ModelSize, model_size, size_of_loaded
-from flowgrain.rewards import NOT_FINITE, Reward, score
+from flowgrain.planning.trials import (
+    Trial,
+    decode_noise,
+    describe_conditioning,
+    describe_image,
+    describe_rate,
+    encode_first,
+    forward_rate,
+    score_noise,
+    tail_quality,
+)
 from flowgrain.training import Trainer
 from flowgrain.training.load import compute_device, compute_dtype, load_model
-
-MAX_TAIL_ERROR = 0.05
-"""Relative error of quantized velocities above which the check fails."""
-MAX_ROWS = 64
-"""Largest batch of the trial forward pass."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
@@ -89,14 +91,16 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
 def check_parts(trainer: Trainer) -> list[Finding]:
     """Check the prompts, the model and the rewards of a trainer, and give the cost of the run."""
     config = trainer.config
-    encoding = attempt("encoding", partial(encode_first, trainer), _sizes)
+    encoding = attempt("encoding", partial(encode_first, trainer), describe_conditioning)
     findings = [check_prompts(trainer), encoding.finding]
     rate: float | None = None
     images: Tensor | None = None
     if encoding.result is not None:
         trial = Trial.of(trainer, encoding.result)
-        forward = attempt("forward pass", partial(forward_rate, trial), partial(_rate, trial))
-        decoding = attempt("decoding", partial(decode_noise, trial), _image_size)
+        forward = attempt(
+            "forward pass", partial(forward_rate, trial), partial(describe_rate, trial)
+        )
+        decoding = attempt("decoding", partial(decode_noise, trial), describe_image)
         findings += [forward.finding, decoding.finding]
         rate, images = forward.result, decoding.result
         if config.tail_schedule != "interleaved":
@@ -124,9 +128,6 @@ def attempt(name: str, check: Callable[[], T], describe: Callable[[T], str]) -> 
     except Exception as error:  # a check runs code of models and rewards, which may raise anything
         return Attempt(Finding(name, False, f"{type(error).__name__}: {error}"), None)
     return Attempt(Finding(name, True, describe(result)), result)
-
-
-# ---------------------------------------------------------------------- without the model
 
 
 def check_versions() -> Finding:
@@ -211,130 +212,6 @@ def check_cost(config: Config, rows_per_row: int | None, rate: float | None) -> 
             "without decoding and scoring."
         )
     return Finding("cost", True, " ".join(sentences))
-
-
-# ---------------------------------------------------------------------- with the model
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A batch of noise for trial forward passes.
-
-    Attributes:
-        trainer: trainer of the run.
-        x: latents [B, *L].
-        sigma: noise levels [B].
-        cond: conditioning with B rows.
-    """
-
-    trainer: Trainer
-    x: Tensor
-    sigma: Tensor
-    cond: Conditioning
-
-    @classmethod
-    def of(cls, trainer: Trainer, cond: Conditioning) -> "Trial":
-        """A batch as large as those of the run, but at most 64 rows.
-
-        Args:
-            trainer: trainer of the run.
-            cond: conditioning of one prompt.
-        """
-        rows = min(trainer.config.sampling.batch_size, MAX_ROWS)
-        x = torch.randn(rows, *trainer.backbone.latent_shape, device=trainer.device)
-        sigma = torch.full((rows,), 0.5, device=trainer.device)
-        index = torch.zeros(rows, dtype=torch.long, device=trainer.device)
-        return cls(trainer, x, sigma, take(cond, index))
-
-    def velocity(self) -> Tensor:
-        """Velocity [B, *L] of the policy."""
-        guidance = self.trainer.config.sampling.guidance_scale
-        return self.trainer.policy.sample_velocity(self.x, self.sigma, self.cond, guidance)
-
-
-def encode_first(trainer: Trainer) -> Conditioning:
-    """Conditioning of the first training prompt, one row."""
-    return trainer.policy.encode([trainer.prompts[0].text])
-
-
-def _sizes(cond: Conditioning) -> str:
-    return ", ".join(f"{name} {list(value.shape[1:])}" for name, value in cond.items())
-
-
-def forward_rate(trial: Trial) -> float:
-    """Rows per second through the model.
-
-    Raises:
-        ValueError: the velocity is not finite.
-    """
-    rate = 0.0
-    for _ in range(2):  # the first call is slower
-        begin = time.perf_counter()
-        finite = bool(trial.velocity().isfinite().all())  # waits for the device
-        rate = len(trial.x) / (time.perf_counter() - begin)
-        if not finite:
-            raise ValueError("the velocity is not finite. Try runtime.dtype=float32")
-    return rate
-
-
-def _rate(trial: Trial, rate: float) -> str:
-    return f"{len(trial.x)} rows, {rate:,.0f} rows per second"
-
-
-def tail_quality(trial: Trial) -> str:
-    """Speed of approximate tails, and the relative error of their first step.
-
-    Raises:
-        ValueError: the velocity is not finite, or a quantized copy is too inexact.
-    """
-    sampling, x = trial.trainer.config.sampling, trial.x
-    exact = trial.velocity().float()
-    error = seconds = 0.0
-    with trial.trainer.collector.tails.open() as velocity:
-        for step in range(3):  # a cache makes the third call cheaper, but not the first two
-            begin = time.perf_counter()
-            sigma = trial.sigma - 0.05 * step
-            v = velocity(x, sigma, trial.cond, sampling.guidance_scale, step > 0)
-            if not v.isfinite().all():
-                raise ValueError("the velocity is not finite")
-            seconds = time.perf_counter() - begin
-            if step == 0:
-                error = float((v.float() - exact).norm() / exact.norm())
-    if sampling.tail_weights != "same" and error > MAX_TAIL_ERROR:
-        raise ValueError(
-            f"the relative error of quantized velocities is {error:.1%}, more than "
-            f"{MAX_TAIL_ERROR:.0%}. Remove sampling.tail_weights={sampling.tail_weights}"
-        )
-    return (
-        f"{len(x)} rows, {len(x) / seconds:,.0f} rows per second in the third step, "
-        f"relative error of the first step {error:.1%}"
-    )
-
-
-def decode_noise(trial: Trial) -> Tensor:
-    """An image [1, 3, H, W] of noise."""
-    return trial.trainer.backbone.decode(trial.x[:1]).cpu()
-
-
-def _image_size(images: Tensor) -> str:
-    height, width = images.shape[-2:]
-    return f"an image of {height} x {width} pixels"
-
-
-def score_noise(reward: Reward, images: Tensor | None, prompt: Prompt) -> str:
-    """The score of an image of noise.
-
-    Raises:
-        ValueError: there is no image, or the reward failed.
-    """
-    if images is None:
-        raise ValueError("there is no image to score, because decoding failed")
-    scores = score(reward, images, [prompt])
-    if not scores.failed:
-        return f"{float(scores.values[0]):.3f} for an image of noise"
-    if scores.reason == NOT_FINITE:
-        return "does not apply to the first prompt"
-    raise ValueError(scores.reason or "no score")
 
 
 def check_prompts(trainer: Trainer) -> Finding:

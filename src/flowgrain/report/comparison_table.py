@@ -6,7 +6,6 @@ Shapes: S seeds.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -162,8 +161,7 @@ def _cell(row: Row, metric: str) -> str:
 
 
 def shown_metrics(found: Sequence[Result]) -> list[str]:
-    """The metrics of all results, without parts."""
-    names: set[Any] = {
-        metric for result in found for values in result["steps"].values() for metric in values
-    }
-    return sorted(name for name in names if "/" not in name)
+    """The metrics of all results without their parts. Rewards come first."""
+    values = [by_metric for result in found for by_metric in result["steps"].values()]
+    names = dict.fromkeys(name for by_metric in values for name in by_metric)
+    return [name for name in names if "/" not in name]

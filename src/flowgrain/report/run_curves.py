@@ -50,8 +50,8 @@ def evaluation_scores(run: RunData) -> Figure | None:
     ]
     if not curves:
         return None
-    ylabel = "mean score, 95% confidence interval"
-    return draw_figure("Held-out prompts", curves, "training step", ylabel)
+    title = "Held-out prompts, with 95% confidence interval"
+    return draw_figure(title, curves, "training step", "mean score")
 
 
 def other_scores(run: RunData) -> Figure | None:
@@ -67,7 +67,7 @@ def other_scores(run: RunData) -> Figure | None:
         means = np.array([confidence_interval(values).mean for values in scores])
         change = (means - means[0]) / spread
         curves.append(Curve(steps, change.tolist(), name, markers=True))
-    ylabel = "change / initial standard deviation"
+    ylabel = "change in standard deviations"
     return draw_figure("Rewards that are not trained", curves, "training step", ylabel)
 
 

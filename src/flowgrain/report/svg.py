@@ -1,6 +1,7 @@
 """Curves as inline SVG, in colors that suit a light and a dark page."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -103,13 +104,19 @@ def draw_figure(
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labels = [curve.label for curve in curves if curve.label]
         if labels:
-            columns = _LEGEND_WIDTH // (max(map(len, labels)) + 6)
-            figure.legend(loc="outside upper left", ncols=max(1, columns), fontsize=8)
+            figure.legend(loc="outside upper left", ncols=_legend_columns(labels), fontsize=8)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)
     text = file.getvalue()
     return Figure(title, text[text.index("<svg") :].replace(INK, "currentColor"))
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Columns of the legend above the axes, with about as many entries in every row."""
+    most = max(1, _LEGEND_WIDTH // (max(map(len, labels)) + 6))
+    rows = math.ceil(len(labels) / most)
+    return math.ceil(len(labels) / rows)
 
 
 def _draw_curve(axes: Axes, curve: Curve, color: str) -> None:

@@ -1,4 +1,4 @@
-"""Training: the policy and its copies, the training step, the loop, checkpoints and the files of a run."""
+"""Training: the policy, the training step, the loop, checkpoints and the files of a run."""
 
 from flowgrain.training.errors import Diverged, Interrupted, RunStopped
 from flowgrain.training.trainer import Trainer

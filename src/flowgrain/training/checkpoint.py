@@ -1,4 +1,8 @@
-"""Checkpoints: written under a temporary name, flushed, verified by checksum, then renamed. The last N and the best stay."""
+"""Checkpoints of a run.
+
+A checkpoint is written to a temporary directory, flushed, verified by checksum, and then renamed.
+The latest checkpoints and the best checkpoint are kept.
+"""
 
 import hashlib
 import json
@@ -21,7 +25,7 @@ _NAME = re.compile(r"step-(\d{6,})$")
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read.
 
-    The message says which one, why, and what is still good.
+    The message names the checkpoint, the reason, and the checkpoint that is still good.
     """
 
 
@@ -45,22 +49,22 @@ def save(
     keep: int,
     world: World = SINGLE,
 ) -> Path:
-    """Write a checkpoint to `folder`/step-NNNNNN and delete those that are no longer kept.
+    """Write a checkpoint to `folder`/step-NNNNNN, and delete old checkpoints.
 
-    All ranks call it together.
+    All ranks must call it together.
 
     Args:
         folder: directory of the checkpoints.
         step: training step.
-        tensors: written as safetensors, each rank its own shards.
+        tensors: written as safetensors. Each rank writes its own shards.
         state: written as JSON.
-        score: ranks checkpoints, because the best one is kept. None does not compete.
+        score: the checkpoint with the highest score is kept. None: the checkpoint has no score.
         keep: number of latest checkpoints to keep.
         world: ranks.
 
     Raises:
-        CheckpointError: on all ranks, if it could not be written or does not read back as written.
-            Earlier checkpoints are intact.
+        CheckpointError: the checkpoint could not be written, or does not contain the written
+            values. It is raised on all ranks. Earlier checkpoints are intact.
     """
     final = folder / f"step-{step:06d}"
     temporary = folder / f".tmp-{final.name}"
@@ -89,7 +93,8 @@ def save(
             f"The last good checkpoint is {rest[-1]}" if rest else "There is no earlier checkpoint"
         )
         raise CheckpointError(
-            f"could not write the checkpoint {final}: {error}. {good}. Free some disk space and resume"
+            f"could not write the checkpoint {final}: {error}. {good}. "
+            "Free some disk space and resume"
         ) from error
     if world.is_main:
         _delete_old(folder, keep, final)
@@ -97,7 +102,7 @@ def save(
 
 
 def _together(work: Callable[[], None], world: World) -> None:
-    """Do `work` on all ranks. Raises OSError on all of them if it failed on any."""
+    """Do `work` on all ranks. Raises OSError on all ranks if it failed on any rank."""
     failure = None
     try:
         work()
@@ -126,7 +131,7 @@ def _checksum(path: Path) -> str:
 def replace_folder(new: Path, final: Path) -> None:
     """Move directory `new` to `final`.
 
-    A kill at any moment leaves the complete old or the complete new directory.
+    If the process is killed, either the complete old or the complete new directory exists.
     """
     before = final.with_name(f".old-{final.name}")
     shutil.rmtree(before, ignore_errors=True)
@@ -137,7 +142,7 @@ def replace_folder(new: Path, final: Path) -> None:
 
 
 def repair(folder: Path) -> None:
-    """Finish what a kill interrupted: restore replaced checkpoints, delete incomplete ones."""
+    """Repair `folder` after a kill: restore replaced checkpoints, delete incomplete checkpoints."""
     for before in folder.glob(".old-step-*"):
         final = before.with_name(before.name.removeprefix(".old-"))
         if final.exists():
@@ -193,10 +198,13 @@ def load(path: Path) -> dict[str, Any]:
 def load_last_good(
     folder: Path, world: World = SINGLE
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest undamaged checkpoint, its state, and a message per damaged checkpoint that was skipped.
+    """Read the newest undamaged checkpoint. Rank 0 reads for all ranks.
 
-    None without checkpoints. It only reads, because the run may be writing its next checkpoint.
-    Rank 0 reads for all.
+    The folder is not changed, because the run may be writing its next checkpoint.
+
+    Returns:
+        The path of the checkpoint, or None without checkpoints; its state; and a message for each
+        damaged checkpoint that was skipped.
 
     Raises:
         CheckpointError: all checkpoints are damaged.
@@ -218,7 +226,8 @@ def _last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]] | 
             damaged.append(str(error))
     if damaged:
         return CheckpointError(
-            f"{'; '.join(damaged)}. No undamaged checkpoint is left in {folder}. Start a new run with another --out"
+            f"{'; '.join(damaged)}. No undamaged checkpoint is left in {folder}. "
+            "Start a new run with another --out"
         )
     return None, {}, damaged
 
@@ -227,7 +236,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], world: World = SINGLE) -> No
     """Fill `tensors` in place from checkpoint `path`.
 
     Raises:
-        CheckpointError: the checkpoint lacks a tensor.
+        CheckpointError: the checkpoint does not contain a tensor, or it has another shape.
     """
     try:
         read_tensors(path, tensors, world)

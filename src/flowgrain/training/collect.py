@@ -1,4 +1,4 @@
-"""Collecting a rollout batch: sample the tree, decode its leaves, score the images, assign advantages.
+"""Collection of a rollout batch: sample a tree, decode and score its leaves, assign advantages.
 
 Shapes: P prompts, N rows of a tree, I images, *L latent.
 """
@@ -18,6 +18,7 @@ from flowgrain.core.tree import Ints, Tree
 from flowgrain.data import Prompt, keyed_noise, prompts_of_step
 from flowgrain.distributed import SINGLE, World
 from flowgrain.methods import ForwardProcess, Method, PolicyGradient, plan_tree
+from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Reward, Scorer, Scores
 from flowgrain.training.errors import RunStopped
@@ -32,7 +33,7 @@ from flowgrain.training.timer import StageTimer
 class ScoredTree:
     """A tree of one prompt, executed for several prompts and scored.
 
-    cond, rollout and images belong to this rank's prompts; scores [I] to all prompts.
+    cond, rollout and images belong to the prompts of this rank. scores [I] belong to all prompts.
     """
 
     cond: Conditioning
@@ -46,8 +47,8 @@ class RolloutCollector:
 
     Args:
         config: settings of sampling, rewards and training.
-        method: plan and credit. It may differ from config.method by its state.
-        policy: samples.
+        method: plan and credit. Its state may differ from the state of config.method.
+        policy: the policy that samples.
         rewards: trained rewards by name.
         prompts: training prompts.
         world: ranks.
@@ -73,29 +74,29 @@ class RolloutCollector:
         self.reward_weights = {name: weights.get(name, 1.0) for name in rewards}
 
     def collect(self, step: int) -> RolloutBatch:
-        """Sample and score the tree of training step `step`, and assign an advantage to every credited row."""
+        """The rollout batch of training step `step`."""
         config, method = self.config, self.method
         seed, num_prompts = config.runtime.seed, config.training.prompts_per_step
         prompts = prompts_of_step(self.prompts, step, num_prompts, seed)
-        one = plan_tree(method, config.sampling.num_steps, step, seed)
+        prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed)
         noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
-        scored = self.score_tree(one, prompts, self.kernel(), noise)
+        scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise)
 
-        tree, how = one.repeat(len(prompts)), method.normalization()
+        tree, normalization = prompt_tree.repeat(len(prompts)), method.normalization()
         values = {name: scores.values for name, scores in scored.scores.items()}
         advantage = credit.combine(
             method.credit,
             tree,
             values,
             self.reward_weights,
-            how,
+            normalization,
             method.reward_mix,
             method.advantage_clip,
         )
         trains_images = isinstance(method, ForwardProcess)
         edge_weight = torch.ones_like(advantage)
         if isinstance(method, PolicyGradient) and method.best_of:
-            edge_weight = credit.extremes(advantage, how.groups(tree), method.best_of)
+            edge_weight = credit.extremes(advantage, normalization.groups(tree), method.best_of)
         return RolloutBatch(
             step=step,
             prompts=prompts,
@@ -110,18 +111,48 @@ class RolloutCollector:
             edge_weight=edge_weight,
         )
 
+    def calibrate(self) -> CalibrationResult:
+        """Calibrate the noise of the method on the current policy, and use it from now on.
+
+        Raises:
+            TypeError: the method has no stochastic steps.
+            RunStopped: too many rewards failed.
+        """
+        method = self.method
+        if not isinstance(method, PolicyGradient):
+            raise TypeError(f"method {method.name!r} has no noise to calibrate")
+        samples, seed = method.calibration.samples, self.config.runtime.seed
+
+        def score_tree(prompt_tree: Tree, kernel: Kernel, number: int) -> Tensor:
+            prompts = prompts_of_step(self.prompts, number, samples, seed)
+            noise = keyed_noise(self.policy.backbone.latent_shape, "calibrate", seed, number)
+            scores = self.score_tree(prompt_tree, prompts, kernel, noise).scores
+            check_failed_rewards(scores, self.config.training.max_failed_rewards)
+            weights = self.reward_weights
+            return torch.stack([weights[name] * s.values for name, s in scores.items()]).sum(0)
+
+        result = calibrate(method, self.sigmas, score_tree)
+        method.set_psi(result.psi)
+        return result
+
     def kernel(self) -> Kernel:
-        """The transition of the method's stochastic steps. A method without them never uses it."""
+        """The transition of the stochastic steps. ODE for a method without stochastic steps."""
         method = self.method
         return method.kernel(self.sigmas) if isinstance(method, PolicyGradient) else ODE()
 
     def score_tree(
-        self, one: Tree, prompts: Sequence[Prompt], kernel: Kernel, noise: Noise
+        self, prompt_tree: Tree, prompts: Sequence[Prompt], kernel: Kernel, noise: Noise
     ) -> ScoredTree:
-        """Execute the tree `one` for this rank's share of `prompts`, decode the leaves and score them.
+        """Execute a tree for this rank's share of `prompts`, and decode and score its leaves.
 
         Prompts are processed in chunks. The rewards of a chunk are computed while the next chunk is
         sampled.
+
+        Args:
+            prompt_tree: tree of one prompt.
+            prompts: prompts of all ranks.
+            kernel: transition of the stochastic steps.
+            noise: noise source. A prompt number is the position in `prompts`.
         """
         sampling, timer = self.config.sampling, self.timer
         assigned = self.world.assign(len(prompts))
@@ -134,7 +165,7 @@ class RolloutCollector:
         with Scorer(self.rewards, batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
                 chunk = _Chunk(self, cond, noise, assigned, first)
-                tree = one.repeat(len(mine[first : first + size]))
+                tree = prompt_tree.repeat(len(mine[first : first + size]))
                 with timer.measure("sample"):
                     rollouts.append(chunk.rollout(tree, kernel))
                 with timer.measure("decode"):
@@ -145,15 +176,14 @@ class RolloutCollector:
                     scorer.submit(images[-1], [mine[first + p] for p in owners])
             with timer.measure("score"):
                 scores = scorer.results()
-        whole = rollouts[0] if len(rollouts) == 1 else concatenate(one.repeat(len(mine)), rollouts)
+        whole = rollouts[0]
+        if len(rollouts) > 1:
+            whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
         gathered = self._gather(scores, len(prompts), len(assigned))
         return ScoredTree(cond, whole, torch.cat(images), gathered)
 
     def _gather(self, scores: Mapping[str, Scores], count: int, assigned: int) -> dict[str, Scores]:
-        """The scores of the images of all `count` prompts.
-
-        Every rank scored those of its `assigned` prompts.
-        """
+        """The scores of the images of all `count` prompts. Every rank scored `assigned` prompts."""
         parts = self.world.gather({name: (s.values, s.reason) for name, s in scores.items()})
         gathered = {}
         for name in scores:
@@ -166,7 +196,7 @@ class RolloutCollector:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The prompts from number `first` of this rank that are sampled together."""
+    """Prompts of this rank that are sampled together. `first`: number of the first prompt."""
 
     collector: RolloutCollector
     cond: Conditioning

@@ -1,9 +1,11 @@
-"""The copies of a transformer that training needs, each built by one function.
+"""The copies of a transformer that training needs.
 
-model      the trained one; float32 master parameters, or frozen parameters plus LoRA
-sampler    samples rollouts: the model itself, or a copy in the compute dtype or with whole parameters per rank
-reference  the model before training, for the KL of a full fine-tune; LoRA switches its adapter off instead
-old        the slowly moving policy of a forward-process method
+model: the trained transformer, with float32 master parameters, or frozen and with a LoRA adapter.
+sampler: samples rollouts. The model itself, or a copy in the compute dtype, or a copy with the
+    complete parameters on each rank.
+reference: the model before training, for the KL of a full fine-tune. With LoRA, the model with its
+    adapter disabled is the reference.
+old: the slowly moving policy of a forward-process method.
 """
 
 import copy
@@ -24,7 +26,17 @@ from flowgrain.settings import SettingsError
 
 @dataclass
 class Copies:
-    """The transformer and its copies. `sharded`: the model's parameters are sharded over ranks."""
+    """The transformer and its copies. See the module's docstring.
+
+    Attributes:
+        model: the trained transformer.
+        sampler: the transformer that samples.
+        reference: the transformer before training, or None.
+        old: the old policy, or None.
+        block_names: names of the repeated blocks.
+        sharded: whether the parameters of the model are sharded over ranks.
+        sampler_sharded: whether the transformer that samples rollouts is sharded.
+    """
 
     model: nn.Module
     sampler: nn.Module
@@ -45,8 +57,8 @@ def make_copies(
 ) -> Copies:
     """The trained model and the copies that `config` needs, sharded and on `device`.
 
-    Copies are made while the model is whole. If they will be sharded, they stay on the CPU until
-    then, and FSDP moves them block by block.
+    Copies are made before the model is sharded. They stay on the CPU until then, and FSDP moves
+    them to `device` block by block.
     """
     lora, several = config.lora.rank > 0, world.size > 1
     model = trained_model(config, backbone, dtype)
@@ -71,9 +83,10 @@ def make_copies(
 
 
 def trained_model(config: Config, backbone: Backbone, dtype: torch.dtype) -> nn.Module:
-    """The backbone's transformer, prepared for training: float32 master parameters, or frozen with a LoRA adapter.
+    """The backbone's transformer, prepared for training.
 
-    It stays in eval mode: with dropout the ratio would not be 1 before the first update.
+    It has float32 master parameters, or is frozen with a LoRA adapter. It stays in eval mode,
+    because with dropout the ratio would not be 1 before the first update.
     """
     lora = config.lora.rank > 0
     model = backbone.transformer.to(dtype if lora else torch.float32).eval().requires_grad_(False)
@@ -85,7 +98,15 @@ def trained_model(config: Config, backbone: Backbone, dtype: torch.dtype) -> nn.
 
 
 def add_adapter(config: Config, backbone: Backbone) -> None:
-    """Add a LoRA adapter with float32 parameters to the backbone's transformer."""
+    """Add a LoRA adapter with float32 parameters to the backbone's transformer.
+
+    Raises:
+        SettingsError: the backbone has no layers that take LoRA.
+    """
+    if not backbone.lora_targets:
+        raise SettingsError(
+            f"lora.rank={config.lora.rank}: this backbone does not support LoRA. Use lora.rank=0."
+        )
     from peft import LoraConfig  # takes seconds to import
 
     if not backbone.lora_targets:
@@ -119,23 +140,23 @@ def sampler_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def old_copy(model: nn.Module, share_frozen: bool) -> nn.Module:
-    """A copy that follows the model slowly.
-
-    With `share_frozen` it shares the parameters that are not trained.
-    """
+    """A copy that slowly follows the model. `share_frozen`: share the frozen parameters with it."""
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad} if share_frozen else {}
     return copy.deepcopy(model, frozen).requires_grad_(False)
 
 
 def names_of_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
-    """Names of the repeated layers inside `model`."""
+    """Names of the repeated blocks inside `model`."""
     return [name for name, module in model.named_modules() if any(module is b for b in blocks)]
 
 
 def holds_replica(
     config: Config, model: nn.Module, dtype: torch.dtype, device: torch.device, world: World
 ) -> bool:
-    """Whether every rank samples with a full copy: as set, or if it takes under 40% of the free memory on all ranks."""
+    """Whether every rank samples with a full copy.
+
+    runtime.rollout_weights=auto: if the copy takes under 40% of the free memory on all ranks.
+    """
     if config.runtime.rollout_weights != "auto":
         return config.runtime.rollout_weights == "replica"
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize

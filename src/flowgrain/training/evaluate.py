@@ -1,11 +1,11 @@
-"""Images of held-out prompts from fixed noise, and their scores.
+"""Evaluation: images of held-out prompts from fixed noise, and their scores.
 
 Shapes: I images, *L latent, H x W pixels.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,10 +33,10 @@ class Evaluation:
     Attributes:
         prompts: I prompts.
         num_steps: ODE steps.
-        scores: [I] by reward, NaN where the reward failed.
+        scores: [I] by reward. NaN: the reward failed.
         parts: [I] by "reward/part", for rewards that report parts.
-        part_weights: [I] by "reward/part", the weight of an image in the mean of the part.
-        images: [I, 3, H, W], possibly only the first ones.
+        part_weights: [I] by "reward/part", weights of the images in the mean of the part.
+        images: [I, 3, H, W], or only the first images.
     """
 
     prompts: list[Prompt]
@@ -57,7 +57,7 @@ class Evaluation:
 
 
 def mean(values: NDArray[np.floating], weights: NDArray[np.floating] | None = None) -> float:
-    """Weighted mean of the finite `values`. NaN if there are none."""
+    """Weighted mean of the finite `values`. NaN if no value is finite."""
     finite = np.isfinite(values)
     weights = np.ones(len(values)) if weights is None else weights
     total = weights[finite].sum()
@@ -65,7 +65,7 @@ def mean(values: NDArray[np.floating], weights: NDArray[np.floating] | None = No
 
 
 def interleave(parts: Sequence[Evaluation], prompts: list[Prompt]) -> Evaluation:
-    """One evaluation of `prompts`, from those of the ranks to which the prompts were assigned in turn."""
+    """The evaluation of `prompts`, from the evaluations `parts` of all ranks."""
     columns = {
         kind: _interleaved_columns([getattr(part, kind) for part in parts], fill, parts[0], prompts)
         for kind, fill in (("scores", np.nan), ("parts", np.nan), ("part_weights", 0.0))
@@ -96,7 +96,7 @@ def sample(
     """Images [I, 3, H, W] by the ODE.
 
     Args:
-        policy: samples.
+        policy: the policy that samples.
         texts: I prompts.
         noise: [I, *L] initial latents.
         sigmas: [T + 1] grid.
@@ -144,11 +144,48 @@ def decode(policy: Policy, latents: Tensor, batch_size: int) -> Tensor:
     return torch.cat([policy.backbone.decode(part).cpu() for part in parts])
 
 
-def evaluation_noise(shape: Sequence[int], seed: int, places: Sequence[int]) -> Tensor:
-    """Initial latents [I, *L] of the evaluation images at `places`.
+def evaluate_on_ranks(
+    policy: Policy,
+    config: Config,
+    prompts: Sequence[str | Prompt],
+    rewards: Mapping[str, Reward],
+    *,
+    num_steps: int,
+    num_images: int,
+) -> Evaluation:
+    """Evaluate `prompts` with the settings of a run. Every rank evaluates its share.
 
-    They depend only on the seed and the place.
+    Args:
+        policy: the policy that samples.
+        config: settings of the run.
+        prompts: prompts of all ranks.
+        rewards: rewards by name.
+        num_steps: ODE steps.
+        num_images: images that the result contains at least, if there are several ranks.
     """
+    chosen, world = as_prompts(prompts), policy.world
+    assigned = world.assign(len(chosen))
+    evaluation = evaluate(
+        policy,
+        [chosen[i % len(chosen)] for i in assigned],
+        rewards,
+        sigmas=config.sigmas(num_steps),
+        guidance=config.eval_guidance,
+        batch_size=config.sampling.batch_size,
+        reward_batch_sizes={
+            r.name: r.batch_size for r in (*config.evaluation.rewards, *config.rewards)
+        },
+        places=assigned.tolist(),
+    )
+    if world.size == 1:
+        return evaluation
+    # Ranks exchange only a few images, because all of them may be gigabytes.
+    first = replace(evaluation, images=evaluation.images[: -(-num_images // world.size)])
+    return interleave(world.gather(first), chosen)
+
+
+def evaluation_noise(shape: Sequence[int], seed: int, places: Sequence[int]) -> Tensor:
+    """Initial latents [I, *L] of evaluation images, determined by the seed and the places [I]."""
     return torch.stack([latent_noise(shape, "evaluate", seed, i) for i in places])
 
 
@@ -167,7 +204,7 @@ def evaluate(
     """Sample an image for each prompt with the EMA parameters, and score it by every reward.
 
     Args:
-        policy: samples.
+        policy: the policy that samples.
         prompts: I prompts.
         rewards: by name.
         sigmas: [T + 1] grid.
@@ -175,7 +212,7 @@ def evaluate(
         batch_size: rows of one model call.
         reward_batch_sizes: images of one reward call by name. Default: 256.
         seed: seed of the initial noise.
-        places: position of each prompt among all evaluation prompts, which selects its noise.
+        places: position of each prompt among all evaluation prompts. It determines the noise.
             Default: 0 to I - 1.
     """
     images, prompts = [], as_prompts(prompts)

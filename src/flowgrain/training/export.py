@@ -13,14 +13,14 @@ from flowgrain.settings import SettingsError
 from flowgrain.training.policy import Policy
 
 _LORA_METADATA = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")
-# What LoRA loaders read beside the tensors.
+"""Entries of the LoRA configuration that LoRA loaders read."""
 
 
 def export_policy(policy: Policy, folder: Path) -> None:
-    """Write the EMA parameters, or the trained ones without EMA.
+    """Write the EMA parameters, or the trained parameters of a run without EMA.
 
-    A full fine-tune becomes `folder`/transformer, for diffusers' from_pretrained. A LoRA becomes
-    `folder`/lora, for load_lora_weights. An existing export is replaced at the end.
+    A full fine-tune is written to `folder`/transformer, for from_pretrained of diffusers. A LoRA is
+    written to `folder`/lora, for load_lora_weights. An existing export is replaced at the end.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     main = policy.world.is_main
@@ -44,7 +44,7 @@ def _export_lora(policy: Policy, folder: Path) -> None:
     layers = get_peft_model_state_dict(policy.model)
     layers = {name: full_tensor(value) for name, value in layers.items()}
     if policy.world.is_main:
-        config = policy.model.peft_config["default"].to_dict()  # type: ignore[union-attr,index,operator]
+        config = policy.model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
         policy.backbone.lora_format.save_lora_weights(
             folder,
             transformer_lora_layers=layers,
@@ -55,7 +55,7 @@ def _export_lora(policy: Policy, folder: Path) -> None:
 
 
 def _export_sharded(policy: Policy, folder: Path) -> None:
-    """Write the files of save_pretrained without a full model in any rank's device memory."""
+    """Write the files of save_pretrained. No rank holds the full model in its device memory."""
     state = full_state_dict(policy.model)
     if policy.world.is_main:
         folder.mkdir(parents=True)
@@ -67,7 +67,12 @@ def _export_sharded(policy: Policy, folder: Path) -> None:
 
 
 def load_export(backbone: Backbone, path: Path, kind: Literal["lora", "transformer"]) -> None:
-    """Load exported parameters into `backbone`: a LoRA directory or file, or a transformer directory.
+    """Load exported parameters into `backbone`.
+
+    Args:
+        backbone: backbone without LoRA.
+        path: a LoRA directory or file, or a transformer directory.
+        kind: what `path` contains.
 
     Raises:
         SettingsError: the parameters belong to another model.

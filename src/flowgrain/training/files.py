@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole."""
+"""Atomic writing of files."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def flush(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader finds either the complete old file or the complete new file."""
+    """Write `text`. A reader finds either the complete old file or the complete new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

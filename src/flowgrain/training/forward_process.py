@@ -20,9 +20,9 @@ from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 
 
 class ForwardProcessLoss:
-    """See `losses.RolloutLoss`.
+    """The losses of a forward-process method. See `losses.RolloutLoss`.
 
-    Every image is noised at several levels of the grid, drawn for each image.
+    Noise of several random grid levels is added to every image.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ForwardProcessLoss:
         """Nothing to do."""
 
     def terms(self, number: int, place: int) -> Terms:
-        """Loss [B] of the rows of a micro-batch, and their squared distance [B] to the reference if it has a weight."""
+        """Loss [B] of a micro-batch. With a KL weight, also the distance [B] to the reference."""
         batch, policy = self.batch, self.policy
         micro_batches = self.updates[number].micro_batches
         rows = micro_batches[place].rows
@@ -90,7 +90,7 @@ class ForwardProcessLoss:
         return torch.stack(noise).to(x0)
 
     def finish(self) -> None:
-        """Move the old policy toward the trained one."""
+        """Move the old policy toward the trained policy."""
         self.policy.move_old(self.method.decay(self.batch.step))
 
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""What a run loads: devices and dtypes, the backbone, rewards and prompts."""
+"""Loading the parts of a run: device and dtypes, the backbone, rewards and prompts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -13,7 +13,7 @@ from flowgrain.settings import SettingsError
 
 
 def compute_device(setting: str) -> torch.device:
-    """The device of setting runtime.device.
+    """The device for a value of runtime.device.
 
     Raises:
         SettingsError: this machine has no such device.
@@ -26,7 +26,7 @@ def compute_device(setting: str) -> torch.device:
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """The dtype of a dtype setting.
+    """The dtype for the value of a dtype setting.
 
     auto: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is often slower.
     """
@@ -43,7 +43,7 @@ def load_dtypes(config: Config, train: bool = True) -> Dtypes:
     compute dtype for text encoders.
 
     Raises:
-        SettingsError: this machine lacks the device.
+        SettingsError: this machine has no such device.
     """
     device = compute_device(config.runtime.device)
     frozen = config.lora.rank > 0 or not train
@@ -70,7 +70,7 @@ def load_rewards(
     """The trained rewards, and all rewards that evaluation uses.
 
     Args:
-        config: its rewards are loaded, except those in `given`.
+        config: settings of the rewards.
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
@@ -113,15 +113,15 @@ def load_prompts(
     """The prompts to train on or to evaluate.
 
     Args:
-        config: names the prompt files.
-        backbone: checks that it can encode every prompt, and may bring prompts of its own.
+        config: settings with the paths of the prompt files.
+        backbone: must be able to encode every prompt. It may have bundled prompts.
         use: "train" or "eval".
         given: prompts from Python, in place of a file.
         hold_out: do not train on the last tenth of data.prompts if there are no other prompts to
             evaluate.
 
     Raises:
-        SettingsError: there are no prompts, or one is blank or cannot be encoded.
+        SettingsError: there are no prompts, or a prompt is blank or cannot be encoded.
     """
     setting = "data.prompts" if use == "train" else "data.eval_prompts"
     if given is not None:

@@ -1,4 +1,4 @@
-"""What the two kinds of updates have in common: optimizer updates of micro-batches, and per-row loss terms.
+"""Optimizer updates and loss terms, shared by the losses of all methods.
 
 Shapes: B rows or edges of a micro-batch.
 """
@@ -20,7 +20,13 @@ Terms = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: rows of the whole tree, micro-batches of this rank, and the global number of losses."""
+    """One optimizer update.
+
+    Attributes:
+        rows: rows of the whole tree.
+        micro_batches: micro-batches of this rank.
+        count: number of losses on all ranks.
+    """
 
     rows: Ints
     micro_batches: list[MicroBatch]
@@ -33,7 +39,7 @@ class RolloutLoss(Protocol):
     updates: Sequence[Update]
 
     def prepare(self) -> None:
-        """Compute what must be known before the first update."""
+        """Compute the tensors that later updates need. Called before the first update."""
 
     def terms(self, number: int, place: int) -> Terms:
         """Loss terms of micro-batch `place` of update `number`."""
@@ -42,7 +48,7 @@ class RolloutLoss(Protocol):
         """Called after the last update."""
 
     def metrics(self, means: Mapping[str, float], record: "TermRecord") -> Metrics:
-        """Metrics of the step, from the mean of every recorded term."""
+        """Metrics of the step, from the means of the recorded terms."""
 
 
 class TermRecord:
@@ -59,7 +65,7 @@ class TermRecord:
                 self.values[f"{name}/later_updates"].append(value.detach())
 
     def means(self, world: World, names: Sequence[str]) -> dict[str, float]:
-        """The mean of each term over all ranks."""
+        """The mean of each term in `names` over all ranks."""
         sums = {
             name: (
                 sum(float(v.double().sum()) for v in self.values[name]),

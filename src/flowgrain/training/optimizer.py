@@ -1,4 +1,4 @@
-"""AdamW on the trained parameters, with gradient clipping. Updates that are not finite are skipped."""
+"""AdamW on the trained parameters with gradient clipping. Non-finite updates are skipped."""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,7 +16,7 @@ class PolicyOptimizer:
 
     Attributes:
         adamw: torch's optimizer.
-        skipped_in_a_row: updates that were skipped since the last good one.
+        skipped_in_a_row: skipped updates since the last successful update.
     """
 
     def __init__(self, policy: Policy, settings: OptimizerConfig, world: World) -> None:
@@ -26,7 +26,7 @@ class PolicyOptimizer:
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=True,  # without temporary copies of the parameters
+            fused=True,  # makes no temporary copies of the parameters
         )
         self.skipped_in_a_row = 0
 
@@ -55,7 +55,7 @@ class PolicyOptimizer:
         return self.skipped_in_a_row >= self.settings.max_skipped_updates
 
     def tensors(self) -> dict[str, Tensor]:
-        """AdamW's state by name, for a checkpoint. The tensors themselves, not copies."""
+        """AdamW's state by name, for a checkpoint. Not copies."""
         return {
             f"optimizer.{kind}.{name}": value
             for name, parameter in self.policy.parameters.items()
@@ -68,7 +68,7 @@ class PolicyOptimizer:
         return [name for name, parameter in parameters if self.adamw.state.get(parameter)]
 
     def allocate(self, names: Iterable[str]) -> None:
-        """Create the state of these parameters, to read a checkpoint into."""
+        """Create the state of the parameters `names`, so that a checkpoint can be read into it."""
         for name in names:
             parameter = self.policy.parameters[name]
             moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}

@@ -16,7 +16,7 @@ def to_pixels(images: Tensor) -> NDArray[np.uint8]:
 
 
 def contact_sheet(pixels: NDArray[np.uint8], columns: int) -> Image.Image:
-    """Images [I, H, W, 3] in rows of `columns` tiles, unscaled."""
+    """Images [I, H, W, 3] in rows of `columns` tiles, in their original size."""
     count, h, w, _ = pixels.shape
     rows = math.ceil(count / columns)
     sheet = np.zeros((rows * columns, h, w, 3), dtype=np.uint8)
@@ -26,7 +26,13 @@ def contact_sheet(pixels: NDArray[np.uint8], columns: int) -> Image.Image:
 
 
 def enlarge(image: Image.Image, tile: int, least: int = 128) -> Image.Image:
-    """`image`, whose tiles are `tile` pixels wide, scaled by a whole number to tiles of at least `least` pixels."""
+    """`image` enlarged by an integer factor, so that its tiles are at least `least` pixels wide.
+
+    Args:
+        image: contact sheet.
+        tile: width of its tiles in pixels.
+        least: minimum width of the enlarged tiles in pixels.
+    """
     factor = max(1, math.ceil(least / tile))
     size = (image.width * factor, image.height * factor)
     return image.resize(size, Image.Resampling.NEAREST)

@@ -1,7 +1,4 @@
-"""The policy: a transformer, its copies, and the velocities that training and evaluation ask of them.
-
-Shapes: B rows, *L latent.
-"""
+"""The policy: a transformer and its copies, the trained parameters and their EMA."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -14,29 +11,28 @@ from torch import Tensor, nn
 from flowgrain.config.schema import Config
 from flowgrain.distributed import SINGLE, World
 from flowgrain.distributed.sharding import copy_into
-from flowgrain.models import Backbone, Conditioning, CustomGuidance, take
+from flowgrain.models import Backbone
 from flowgrain.training import checkpoint
 from flowgrain.training.copies import Copies, add_adapter, make_copies, names_of_blocks
 from flowgrain.training.load import compute_dtype
+from flowgrain.training.velocities import Velocities
 
 _READ_TOGETHER = 64
+"""Tensors of a checkpoint that are read at the same time."""
 
 
-class Policy:
-    """A transformer and its copies.
+class Policy(Velocities):
+    """A transformer and its copies, with their parameters.
 
     Parameters are float32 during training. In bfloat16, sampling uses a copy and training uses
-    autocast. A backbone belongs to one policy, which trains it in place. Create a policy with
-    `for_training` or `for_sampling`.
+    autocast. A policy trains the transformer of its backbone in place, so a backbone can belong to
+    only one policy. Create a policy with `for_training` or `for_sampling`.
 
     Attributes:
-        model: the trained transformer.
-        sampler: the transformer that samples; may be `model`.
-        reference: the transformer before training, if a full fine-tune needs it.
-        old: the old policy of a forward-process method, which then samples rollouts.
         parameters: trained parameters by name.
         ema: exponential moving average of the parameters, or None.
-        version: increases whenever parameters change.
+        updates: number of optimizer updates.
+        version: number that increases whenever parameters change.
     """
 
     def __init__(
@@ -47,21 +43,13 @@ class Policy:
         device: torch.device,
         world: World = SINGLE,
     ) -> None:
-        self.backbone, self.copies, self.device, self.world = backbone, copies, device, world
-        self.model, self.sampler = copies.model, copies.sampler
-        self.reference, self.old = copies.reference, copies.old
-        self.dtype = compute_dtype(config.runtime.dtype, device)
-        self.lora = config.lora.rank > 0
-        self.compile_backend = config.runtime.compile
-        self.batch_sizes = _compiled_sizes(config)
-        for module in copies.distinct():
-            self.compile_blocks(module)
+        super().__init__(config, backbone, copies, device)
+        self.world = world
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.ema: Any = None
         self.ema_every = config.training.ema_every
         self.updates = 0
         self.version = 0
-        self.unconditional: Conditioning = {}
 
     @classmethod
     def for_training(
@@ -85,7 +73,11 @@ class Policy:
     ) -> "Policy":
         """A policy with a single transformer in the compute dtype.
 
-        `adapter` adds the LoRA adapter of a run.
+        Args:
+            config: settings of the run.
+            backbone: its transformer samples.
+            device: device of the transformer.
+            adapter: whether to add the LoRA adapter of a run.
         """
         dtype = compute_dtype(config.runtime.dtype, device)
         model = backbone.transformer.to(dtype).eval().requires_grad_(False)
@@ -97,118 +89,6 @@ class Policy:
         policy = cls(config, backbone, Copies(model, model, None, None, blocks), device)
         policy.lora = adapter
         return policy
-
-    def encode(self, texts: list[str]) -> Conditioning:
-        """Conditioning of `texts` on the policy's device, one row each."""
-        if not self.unconditional:
-            empty = self.backbone.encode([""])
-            self.unconditional = {name: value.to(self.device) for name, value in empty.items()}
-        return {name: value.to(self.device) for name, value in self.backbone.encode(texts).items()}
-
-    # ------------------------------------------------------------------ velocities
-
-    def velocity(
-        self, model: nn.Module, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
-    ) -> Tensor:
-        """v [B, *L] of `model` with guidance.
-
-        If the backbone embeds guidance, the scale is an input of the model. Otherwise a scale other
-        than 1 uses true CFG: v_free + guidance (v - v_free), unless the backbone defines another
-        formula. With compiled blocks the batch is padded to a size that is already compiled.
-        """
-        rows = next((rows for rows in self.batch_sizes if rows >= len(x)), len(x))
-        if rows > len(x):
-            index = torch.arange(rows, device=x.device).clamp(max=len(x) - 1)
-            padded = self.velocity(model, x[index], sigma[index], take(cond, index), guidance)
-            return padded[: len(x)]
-        if self.backbone.embedded_guidance:
-            scale = torch.full((len(x),), guidance, device=x.device)
-            return self.backbone.velocity(model, x, sigma, {**cond, "guidance": scale})
-        if guidance == 1:
-            return self.backbone.velocity(model, x, sigma, cond)
-        both = {
-            name: torch.cat([value, self.unconditional[name].expand_as(value)])
-            for name, value in cond.items()
-        }
-        x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        v, v_free = self.backbone.velocity(model, x, sigma, both).float().chunk(2)
-        if isinstance(self.backbone, CustomGuidance):
-            return self.backbone.guide(v, v_free, guidance)
-        return v_free + guidance * (v - v_free)
-
-    @torch.no_grad()
-    def sample_velocity(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        cond: Conditioning,
-        guidance: float,
-        model: nn.Module | None = None,
-    ) -> Tensor:
-        """v [B, *L] without gradient in the compute dtype, of the sampler or of another copy `model`."""
-        model = model or self.sampler
-        # Other copies are stored in the compute dtype.
-        mixed = model is self.old or (self.lora and model is self.sampler)
-        enabled = mixed and self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
-            return self.velocity(model, x.to(self.dtype), sigma, cond, guidance)
-
-    def rollout_velocity(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
-    ) -> Tensor:
-        """v [B, *L] of the policy that samples rollouts: the old policy if there is one, or the sampler."""
-        sample = self.sample_velocity if self.old is None else self.old_velocity
-        return sample(x, sigma, cond, guidance)
-
-    def train_velocity(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
-    ) -> Tensor:
-        """v [B, *L] in float32 with gradient where grad mode is enabled."""
-        with self._autocast():
-            return self.velocity(self.model, x, sigma, cond, guidance).float()
-
-    @torch.no_grad()
-    def reference_velocity(
-        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
-    ) -> Tensor:
-        """v [B, *L] of the model before training.
-
-        Raises:
-            RuntimeError: a full fine-tune without KL has no reference.
-        """
-        with self._autocast():
-            if self.lora:
-                with self._adapter_disabled():
-                    return self.velocity(self.model, x, sigma, cond, guidance).float()
-            if self.reference is None:
-                raise RuntimeError("a full fine-tune has a reference only if kl_weight > 0")
-            return self.velocity(self.reference, x, sigma, cond, guidance).float()
-
-    @torch.no_grad()
-    def old_velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float) -> Tensor:
-        """v [B, *L] of the old policy.
-
-        Raises:
-            RuntimeError: there is no old policy.
-        """
-        if self.old is None:
-            raise RuntimeError("this policy has no old copy")
-        with self._autocast():
-            return self.velocity(self.old, x, sigma, cond, guidance).float()
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
-
-    @contextlib.contextmanager
-    def _adapter_disabled(self) -> Iterator[None]:
-        self.model.disable_adapters()  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            self.model.enable_adapters()  # type: ignore[operator]
-
-    # ------------------------------------------------------------------ parameters
 
     def parameters_of(self, module: nn.Module) -> list[nn.Parameter]:
         """The parameters of a copy that are trained in the model, in the same order."""
@@ -224,7 +104,7 @@ class Policy:
 
     @torch.no_grad()
     def move_old(self, decay: float) -> None:
-        """Move the old policy toward the trained one. It keeps the share `decay` of itself."""
+        """Move the old policy toward the trained policy. It keeps the share `decay` of itself."""
         if self.old is not None:
             parameters = self.parameters.values()
             for slow, parameter in zip(self.parameters_of(self.old), parameters, strict=True):
@@ -241,7 +121,7 @@ class Policy:
     def averaged(self) -> Iterator[None]:
         """Use the EMA parameters inside this context, if there is an EMA.
 
-        The trained ones are then restored exactly.
+        At the end the trained parameters are restored exactly.
         """
         if self.ema is None:
             yield
@@ -256,10 +136,7 @@ class Policy:
             self.refresh()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained parameters, EMA and old policy by name, for a checkpoint.
-
-        The tensors themselves, not copies.
-        """
+        """Trained parameters, EMA and old policy by name, for a checkpoint. Not copies."""
         names = self.parameters
         tensors: dict[str, Tensor] = {f"weights.{name}": p.detach() for name, p in names.items()}
         if self.ema is not None:
@@ -275,7 +152,7 @@ class Policy:
         return {"updates": self.updates, "ema_steps": ema_steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore the counters. Call it after `tensors` were read."""
+        """Restore the counters, after the checkpoint was read into `tensors`."""
         self.updates = state["updates"]
         if self.ema is not None:
             self.ema.optimization_step = state["ema_steps"]
@@ -283,7 +160,7 @@ class Policy:
 
     @torch.no_grad()
     def load_for_sampling(self, path: Path) -> None:
-        """Load the EMA parameters of checkpoint `path`, or the trained ones if the run has no EMA.
+        """Load the EMA parameters of checkpoint `path`, or without EMA the trained parameters.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another model.
@@ -292,26 +169,9 @@ class Policy:
         kind = "ema" if state["config"]["training"]["ema_decay"] else "weights"
         parameters = self.parameters or dict(self.model.named_parameters())
         names = list(parameters)
-        for first in range(0, len(names), _READ_TOGETHER):  # float32 buffers of a few tensors
+        for first in range(0, len(names), _READ_TOGETHER):  # limits the memory of float32 buffers
             chunk = names[first : first + _READ_TOGETHER]
             stored = {f"{kind}.{name}": torch.empty(parameters[name].shape) for name in chunk}
             checkpoint.read(path, stored)
             for name in chunk:
                 parameters[name].copy_(stored[f"{kind}.{name}"])
-
-    def compile_blocks(self, module: nn.Module) -> None:
-        """Compile the repeated layers of `module`, if runtime.compile is set."""
-        if self.compile_backend is None:
-            return
-        torch._dynamo.config.recompile_limit = (
-            64  # kinds of blocks x sizes x with and without gradient
-        )
-        for name in self.copies.block_names:
-            module.get_submodule(name).compile(backend=self.compile_backend, dynamic=False)
-
-
-def _compiled_sizes(config: Config) -> list[int]:
-    """Batch sizes that are compiled. Empty without compilation."""
-    if config.runtime.compile is None:
-        return []
-    return sorted({config.sampling.batch_size, config.micro_batch_size})

@@ -1,4 +1,6 @@
-"""The losses of methods that train stochastic steps: one forward pass with gradient serves all edges of a parent.
+"""The losses of methods that train stochastic steps.
+
+One forward pass with gradient is enough for all edges of a parent.
 
 Shapes: B parents, E edges, *L latent.
 """
@@ -21,11 +23,9 @@ from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 
-TERMS = ("loss", "ratio", "clipped", "kl")
-
 
 class PolicyGradientLoss:
-    """See `losses.RolloutLoss`.
+    """The losses of a policy-gradient method. See `losses.RolloutLoss`.
 
     Losses are summed over edges and divided by the global number of edges.
     """
@@ -56,9 +56,9 @@ class PolicyGradientLoss:
     def prepare(self) -> None:
         """Compute the old transitions of all updates except the first.
 
-        Before the first update the policy is the one that sampled. They are computed by the forward
-        pass that later takes the gradient, so that the ratio is exactly 1 while the policy is
-        unchanged.
+        In the first update the policy is still the policy that sampled. The old transitions come
+        from the same kind of forward pass as the gradient, so that the ratio is exactly 1 while the
+        policy is unchanged.
         """
         train = self.policy.train_velocity
         self._old = [
@@ -69,7 +69,7 @@ class PolicyGradientLoss:
         ]
 
     def terms(self, number: int, place: int) -> Terms:
-        """Loss, ratio, clip and KL [E] of every trained edge that leaves the rows of a micro-batch."""
+        """Loss, ratio, clip and KL [E] of the trained edges below the rows of a micro-batch."""
         batch = self.batch
         rows = self.updates[number].micro_batches[place].rows
         transition, edges, step = self._transition(rows, self.policy.train_velocity)
@@ -96,7 +96,7 @@ class PolicyGradientLoss:
     def _transition(
         self, parents: Ints, velocity: Callable[..., Tensor]
     ) -> tuple[Gaussian, Ints, Step]:
-        """p(x_next | x) of the trained edges that leave `parents` under `velocity`, the edges [E] and their steps."""
+        """Transitions of the trained edges below `parents`, the edges [E], and their grid steps."""
         rollout, device = self.batch.rollout, self.policy.device
         tree = rollout.tree
         edges = tree.edges[np.isin(tree.parent[tree.edges], parents)]

@@ -19,7 +19,7 @@ from flowgrain.training.run_files import read_metrics, write_run
 EVALUATION_IMAGES = 24
 """Images of an evaluation that are recorded."""
 EVALUATION_COLUMNS = 8
-"""Columns of their contact sheet."""
+"""Columns of the contact sheet of an evaluation."""
 TREE_COLUMNS = 16
 """Columns of the contact sheet of a tree."""
 
@@ -30,7 +30,7 @@ class Recorder:
     Args:
         folder: directory of the run.
         config: settings.
-        given: what the Trainer got from Python instead of the settings.
+        given: names of the Trainer's arguments that replace settings, such as "rewards".
     """
 
     def __init__(self, folder: Path, config: Config, given: Sequence[str] = ()) -> None:
@@ -42,12 +42,13 @@ class Recorder:
         """Create the directory.
 
         Raises:
-            SettingsError: it already contains a run that is not being resumed, or it cannot be
+            SettingsError: the directory contains a run that is not being resumed, or it cannot be
                 created.
         """
         if not self._resumed and (self.folder / "metrics.jsonl").exists():
             raise SettingsError(
-                f"{self.folder} already contains a run. Resume it with --resume {self.folder}, or set another --out."
+                f"{self.folder} already contains a run. "
+                f"Resume it with --resume {self.folder}, or set another --out."
             )
         try:
             for part in ("checkpoints", "images", "evaluations"):
@@ -75,9 +76,9 @@ class Recorder:
         return read_metrics(self.folder)
 
     def discard_after(self, step: int) -> None:
-        """Delete what was written after `step`, because the resumed run writes it again.
+        """Delete the records of steps after `step`, which the resumed run writes again.
 
-        Step 0 deletes everything.
+        Step 0 deletes all records.
         """
         self._resumed = True
         if (self.folder / "metrics.jsonl").exists():
@@ -95,7 +96,7 @@ class Recorder:
                     path.unlink()
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Write the scores of every image, and a contact sheet of the first ones."""
+        """Write the scores of all images, and a contact sheet of the first images."""
         values = {
             "step": step,
             "num_steps": evaluation.num_steps,
@@ -109,7 +110,7 @@ class Recorder:
         write_atomically(self.folder / "evaluations" / f"step-{step:06d}.json", json.dumps(values))
 
     def write_tree(self, batch: RolloutBatch) -> None:
-        """Write the tree of the step's first prompt at the first step, the last step and steps with an evaluation."""
+        """Write the tree of the first prompt, if the step is the first, the last or evaluated."""
         step, every = batch.step, self.config.evaluation.every
         if step not in (1, self.config.training.max_steps) and not (every and step % every == 0):
             return
@@ -121,7 +122,7 @@ class Recorder:
         write_atomically(images / f"tree-{step:06d}.json", json.dumps(table))
 
     def write_calibration(self, result: CalibrationResult) -> None:
-        """Write psi and the rounds that led to it."""
+        """Write psi and the rounds of the calibration."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "calibration.json", json.dumps(result.as_dict()))
 

@@ -1,4 +1,4 @@
-"""What a training step has between its rollout and its update.
+"""The data that a training step passes from its rollout to its update.
 
 Shapes: P prompts, E trained edges, I images.
 """
@@ -26,8 +26,8 @@ class MicroBatch:
 
     Attributes:
         rows: rows of this rank's tree.
-        counts: False for a repeated row, which a rank without rows uses so that all ranks run the
-            same passes.
+        counts: whether the rows count. False for a row that a rank repeats, because all ranks must
+            run the same number of forward passes.
     """
 
     rows: Ints
@@ -49,7 +49,7 @@ class RolloutBatch:
         scores: scores [I] of all images by reward.
         credited: rows of `tree` with an advantage: trained edges [E], or leaves [I] if the method
             trains on images.
-        advantage: one per credited row.
+        advantage: advantage of each credited row.
         edge_weight: weight of each credited row in the loss.
     """
 
@@ -70,7 +70,7 @@ class RolloutBatch:
         return len(self.tree) // self.tree.num_prompts
 
     def local_rows(self, rows: Ints) -> Ints:
-        """The rows among `rows` of the whole tree that this rank holds, as rows of its own tree."""
+        """The rows of the whole tree among `rows` that belong to this rank, as rows of its tree."""
         prompt, offset = np.divmod(rows, self._rows_per_prompt)
         mine = prompt % self.world.size == self.world.rank
         rows_here: Ints = (prompt[mine] // self.world.size) * self._rows_per_prompt + offset[mine]
@@ -83,10 +83,10 @@ class RolloutBatch:
         return whole
 
     def micro_batches(self, rows: Ints, size: int) -> list[MicroBatch]:
-        """The rows among `rows` of the whole tree that this rank holds, `size` at a time.
+        """The rows of the whole tree among `rows` that belong to this rank, `size` at a time.
 
-        Every rank gets the same number of micro-batches, because sharded parameters need all ranks.
-        A rank with too few rows repeats a row that does not count.
+        Every rank gets the same number of micro-batches, because a forward pass of sharded
+        parameters needs all ranks. A rank with too few rows repeats a row that does not count.
         """
         mine = self.local_rows(rows)
         batches = [MicroBatch(mine[i : i + size], True) for i in range(0, len(mine), size)]
@@ -97,6 +97,6 @@ class RolloutBatch:
         return batches + [MicroBatch(spare, False)] * missing
 
     def _most_rows(self, rows: Ints) -> int:
-        """The largest number of rows among `rows` that a rank holds."""
+        """The largest number of rows among `rows` that belong to the same rank."""
         rank = rows // self._rows_per_prompt % self.world.size
         return int(np.bincount(rank, minlength=1).max(initial=0))

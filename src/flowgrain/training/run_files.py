@@ -1,4 +1,4 @@
-"""The file run.yaml: settings of a run, versions, and what was given from Python."""
+"""The files run.yaml (settings, versions and arguments of a run) and metrics.jsonl."""
 
 import contextlib
 import importlib.metadata
@@ -27,7 +27,7 @@ def write_run(folder: Path, config: Config, given: Sequence[str]) -> None:
     Args:
         folder: directory of the run.
         config: settings.
-        given: what the Trainer got from Python instead of the settings, such as "rewards".
+        given: names of the Trainer's arguments that replace settings, such as "rewards".
     """
     values = {"config": config.to_dict(), "given": list(given), **describe_environment()}
     write_atomically(folder / "run.yaml", yaml.safe_dump(values, sort_keys=False))
@@ -41,7 +41,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     file = path / "run.yaml" if path.is_dir() else path
     if not file.exists():
-        raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
+        raise SettingsError(f"{path}: not the directory of a run. It contains no run.yaml.")
     return read_yaml(file)
 
 
@@ -53,16 +53,17 @@ def read_run_config(
     """The settings of a run, with overrides.
 
     Raises:
-        SettingsError: there are none, another version wrote them, or an override is not possible.
+        SettingsError: there are no settings, another version wrote them, or an override is not
+            valid.
     """
     read_run(path)
     return load_config(path, overrides, plugins=plugins)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl, without a last line that a kill truncated.
+    """All lines of a run's metrics.jsonl. Empty if there is no such file.
 
-    Empty without the file.
+    A last line that a kill truncated is left out.
     """
     file = folder / "metrics.jsonl"
     lines = []
@@ -88,7 +89,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_revision(folder: Path) -> str | None:
-    """The commit that this package runs from. None without git, or outside version control."""
+    """The commit that this package runs from. None without git or outside of a repository."""
 
     def git(*words: str) -> str:
         command = ["git", *words]

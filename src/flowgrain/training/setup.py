@@ -1,4 +1,4 @@
-"""Settings of a run that was given objects from Python."""
+"""Settings of a run that uses objects from Python in place of settings."""
 
 from collections.abc import Mapping
 
@@ -8,12 +8,19 @@ from flowgrain.rewards import Reward, RewardConfig
 from flowgrain.settings import SettingsError
 
 
+def names_of_given(**objects: object) -> list[str]:
+    """Names of the `objects` that are not None."""
+    return [name for name, value in objects.items() if value is not None]
+
+
 def with_given(
     config: Config,
     rewards: Mapping[str, Reward] | None,
     method: Method | type[Method] | None,
 ) -> Config:
-    """`config` with the names of `rewards` and with `method` in place of its own.
+    """`config` with `rewards` and `method` in place of its own.
+
+    A reward with a name that config.rewards contains keeps this weight and batch size.
 
     Raises:
         SettingsError: the method does not fit the sampling grid, or there is no reward.
@@ -21,9 +28,13 @@ def with_given(
     if rewards is not None:
         if not rewards:
             raise SettingsError("rewards is empty. Give at least one reward.")
-        known = config.reward_weights
-        specs = [RewardConfig(name=name, weight=known.get(name, 1.0)) for name in rewards]
-        config = config.model_copy(update={"rewards": tuple(specs)})
+        known = {reward.name: reward for reward in config.rewards}
+        of_given = []
+        for name in rewards:
+            reward = known.get(name, RewardConfig(name=name))
+            size = reward.batch_size
+            of_given.append(RewardConfig(name=name, weight=reward.weight, batch_size=size))
+        config = config.model_copy(update={"rewards": tuple(of_given)})
     if method is not None:
         instance = method() if isinstance(method, type) else method
         try:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to stop after the current step."""
+"""Signals that stop a run after its current step: SIGINT and SIGTERM."""
 
 import signal
 from collections.abc import Iterator
@@ -8,17 +8,14 @@ from typing import Any
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM. A second signal acts as usual."""
+    """Records the first SIGINT or SIGTERM in `number`. A second signal has its default effect."""
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Handle signals inside this context.
-
-        Outside the main thread, signals are left to the caller.
-        """
+        """Record signals inside this context. Has no effect outside of the main thread."""
         self.number = None
         previous: dict[int, Any] = {}
 

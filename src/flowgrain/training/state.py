@@ -1,4 +1,4 @@
-"""Saving and restoring a trainer: which state a checkpoint holds, and which settings a resumed run must keep."""
+"""Saving and restoring a trainer, and the settings that a resumed run must keep."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from flowgrain.config.schema import Config
 from flowgrain.methods import Method
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
+from flowgrain.training.errors import RunStopped
 from flowgrain.training.rollout_batch import Metrics
 
 if TYPE_CHECKING:
@@ -59,7 +60,17 @@ def restore(trainer: Trainer) -> list[str]:
 
 
 def resume(trainer: Trainer) -> list[str]:
-    """Restore, and discard what was written after the restored step. See `Trainer.resume`."""
+    """Restore, and delete the files of later steps. See `Trainer.resume`."""
+    try:
+        return _resume(trainer)
+    except OSError as error:
+        raise RunStopped(
+            f"the run in {trainer.out} cannot be resumed yet: {error}. Nothing is lost. "
+            f"Free some disk space or repair the disk, then resume with {trainer.resume_command}"
+        ) from error
+
+
+def _resume(trainer: Trainer) -> list[str]:
     folder, world = trainer.out / "checkpoints", trainer.world
     if world.is_main:
         checkpoint.repair(folder)
@@ -73,6 +84,16 @@ def resume(trainer: Trainer) -> list[str]:
     return damaged
 
 
+def ensure_saved(trainer: Trainer) -> str:
+    """Save the current step if it has no checkpoint. Returns a message with the path."""
+    newest = trainer.out / "checkpoints" / f"step-{trainer.steps_done:06d}"
+    try:
+        exists = trainer.world.gather(newest.exists())[0]
+        return f"the run is saved in {newest if exists else trainer.save(None)}"
+    except (OSError, checkpoint.CheckpointError) as error:
+        return f"the last steps could not be saved ({error})"
+
+
 def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:
     """Check that every setting that a run must keep has the value of the checkpoint.
 
@@ -84,20 +105,19 @@ def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:
         old, new = _at(saved, path), _at(now, path)
         if old != new:
             raise SettingsError(
-                f"{path}={new}: the run in {folder} was started with {old} and must keep it. Start a new run."
+                f"{path}={new}: the run in {folder} was started with {old} and must keep it. "
+                "Start a new run."
             )
     old_decay, decay = _at(saved, "training.ema_decay"), config.training.ema_decay
     if bool(old_decay) != bool(decay):
         raise SettingsError(
-            f"training.ema_decay={decay}: the run in {folder} has {old_decay}. A resumed run cannot start or stop the EMA."
+            f"training.ema_decay={decay}: the run in {folder} has {old_decay}. "
+            "A resumed run cannot start or stop the EMA."
         )
 
 
 def kept_settings(config: Config) -> Iterator[str]:
-    """Full paths of the settings that a resumed run must keep.
-
-    They are marked with `keep` on their fields.
-    """
+    """Full paths of the settings that a resumed run must keep: the fields with `keep=True`."""
     yield "method.name"
     yield from _kept(type(config.method), "method.")
     yield from _kept(Config, "")

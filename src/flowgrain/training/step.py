@@ -21,13 +21,13 @@ from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 def train_step(
     step: int, config: Config, collector: RolloutCollector, optimizer: PolicyOptimizer
 ) -> tuple[Metrics, RolloutBatch]:
-    """Train on one rollout batch: sample, score, assign credit, update.
+    """Train on one rollout batch: sample, score, assign advantages, update.
 
     Returns:
         The metrics of the step, and its rollout batch.
 
     Raises:
-        RunStopped: too many rewards failed. Nothing was updated.
+        RunStopped: too many rewards failed. No parameter was updated.
     """
     begin = time.perf_counter()
     collector.timer.reset()
@@ -51,7 +51,7 @@ def update(
     batch: RolloutBatch,
     sigmas: Tensor,
 ) -> Metrics:
-    """The optimizer updates of one rollout batch.
+    """Run the optimizer updates of one rollout batch, and return their metrics.
 
     The only reduction of losses is sum / global count.
     """
@@ -87,7 +87,7 @@ _TERMS = ("loss", "ratio", "clipped", "kl", "clipped/later_updates")
 def rollout_loss(
     config: Config, method: Method, policy: Policy, batch: RolloutBatch, sigmas: Tensor
 ) -> RolloutLoss:
-    """The losses of `batch` for the kind of method.
+    """The losses of `batch` for this kind of method.
 
     Raises:
         TypeError: the method derives neither from PolicyGradient nor from ForwardProcess.

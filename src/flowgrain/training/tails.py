@@ -1,6 +1,7 @@
-"""Velocities of approximate tails: feature caches and quantized copies of the policy that samples.
+"""Velocities of approximate tails, by feature caches and quantized copies of the policy.
 
-Only rewards depend on tails. Stochastic steps and log-probabilities always use the exact policy.
+Approximate tails only affect rewards. Stochastic steps, and therefore log-probabilities, always use
+the exact policy.
 """
 
 import contextlib
@@ -14,31 +15,35 @@ from flowgrain.models.acceleration import QuantizedCopy, check_tails, feature_ca
 from flowgrain.training.policy import Policy
 
 TailVelocity = Callable[[Tensor, Tensor, Conditioning, float, bool], Tensor]
-"""tail(x [B, *L], sigma [B], cond, guidance, continues) -> v [B, *L]."""
+"""tail(x [B, *L], sigma [B], cond, guidance, continues) -> v [B, *L].
+
+If `continues` is true, each row is the child of the row at the same position in the previous call.
+"""
 
 
 class Tails:
-    """The tail velocities that sampling.tail_cache and sampling.tail_weights describe.
+    """The tail velocities for the settings sampling.tail_cache and sampling.tail_weights.
 
     Args:
         policy: the policy that samples.
         sampling: settings of the tails.
 
     Raises:
-        SettingsError: this model, device or sharding does not support them.
+        SettingsError: this model, device or sharding does not support the settings.
     """
 
     def __init__(self, policy: Policy, sampling: SamplingConfig) -> None:
         self.policy, self.cache = policy, sampling.tail_cache
+        remedy = "Use LoRA (lora.rank)"
+        if policy.old is None:
+            remedy = "Set runtime.rollout_weights=replica"
         check_tails(
             tail_cache=sampling.tail_cache,
             tail_weights=sampling.tail_weights,
             model=policy.model,
             device=policy.device,
             sharded=policy.copies.sampler_sharded,
-            remedy="Set runtime.rollout_weights=replica"
-            if policy.old is None
-            else "Use LoRA (lora.rank)",
+            remedy=remedy,
         )
         self.quantized: QuantizedCopy | None = None
         self._version = policy.version
@@ -54,7 +59,7 @@ class Tails:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[TailVelocity]:
-        """Tail velocities inside this context. Nothing else may call the model meanwhile."""
+        """Tail velocities inside this context. No other code may call the model in the meantime."""
         policy, source = self.policy, self._source
         if self.quantized is not None and self._version != policy.version:
             parameters = zip(policy.parameters, policy.parameters_of(source), strict=True)

@@ -16,14 +16,14 @@ class StageTimer:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def reset(self) -> None:
-        """Forget the previous step."""
+        """Remove the times of the previous step."""
         self.seconds.clear()
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Add the time inside this context to `stage`.
 
-        On a GPU, wait for the work that was started inside.
+        On a GPU, wait until the work that was started inside is finished.
         """
         begin = time.perf_counter()
         yield

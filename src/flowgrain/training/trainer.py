@@ -1,28 +1,23 @@
-"""The trainer: setup of a run, the training loop, checkpoints and evaluation."""
+"""The trainer: a run with its policy, rewards, prompts and files."""
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
-from flowgrain.core.sde import Kernel
-from flowgrain.core.tree import Tree
-from flowgrain.data import Prompt, as_prompts, keyed_noise, prompts_of_step
+from flowgrain.data import Prompt
 from flowgrain.distributed import init_process_group
 from flowgrain.distributed.threads import set_threads
 from flowgrain.methods import Method, PolicyGradient
-from flowgrain.methods.calibration import CalibrationResult, calibrate
+from flowgrain.methods.calibration import CalibrationResult
 from flowgrain.models import Backbone, check_backbone
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
-from flowgrain.training import checkpoint, state
-from flowgrain.training.collect import RolloutCollector, check_failed_rewards
-from flowgrain.training.errors import Diverged, Interrupted, RunStopped
-from flowgrain.training.evaluate import Evaluation, evaluate, interleave, sample_images
+from flowgrain.training import state
+from flowgrain.training.collect import RolloutCollector
+from flowgrain.training.errors import RunStopped
+from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
 from flowgrain.training.export import export_policy
 from flowgrain.training.load import (
     check_prompt_files,
@@ -31,11 +26,12 @@ from flowgrain.training.load import (
     load_prompts,
     load_rewards,
 )
+from flowgrain.training.loop import run_steps
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
 from flowgrain.training.rollout_batch import Metrics
-from flowgrain.training.setup import with_given
+from flowgrain.training.setup import names_of_given, with_given
 from flowgrain.training.signals import StopSignal
 from flowgrain.training.step import train_step
 from flowgrain.training.timer import StageTimer
@@ -47,8 +43,8 @@ class Trainer:
     Args:
         config: settings, from `load_config`.
         out: directory of the run. Default: runs/NAME.
-        rewards: reward functions by name, in place of config.rewards. Their weight is 1, or that of
-            config.rewards.
+        rewards: reward functions by name, in place of config.rewards. A name that is in
+            config.rewards keeps its weight and batch size. Other rewards have weight 1.
         prompts: training prompts, in place of data.prompts.
         eval_prompts: evaluation prompts, in place of data.eval_prompts.
         method: a method class or instance, in place of config.method.
@@ -89,7 +85,7 @@ class Trainer:
             natural = self.backbone.natural_shift(config.sampling.num_steps)
             config = config.with_shift(*natural)
         self.config = config
-        self.method = config.method.model_copy()  # its state belongs to this run
+        self.method = config.method.model_copy(deep=True)  # this run has its own state
         self.prompts = load_prompts(
             config, self.backbone, "train", prompts, hold_out=eval_prompts is None
         )
@@ -102,21 +98,18 @@ class Trainer:
         )
         self.sigmas = self.collector.sigmas
         self.steps_done = 0
-        given = {
-            "rewards": rewards,
-            "prompts": prompts,
-            "eval_prompts": eval_prompts,
-            "method": method,
-            "backbone": backbone,
-        }
-        names = [name for name, value in given.items() if value is not None]
-        self.recorder = Recorder(self.out, config, names)
+        given = names_of_given(
+            rewards=rewards,
+            prompts=prompts,
+            eval_prompts=eval_prompts,
+            method=method,
+            backbone=backbone,
+        )
+        self.recorder = Recorder(self.out, config, given)
         self._stop = StopSignal()
 
-    # ------------------------------------------------------------------ the loop
-
     def train(self, progress: Callable[[Metrics], None] | None = None) -> list[Metrics]:
-        """Train to training.max_steps. Writes metrics, images, checkpoints and the export.
+        """Train to training.max_steps, and write metrics, images, checkpoints and the export.
 
         Args:
             progress: called with the metrics of every step.
@@ -125,66 +118,28 @@ class Trainer:
             All metrics of the run.
 
         Raises:
-            RunStopped: a step cannot continue. A checkpoint exists to resume from.
-            Interrupted: SIGINT or SIGTERM arrived, and the current step was saved.
+            RunStopped: the run cannot continue. It can be resumed from a checkpoint.
+            Interrupted: SIGINT or SIGTERM arrived. The current step is finished and saved.
         """
         try:
             if self.world.is_main:
                 self.recorder.start()
             self.world.gather(None)  # all ranks wait until the directory is accepted
             with self._stop.listen():
-                self._loop(progress)
+                run_steps(self, self._stop, progress)
             self.export()
         except OSError as error:
-            # With several ranks only this one knows of the error, and a checkpoint needs all of
-            # them.
-            saved = "the last checkpoint is unchanged" if self.world.size > 1 else self._saved()
+            # Writing a checkpoint needs all ranks, and the other ranks do not know of the error.
+            several = self.world.size > 1
+            saved = "the last checkpoint is unchanged" if several else state.ensure_saved(self)
             raise RunStopped(
-                f"{saved}: {error}. Free some disk space or repair the disk, then resume with {self._resume_command}"
+                f"{error}; {saved}. Free some disk space or repair the disk, "
+                f"then resume with {self.resume_command}"
             ) from error
         return self.recorder.read_metrics()
 
-    def _loop(self, progress: Callable[[Metrics], None] | None) -> None:
-        config, main = self.config, self.world.is_main
-        every, limit = config.evaluation.every, config.training.max_seconds
-        seconds = sum(m["seconds"] for m in self.recorder.read_metrics() if "seconds" in m)
-        seconds = self.world.gather(seconds)[0]
-        if self.steps_done == 0 and every:
-            first = {"step": 0, **self._evaluate_and_record(0)}
-            if main:
-                self.recorder.write_metrics(first)
-        for step in range(self.steps_done + 1, config.training.max_steps + 1):
-            if limit is not None and seconds >= limit:
-                break  # a resumed run that already used its time
-            metrics = {"step": step, **self.step(step)}
-            # Rank 0's clock and any rank's signal count for all: they stop after the same step.
-            ranks = self.world.gather((metrics["seconds"], self._stop.number))
-            seconds += ranks[0][0]
-            stop = next((number for _, number in ranks if number is not None), None)
-            diverged = self.optimizer.diverged
-            last = step == config.training.max_steps or (limit is not None and seconds >= limit)
-            if every and (step % every == 0 or last) and not diverged:
-                metrics |= self._evaluate_and_record(step)
-            if main:
-                self.recorder.write_metrics(metrics)
-            interval = config.training.checkpoint_every
-            due = bool(interval) and step % interval == 0
-            if last or stop is not None or diverged or due:
-                self.save(metrics)
-            if progress is not None:
-                progress(metrics)
-            if diverged:
-                raise self._diverged()
-            if last:
-                break
-            if stop is not None:
-                name = signal.Signals(stop).name
-                raise Interrupted(
-                    f"{name}: step {step} is finished and saved. Resume with {self._resume_command}"
-                )
-
     def step(self, step: int) -> Metrics:
-        """Run training step `step`. Returns its metrics.
+        """Run training step `step`, and return its metrics.
 
         Raises:
             RunStopped: too many rewards failed. The run is saved.
@@ -194,45 +149,29 @@ class Trainer:
                 self.calibrate()
             metrics, batch = train_step(step, self.config, self.collector, self.optimizer)
         except RunStopped as error:
-            raise RunStopped(
-                f"{error}; {self._saved()}. Resume with {self._resume_command}"
-            ) from error
+            saved = state.ensure_saved(self)
+            raise RunStopped(f"{error}; {saved}. Resume with {self.resume_command}") from error
         if self.world.is_main:
             self.recorder.write_tree(batch)
         self.steps_done = step
         return metrics
 
     def calibrate(self) -> CalibrationResult:
-        """Calibrate the method's noise on the current policy, and write the result to calibration.json.
+        """Calibrate the method's noise on the current policy, and write calibration.json.
 
         Raises:
             TypeError: the method has no stochastic steps.
+            RunStopped: too many rewards failed.
         """
-        if not isinstance(self.method, PolicyGradient):
-            raise TypeError(f"method {self.method.name!r} has no noise to calibrate")
-        result = calibrate(self.method, self.sigmas, self._score_calibration_tree)
-        self.method.set_psi(result.psi)
+        result = self.collector.calibrate()
         if self.world.is_main:
             self.recorder.write_calibration(result)
         return result
 
-    def _score_calibration_tree(self, one: Tree, kernel: Kernel, number: int) -> Tensor:
-        """Rewards [I] of calibration round `number`."""
-        config, collector = self.config, self.collector
-        samples, seed = config.method.calibration.samples, config.runtime.seed  # type: ignore[attr-defined]
-        prompts = prompts_of_step(self.prompts, number, samples, seed)
-        noise = keyed_noise(self.backbone.latent_shape, "calibrate", seed, number)
-        scores = collector.score_tree(one, prompts, kernel, noise).scores
-        check_failed_rewards(scores, config.training.max_failed_rewards)
-        weights = collector.reward_weights
-        return torch.stack([weights[name] * s.values for name, s in scores.items()]).sum(0)
-
-    # ------------------------------------------------------------------ checkpoints
-
     def save(self, metrics: Metrics | None) -> Path:
         """Write a checkpoint of everything that the next step depends on.
 
-        The metrics' evaluation is its score.
+        The evaluation in `metrics`, if any, decides which checkpoint is the best.
         """
         return state.save(self, metrics)
 
@@ -240,58 +179,35 @@ class Trainer:
         """Load the last good checkpoint of this run's directory, if there is one.
 
         Returns:
-            A message per damaged checkpoint that was skipped.
+            A message for each damaged checkpoint that was skipped.
 
         Raises:
-            SettingsError: a setting that a run must keep has changed.
+            SettingsError: a setting that the run must keep has changed.
             CheckpointError: all checkpoints are damaged.
         """
         return state.restore(self)
 
     def resume(self) -> list[str]:
-        """Like `restore`, and discard the files of later steps, so that `train` continues from there.
+        """Like `restore`, but also delete the files of later steps, so that `train` can continue.
 
         Raises:
             RunStopped: the directory cannot be written. Nothing is lost.
         """
-        try:
-            return state.resume(self)
-        except OSError as error:
-            raise RunStopped(
-                f"the run in {self.out} cannot be resumed yet: {error}. Nothing is lost. Free some disk space or repair the "
-                f"disk, then resume with {self._resume_command}"
-            ) from error
+        return state.resume(self)
 
     def export(self) -> Path:
-        """Write the parameters to export/ in the format of diffusers or of its LoRA loaders.
+        """Write the parameters to export/, in a format that diffusers loads.
 
-        Returns the directory.
+        Returns:
+            The directory.
         """
         export_policy(self.policy, self.out / "export")
         return self.out / "export"
 
-    def _saved(self) -> str:
-        """Make sure that a checkpoint contains the current parameters, and say where."""
-        newest = self.out / "checkpoints" / f"step-{self.steps_done:06d}"
-        try:
-            exists = self.world.gather(newest.exists())[0]
-            return f"the run is saved in {newest if exists else self.save(None)}"
-        except (OSError, checkpoint.CheckpointError) as error:
-            return f"the last steps could not be saved ({error})"
-
     @property
-    def _resume_command(self) -> str:
+    def resume_command(self) -> str:
+        """The command that resumes this run."""
         return f"flowgrain train --resume {self.out}"
-
-    def _diverged(self) -> Diverged:
-        settings = self.config.optimizer
-        return Diverged(
-            f"{self.optimizer.skipped_in_a_row} updates in a row had a non-finite loss or gradient and were skipped "
-            f"(optimizer.max_skipped_updates={settings.max_skipped_updates}). Try a smaller learning rate than "
-            f"{settings.learning_rate:g}: {self._resume_command} optimizer.learning_rate={settings.learning_rate / 3:g}"
-        )
-
-    # ------------------------------------------------------------------ evaluation
 
     def evaluate(
         self, num_steps: int | None = None, prompts: Sequence[str | Prompt] | None = None
@@ -300,40 +216,23 @@ class Trainer:
 
         Args:
             num_steps: ODE steps. Default: evaluation.num_steps.
-            prompts: default: evaluation.num_prompts of the held-out prompts. They repeat with other
-                noise if there are fewer.
+            prompts: prompts to evaluate. Default: evaluation.num_prompts of the held-out prompts,
+                which are repeated with other noise if there are fewer.
         """
-        config, world = self.config, self.world
+        config = self.config
         if prompts is None:
             count, available = config.evaluation.num_prompts, self.eval_prompts
             prompts = [available[i % len(available)] for i in range(count)]
-        chosen, assigned = as_prompts(prompts), world.assign(len(prompts))
-        evaluation = evaluate(
+        return evaluate_on_ranks(
             self.policy,
-            [chosen[i % len(chosen)] for i in assigned],
+            config,
+            prompts,
             self.eval_rewards,
-            sigmas=config.sigmas(num_steps or config.evaluation.num_steps),
-            guidance=config.eval_guidance,
-            batch_size=config.sampling.batch_size,
-            reward_batch_sizes={
-                r.name: r.batch_size for r in (*config.evaluation.rewards, *config.rewards)
-            },
-            places=assigned.tolist(),
+            num_steps=num_steps or config.evaluation.num_steps,
+            num_images=EVALUATION_IMAGES,
         )
-        if world.size == 1:
-            return evaluation
-        # Ranks exchange the images that are recorded, not gigabytes.
-        shown = replace(evaluation, images=evaluation.images[: -(-EVALUATION_IMAGES // world.size)])
-        return interleave(world.gather(shown), chosen)
 
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:
         """Images [I, 3, H, W] in 0..1 of `prompts`, by the ODE with the EMA parameters."""
         steps = num_steps or self.config.evaluation.num_steps
         return sample_images(self.policy, self.config, prompts, steps, seed)
-
-    def _evaluate_and_record(self, step: int) -> Metrics:
-        evaluation = self.evaluate()
-        if self.world.is_main:
-            self.recorder.write_evaluation(step, evaluation)
-        values = evaluation.means() | evaluation.part_means()
-        return {f"eval/{name}": value for name, value in values.items()}

@@ -1,0 +1,300 @@
+"""What each rank does in the tests of several processes on gloo: runs of a small model."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import diffusers.training_utils  # noqa: F401  imported once before the fork, not after each
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from toy import PROMPTS, Toy, red
+from torch import nn
+
+from flowgrain import METHODS, PolicyGradient, RunStopped, SettingsError, Trainer, load_config
+from flowgrain.distributed import destroy_process_group
+from flowgrain.distributed.sharding import full_tensor
+from flowgrain.training.step import update
+
+# Six prompts on four ranks: two ranks do work whose result is discarded.
+SIX = [*PROMPTS, "zero", "two"]
+
+SETTINGS = {
+    "sampling.num_steps": 4,
+    "sampling.batch_size": 7,
+    "method.group_size": 3,
+    "training.prompts_per_step": 6,
+    "training.micro_batch_size": 3,
+    "training.max_steps": 3,
+    "optimizer.learning_rate": 1e-2,
+    "evaluation.rewards": [],
+    "evaluation.num_prompts": 5,
+    "evaluation.num_steps": 3,
+    "runtime.threads": 1,
+}
+OF_METHOD = {
+    "branchgrpo": {"method.split_steps": [0, 1], "method.group_size": 4},
+    "densegrpo": {"method.calibration.rounds": 1, "method.calibration.samples": 3},
+}
+
+
+class Net(nn.Module, PeftAdapterMixin):
+    """ToyNet of layers that take LoRA and can be sharded one by one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.into, self.out = nn.Linear(8, 16), nn.Linear(16, 6)
+
+    def forward(self, x, sigma, number):
+        into = torch.cat([x.flatten(1), sigma[:, None].to(x), number[:, None].to(x) / 4], 1)
+        return self.out(torch.tanh(self.into(into))).reshape(x.shape)
+
+    def save_pretrained(self, folder):
+        torch.save(self.state_dict(), folder / "weights.pt")
+
+
+class Small(Toy):
+    """The toy backbone with LoRA and one block."""
+
+    lora_targets = ["into", "out"]
+
+    def __init__(self):
+        self.transformer = Net()
+
+    @property
+    def blocks(self):
+        return [self.transformer.into]
+
+
+class WithoutExport(Trainer):
+    """A trainer whose export is empty. Exports are tested on the bundled model."""
+
+    def export(self):
+        return self.out
+
+
+def make(folder, changes=None, method="g2rpo"):
+    """A run of six prompts per step."""
+    of_method = OF_METHOD.get(method, {})
+    if "window_size" in METHODS.get(method).model_fields:
+        of_method = {"method.window_size": 2}
+    config = load_config(method, {**SETTINGS, **of_method, **(changes or {})})
+    return WithoutExport(
+        config,
+        folder,
+        backbone=Small(),
+        prompts=SIX,
+        eval_prompts=PROMPTS,
+        rewards={"red": red},
+    )
+
+
+def weights_of(trainer):
+    """The whole trained parameters by name."""
+    return {name: full_tensor(p.detach()) for name, p in trainer.policy.parameters.items()}
+
+
+def three_steps(folder, method, changes):
+    """Whole images, advantages, parameters and metrics of three steps."""
+    trainer = make(folder, changes, method)
+    method, world, policy = trainer.method, trainer.world, trainer.policy
+    found = {"metrics": [], "advantage": [], "images": []}
+    for step in (1, 2, 3):
+        if isinstance(method, PolicyGradient) and method.needs_calibration:
+            trainer.calibrate()
+        batch = trainer.collector.collect(step)
+        found["advantage"].append(batch.advantage)
+        of_ranks = [
+            images.reshape(-(-6 // world.size), -1) for images in world.gather(batch.images)
+        ]
+        found["images"].append(world.interleave(of_ranks, 6))
+        metrics = update(trainer.config, method, policy, trainer.optimizer, batch, trainer.sigmas)
+        found["metrics"].append(metrics)
+    found["weights"] = weights_of(trainer)
+    found["sharded"] = any(type(p).__name__ == "DTensor" for p in policy.parameters.values())
+    return found
+
+
+def every_case(folder, cases):
+    """`three_steps` of every case (name -> method and settings)."""
+    return {name: three_steps(Path(folder) / name, *case) for name, case in cases.items()}
+
+
+def held_bytes(folder, cases):
+    """The bytes that all ranks hold after a step, by case and part.
+
+    Args:
+        folder: directory of the runs.
+        cases: method and settings by name.
+
+    Returns:
+        For every case the bytes by part, the number of parameters, and of trained ones.
+    """
+    found = {}
+    for case, (method, changes) in cases.items():
+        trainer = make(Path(folder) / case, changes, method)
+        trainer.step(1)
+        policy, states = trainer.policy, trainer.optimizer.adamw.state.values()
+        own_sampler = policy.sampler is not policy.model
+        parts = {
+            "transformer": policy.model.parameters(),
+            "AdamW": [v for state in states for name, v in state.items() if name != "step"],
+            "EMA": policy.ema.shadow_params if policy.ema else [],
+            "reference": policy.reference.parameters() if policy.reference else [],
+            "sampling copy": policy.sampler.parameters() if own_sampler else [],
+            "old": policy.old.parameters() if policy.old else [],
+        }
+        counted, mine = set(), {}
+        for name, tensors in parts.items():
+            local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+            new = [tensor for tensor in local if tensor.data_ptr() not in counted]
+            mine[name] = sum(tensor.numel() * tensor.element_size() for tensor in new)
+            counted |= {tensor.data_ptr() for tensor in local}
+        ranks = trainer.world.gather(mine)
+        total = {name: sum(rank[name] for rank in ranks) for name in mine}
+        whole = sum(p.numel() for p in policy.model.parameters())
+        found[case] = (total, whole, sum(p.numel() for p in policy.parameters.values()))
+    return found
+
+
+def approximate_tails(folder, torchao):
+    """The bundled model's second step with approximate tails.
+
+    Args:
+        folder: directory of the runs.
+        torchao: directory in which torchao is installed.
+
+    Returns:
+        Advantages with a cache, images with int8 weights, and from several ranks the messages where
+        such tails are impossible, by method.
+    """
+    sys.path.insert(0, torchao)
+    shared = {
+        "sampling.num_steps": 5,
+        "method.group_size": 3,
+        "training.prompts_per_step": 2,
+        "evaluation.rewards": [],
+        "runtime.rollout_weights": "replica",
+        "runtime.threads": 1,
+        "optimizer.learning_rate": 1e-3,
+    }
+    one_step = {"method.sde_steps": [0], "method.granularities": [1]}
+    found = {}
+    for name, setting, value in (
+        ("cache", "sampling.tail_cache", "taylorseer:2"),
+        ("weights", "sampling.tail_weights", "int8"),
+    ):
+        config = load_config("g2rpo", {**shared, **one_step, setting: value})
+        trainer = Trainer(config, Path(folder) / name)
+        trainer.step(1)
+        batch = trainer.collector.collect(2)
+        gathered = torch.cat(trainer.world.gather(batch.images))
+        found[name] = batch.advantage if name == "cache" else gathered
+    if trainer.world.size > 1:
+        for method, changes in (
+            ("g2rpo", {"runtime.rollout_weights": "sharded"}),
+            ("diffusionnft", {}),
+        ):
+            changes = {**shared, **changes, "sampling.tail_weights": "int8"}
+            try:
+                Trainer(load_config(method, changes), Path(folder) / "refused")
+            except SettingsError as error:
+                found[method] = str(error)
+    sys.path.remove(torchao)
+    return found
+
+
+def export_shapes(folder):
+    """A step of the bundled model and its export. Returns the whole parameters."""
+    changes = {
+        "sampling.num_steps": 3,
+        "method.group_size": 2,
+        "method.granularities": [1, 2],
+        "training.prompts_per_step": 2,
+        "evaluation.rewards": [],
+        "runtime.rollout_weights": "sharded",
+    }
+    trainer = Trainer(load_config("g2rpo", changes), folder)
+    trainer.step(1)
+    trainer.export()
+    state = trainer.policy.model.state_dict()
+    return {name: full_tensor(value.detach()) for name, value in state.items()}
+
+
+def without_times(lines):
+    """Lines of metrics without durations."""
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def train(folder, changes, method="g2rpo"):
+    """A whole run, resumed if the directory contains one. Returns its metrics and its parameters."""
+    trainer = make(folder, changes, method)
+    trainer.resume()
+    trainer.train()
+    lines = trainer.recorder.read_metrics() if trainer.world.is_main else []
+    return {"lines": without_times(lines), "weights": weights_of(trainer)}
+
+
+def stopped(folder, how):
+    """The error of every rank in a run that only the second rank has a reason to stop.
+
+    Args:
+        folder: directory of the run.
+        how: "reward" (it fails) or "signal" (SIGTERM).
+
+    Returns:
+        For every rank the error's class, the steps done and the message.
+    """
+    trainer = make(folder, {"training.checkpoint_every": 1, "training.max_steps": 5})
+    calls = []
+
+    def troubled(images, prompts):
+        calls.append(1)
+        if len(calls) == 2 and trainer.world.rank == 1:
+            if how == "reward":
+                raise OSError("gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return red(images, prompts)
+
+    trainer.rewards["red"] = troubled
+    try:
+        trainer.train()
+    except RunStopped as error:
+        return trainer.world.gather((type(error).__name__, trainer.steps_done, str(error)))
+    return None
+
+
+def world_sums(count):
+    """Assigned items, gathered and interleaved values, and a summed gradient of every rank."""
+    trainer = make("unused")
+    world = trainer.world
+    mine = torch.from_numpy(world.assign(count)).float()
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.full((2,), float(world.rank + 1))
+    world.sum_gradients([parameter])
+    own = {
+        "rank": world.rank,
+        "main": world.is_main,
+        "assigned": mine.tolist(),
+        "interleaved": world.interleave(world.gather(mine), count).tolist(),
+        "any": (world.any(world.rank == 1), world.any(False)),
+        "sum": parameter.grad.tolist(),
+    }
+    return world.gather(own)
+
+
+def slow_run(folder):
+    """A run that takes long enough to be killed."""
+    trainer = make(folder, {"training.checkpoint_every": 1, "training.max_steps": 60})
+    trainer.rewards["red"] = lambda images, prompts: (time.sleep(0.05), red(images, prompts))[1]
+    trainer.resume()
+    Path(f"{folder}-{trainer.world.rank}.pid").write_text(str(os.getpid()))
+    trainer.train()
+
+
+if __name__ == "__main__":  # under torchrun
+    torch.set_num_threads(1)
+    slow_run(sys.argv[1])
+    destroy_process_group()
