@@ -1,84 +1,149 @@
-"""A published model at its full size with random weights: rows/s, utilisation, seconds and memory by stage, the published loop.
+"""Measure a training step of a published model at full size, with random weights.
 
-    python benchmarks/full_size.py flux_g2rpo_lora rows_per_pass=8 [key=value ...] [--rounds 1]      on a GPU with the memory
-    python benchmarks/full_size.py flux_g2rpo_lora --layers 1 height=64 width=64 ...                 a cut-down one, anywhere
+    python benchmarks/full_size.py flux/g2rpo --preset one-gpu sampling.batch_size=8 [--rounds 1]
+    python benchmarks/full_size.py flux/g2rpo --layers 1 --vae-width 8 model.height=64 ...
 
-Utilisation is the model's FLOPs a second over the card's own rate of matrix products in the same dtype, measured here. The
-published loop takes one branch of every noise step; its seconds are scaled by passes to a whole prompt.
+The first command needs a GPU with enough memory. The second one is cut down and runs anywhere.
+
+Prints rows per second, utilization, and seconds and memory of every stage. Utilization is the
+FLOP/s of the model, divided by those of a large matrix product in the same dtype on the same
+device. For G2RPO it also measures the loop of published code with one branch per stochastic step,
+and scales it to all branches.
 """
 
 import argparse
 import json
+import tempfile
 import time
 import zlib
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from iteration import STAGES, peaks, published_step
-from published import Published
-from torch import Tensor
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from iteration import STAGES, published_step, stage_memory
+from published import PublishedLoop
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowgrain import Run, recipe
-from flowgrain.methods.algorithms import build, price
-from flowgrain.models import Source, take
-from flowgrain.models.flux import FluxBackbone
-from flowgrain.models.sd3 import SD3Backbone
-from flowgrain.training.policy import compute_device, load_dtypes
-from flowgrain.config.schema import Settings
-from flowgrain.planning.forecast import _PUBLISHED, _Size
+from flowgrain.config import Config, load_config
+from flowgrain.data import Prompt
+from flowgrain.methods.g2rpo import G2RPO
+from flowgrain.models import BACKBONES, take
+from flowgrain.planning.plan import prompt_cost
+from flowgrain.training import Trainer
+from flowgrain.training.load import compute_device, load_dtypes
 
-FAMILIES = {"flux": (FluxBackbone, 0.3611, 0.1159), "sd3": (SD3Backbone, 1.5305, 0.0609)}
+SETTINGS = [
+    "training.prompts_per_step=1",
+    "evaluation.every=0",
+    "evaluation.rewards=[]",
+    "model.path=random",
+    "model.embedding_cache=null",
+]
+VAE_SCALE = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
+"""Scale and shift of latents, by model."""
 
 
-def random_model(s: Settings, layers: int | None, width: int) -> Any:
-    """The backbone of `s` with random weights, and embeddings drawn by prompt; `layers`: so many of each kind of block."""
-    family, scale, shift = FAMILIES[s.model]
-    device, dtypes = compute_device(s.device), load_dtypes(s)
+def published_transformer(name: str) -> nn.Module:
+    """The transformer of FLUX.1-dev or SD3.5-medium on the meta device.
+
+    Raises:
+        ValueError: another model.
+    """
     with torch.device("meta"):
-        transformer, inputs = _PUBLISHED[s.model](_Size(*(getattr(s, name) for name in _Size._fields)))
+        if name == "flux":
+            return FluxTransformer2DModel(guidance_embeds=True)
+        if name == "sd3":
+            return SD3Transformer2DModel(
+                sample_size=128,
+                num_layers=24,
+                num_attention_heads=24,
+                joint_attention_dim=4096,
+                caption_projection_dim=1536,
+                pooled_projection_dim=2048,
+                pos_embed_max_size=384,
+                dual_attention_layers=tuple(range(13)),
+                qk_norm="rms_norm",
+            )
+    raise ValueError(f"model.name={name}: only flux and sd3 can be measured. Use one of them.")
+
+
+def random_transformer(config: Config, layers: int | None) -> nn.Module:
+    """The transformer with random weights. `layers` keeps only so many blocks of each kind."""
+    transformer = published_transformer(config.model.name)
     for kind in ("transformer_blocks", "single_transformer_blocks"):
-        if layers and hasattr(transformer, kind):
-            setattr(transformer, kind, getattr(transformer, kind)[-layers:])
+        blocks = getattr(transformer, kind, None)
+        if layers and blocks is not None:
+            setattr(transformer, kind, blocks[-layers:])
+    device, dtypes = compute_device(config.runtime.device), load_dtypes(config)
     transformer = transformer.to_empty(device=device).to(dtypes.transformer)
     for tensor in (*transformer.parameters(), *transformer.buffers()):
         tensor.data.normal_(std=0.02)
-    torch.manual_seed(0)
-    channels = tuple(width * n for n in (1, 2, 4, 4))
+    return transformer
+
+
+def random_vae(config: Config, width: int) -> nn.Module:
+    """A VAE of the architecture of both models with random weights. The published width is 128."""
+    scale, shift = VAE_SCALE[config.model.name]
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=channels,
-        layers_per_block=2, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=scale,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=tuple(width * n for n in (1, 2, 4, 4)),
+        norm_num_groups=min(32, width),
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=scale,
         shift_factor=shift,
-    ).to(device, dtypes.vae)  # fmt: skip
-
-    class Random(family):
-        def _load(self, **_: Any) -> Any:
-            parts = dict.fromkeys(self.encoders)
-            return self.pipeline(transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
-
-        def check(self, prompts: Any) -> None:
-            pass
-
-        def _embedding(self, prompt: str) -> dict[str, Tensor]:
-            generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            names = {"embeds": "encoder_hidden_states", "pooled": "pooled_projections"}
-            return {name: torch.randn(inputs[key].shape[1:], generator=generator) for name, key in names.items()}
-
-    named = {field.name: getattr(s, field.name) for field in fields(Source) if field.name not in ("dtypes", "embedding_cache")}
-    return Random(Source(**{**named, "weights": "random"}, dtypes=dtypes))
+    )
+    return vae.to(compute_device(config.runtime.device), load_dtypes(config).vae)
 
 
-def brightness(images: Tensor, prompts: list[str]) -> Tensor:  # noqa: ARG001
-    """A reward that costs nothing."""
+def random_backbone(config: Config, layers: int | None, vae_width: int) -> Any:
+    """The backbone of `config` with random weights, and random embeddings for every prompt."""
+    torch.manual_seed(0)
+    transformer, vae = random_transformer(config, layers), random_vae(config, vae_width)
+    sizes = transformer.config
+    pooled = sizes["pooled_projection_dim"]
+    tokens = config.model.max_prompt_tokens
+    if config.model.name == "sd3":
+        tokens = 77 + tokens * config.model.t5  # the tokens of CLIP precede those of T5
+
+    class RandomBackbone(BACKBONES.get(config.model.name)):
+        _absent_parts = ()
+
+        def _load_pipeline(self, _parts: Mapping[str, Any]) -> Any:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+            absent = dict.fromkeys(self.encoders)
+            return self.pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **absent)
+
+        def check(self, texts: Sequence[str]) -> None:
+            """Accept every text, because there is no tokenizer."""
+
+        def _embedding(self, text: str) -> dict[str, Tensor]:
+            generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+            embeds = torch.randn(tokens, sizes["joint_attention_dim"], generator=generator)
+            return {"embeds": embeds, "pooled": torch.randn(pooled, generator=generator)}
+
+    return RandomBackbone(config.model, load_dtypes(config))
+
+
+def brightness(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG001
+    """A reward without cost."""
     return images.mean((1, 2, 3))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
     def seconds(repeats: int) -> float:
         begin = time.perf_counter()
@@ -88,55 +153,76 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize()
         return (time.perf_counter() - begin) / repeats
 
-    seconds(10)
+    seconds(10)  # a warm-up
     return 2 * n**3 / seconds(50)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("settings", nargs="*")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--vae-width", type=int, default=128)
-    given = parser.parse_intermixed_args()
-    usual = {"prompts_per_step": "1", "rewards": "brightness", "eval_rewards": "brightness", "eval_every": "0"}
-    s = recipe(given.recipe, **{**usual, **dict(word.split("=", 1) for word in given.settings)})
-    s = s.model_copy(update={"embedding_cache": None, "weights": "random"})
-    backbone = random_model(s, given.layers, given.vae_width)
-    texts = [f"prompt {i}" for i in range(s.prompts_per_step)]
-    run = Run(s, "/tmp/flowgrain-full", backbone=backbone, prompts=texts, eval_prompts=texts, rewards={"brightness": brightness})
-    x = torch.randn(1, *backbone.latent_shape, device=run.device)
-    one = take(run.policy.encode(texts[:1]), torch.zeros(1, dtype=torch.long, device=run.device))
+def row_flops(trainer: Trainer) -> int:
+    """FLOPs of one row through the model."""
+    shape, guidance = trainer.backbone.latent_shape, trainer.config.sampling.guidance_scale
+    x = torch.randn(1, *shape, device=trainer.device)
+    first = torch.zeros(1, dtype=torch.long, device=trainer.device)
+    cond = take(trainer.policy.encode([trainer.prompts[0].text]), first)
     with FlopCounterMode(display=False) as counter:
-        run.policy.sample_velocity(x, run.sigmas[:1], one, s.guidance_scale)
-    flops, rate = counter.get_total_flops(), matrix_rate(run.device, run.policy.dtype)
-    print(f"{flops / 1e12:.3g} TFLOP a row, matrix products at {rate / 1e12:.3g} TFLOP/s", flush=True)
-    megabytes = peaks(run)  # two steps, which also warm up
-    print(json.dumps({"megabytes beyond what a stage found": megabytes}), flush=True)
-    for number in range(given.rounds):
-        metrics = run.step(3 + number)
+        trainer.policy.sample_velocity(x, trainer.sigmas[:1], cond, guidance)
+    return counter.get_total_flops()
+
+
+def measure_published_loop(trainer: Trainer, seconds_per_prompt: float) -> None:
+    """Print the seconds per prompt of the loop of published code, and the ratio to flowgrain."""
+    num_steps, group_size = trainer.config.sampling.num_steps, trainer.method.group_size
+    spent = published_step(PublishedLoop(trainer, branches=1))
+    noise_steps = num_steps // 2
+    all_passes = trainer.method.published_passes(num_steps)
+    tails = all_passes - num_steps - group_size * noise_steps
+    passes = num_steps + noise_steps + tails // group_size
+    images = group_size * (spent["decode"] + spent["score"])
+    total = spent["sample"] * all_passes / passes + images + spent["update"]
+    print(
+        f"published loop: {passes / spent['sample']:.2f} rows/s, {total:.1f} s per prompt; "
+        f"flowgrain {seconds_per_prompt:.1f} s; ratio {total / seconds_per_prompt:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="recipe of flux or sd3")
+    parser.add_argument("settings", nargs="*", help="section.key=VALUE")
+    parser.add_argument("--preset")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="blocks of each kind. Default: all")
+    parser.add_argument("--vae-width", type=int, default=128)
+    args = parser.parse_intermixed_args()
+    config = load_config(args.source, [*SETTINGS, *args.settings], preset=args.preset)
+    prompts = [f"prompt {i}" for i in range(config.training.prompts_per_step)]
+    trainer = Trainer(
+        config,
+        tempfile.mkdtemp(),
+        backbone=random_backbone(config, args.layers, args.vae_width),
+        prompts=prompts,
+        eval_prompts=prompts,
+        rewards={"brightness": brightness},
+    )
+    flops, rate = row_flops(trainer), matrix_rate(trainer.device, trainer.policy.dtype)
+    print(
+        f"{flops / 1e12:.3g} TFLOP per row, matrix products {rate / 1e12:.3g} TFLOP/s", flush=True
+    )
+    memory = stage_memory(trainer)  # two steps, which are also the warm-up
+    print(json.dumps({"additional megabytes": memory}), flush=True)
+    for number in range(args.rounds):
+        metrics = trainer.step(3 + number)
         rows = metrics["forward_passes"] / metrics["seconds/sample"]
-        told = {stage: round(metrics[f"seconds/{stage}"], 2) for stage in STAGES}
-        print(f"{rows:.2f} rows/s, utilisation {rows * flops / rate:.2f}, seconds {told}", flush=True)
-    if s.method == "g2rpo":
-        loop = Published(run, branches=1)
-        spent = published_step(loop)
-        noisy = s.num_steps // 2
-        tails = build(s).published_passes - s.num_steps - s.group_size * noisy
-        taken = s.num_steps + noisy + tails // s.group_size
-        whole = (
-            spent["sample"] * build(s).published_passes / taken
-            + s.group_size * (spent["decode"] + spent["score"])
-            + spent["update"]
-        )
-        ours = sum(told.values()) / s.prompts_per_step
-        print(
-            f"the published loop: {taken / spent['sample']:.2f} rows/s, {whole:.1f} s a prompt; here {ours:.1f}: {whole / ours:.2f}"
-        )
-    print(json.dumps({"torch": torch.__version__, "passes": price(build(s), s).forward_passes, "settings": given.settings}))
-    if run.device.type == "cuda":
-        print(f"{torch.cuda.get_device_name()}, at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        seconds = {stage: round(metrics[f"seconds/{stage}"], 2) for stage in STAGES}
+        print(f"{rows:.2f} rows/s, utilization {rows * flops / rate:.2f}, {seconds}", flush=True)
+    if isinstance(trainer.method, G2RPO):
+        measure_published_loop(trainer, sum(seconds.values()) / len(prompts))
+    passes = prompt_cost(config).forward_passes
+    print(json.dumps({"torch": torch.__version__, "passes": passes, "settings": args.settings}))
+    if trainer.device.type == "cuda":
+        gigabytes = torch.cuda.max_memory_allocated() / 2**30
+        print(f"{torch.cuda.get_device_name()}, at most {gigabytes:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,155 +1,178 @@
-"""A whole training step by stage, beside the same step as published code writes it; and what each stage holds at most.
+"""Measure a training step by stage, against the same step as published code runs it.
 
-    python benchmarks/iteration.py [key=value ...] [--rounds 5] [--against key=value ...] [--memory] [--recipe demo]
+    python benchmarks/iteration.py [section.key=VALUE ...] [--rounds 5] [--source g2rpo]
+    python benchmarks/iteration.py ... --against section.key=VALUE ...
+    python benchmarks/iteration.py ... --memory
 
-Without --against the other side is the published loop (G2RPO alone), of one prompt; with it, the same step under other settings
-(compile=inductor, say). Both run by turns in one process; seconds a prompt, medians, and the ratio within each round.
-rewards=iteration:distant is a reward that waits, as one behind a network does.
+Without --against, the other side is the loop of published code for G2RPO, with one prompt. With
+--against, it is the same step with other settings, such as runtime.compile=inductor. Both sides run
+in turn in one process. Median seconds per prompt are printed, and the median ratio of the rounds.
+--memory prints the largest additional memory of every stage instead.
+
+rewards=[iteration:delayed] is a reward that waits, like one behind a network.
 """
 
 import argparse
 import ctypes
 import json
 import statistics
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
-from published import Published
+from published import PublishedLoop
+from torch import Tensor
 
-from flowgrain import recipe
-from flowgrain.distributed.process import keep_memory
-from flowgrain.training.trainer import Run
+from flowgrain.config import load_config
+from flowgrain.data import Prompt
+from flowgrain.training import Trainer
+from flowgrain.training.timer import StageTimer
 
 STAGES = ("sample", "decode", "score", "update")
-USUAL = {
-    "granularities": "1,2,3",
-    "num_steps": 16,
-    "group_size": 12,
-    "prompts_per_step": 4,
-    "rewards": "towers",
-    "eval_rewards": (),
-}
+G2RPO = [
+    "sampling.num_steps=16",
+    "method.granularities=[1,2,3]",
+    "method.group_size=12",
+    "training.prompts_per_step=4",
+    "rewards=[towers]",
+    "evaluation.rewards=[]",
+]
 
 
-def distant(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:  # noqa: ARG001
-    """The mean brightness, after a wait of 3 ms an image."""
+def delayed(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG001
+    """The mean brightness, after a delay of 3 ms per image."""
     time.sleep(0.003 * len(images))
     return images.mean((1, 2, 3))
 
 
-def published_step(loop: Published) -> dict[str, float]:
-    """Seconds of its stages."""
-    times, spent = [time.perf_counter()], {}
-
-    def done(stage: str) -> None:
-        if loop.run.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        spent[stage] = times[-1] - times[-2]
-
-    found = loop.sample()
-    done("sample")
-    images = loop.decode(found)
-    done("decode")
-    advantage = loop.score(found, images)
-    done("score")
-    loop.update(found, advantage)
-    done("update")
-    return spent
+def published_step(loop: PublishedLoop) -> dict[str, float]:
+    """Seconds of the stages of the published loop."""
+    timer = StageTimer(loop.trainer.device)
+    with timer.measure("sample"):
+        fans = loop.sample()
+    with timer.measure("decode"):
+        images = loop.decode(fans)
+    with timer.measure("score"):
+        advantages = loop.score(fans, images)
+    with timer.measure("update"):
+        loop.update(fans, advantages)
+    return {stage: timer.seconds[f"seconds/{stage}"] for stage in STAGES}
 
 
-def own_step(run: Run, number: int) -> dict[str, float]:
-    metrics = run.step(number)
-    return {stage: metrics[f"seconds/{stage}"] / run.settings.prompts_per_step for stage in STAGES}
+def own_step(trainer: Trainer, step: int) -> dict[str, float]:
+    """Seconds per prompt of the stages of a training step."""
+    metrics = trainer.step(step)
+    count = trainer.config.training.prompts_per_step
+    return {stage: metrics[f"seconds/{stage}"] / count for stage in STAGES}
 
 
-class Peak:
-    """The most memory held inside, in bytes beyond what was held before: the allocator's on a GPU, resident pages on a CPU."""
+class PeakMemory:
+    """The largest memory inside a context, in bytes beyond the memory before it.
+
+    On a GPU it is the memory of torch's allocator, on a CPU the resident memory of the process.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
+        self._stop, self._largest = threading.Event(), 0
 
-    def _held(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else psutil.Process().memory_info().rss
+    def _current(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return psutil.Process().memory_info().rss
 
-    def __enter__(self) -> "Peak":
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self._largest = max(self._largest, self._current())
+
+    def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         else:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.before, self.most, self.over = self._held(), 0, threading.Event()
-
-        def watch() -> None:
-            while not self.over.wait(0.002):
-                self.most = max(self.most, self._held())
-
-        self.thread = threading.Thread(target=watch)
-        self.thread.start()
+        self._before = self._current()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self.bytes = max(self.most, self._held()) - self.before
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self._largest, self._current()) - self._before
 
 
-def peaks(run: Run) -> dict[str, float]:
-    """Megabytes that each stage of a step holds at most, beyond what was there when it began."""
-    from contextlib import contextmanager
+class MemoryTimer(StageTimer):
+    """A stage timer that also measures the memory of every stage, in megabytes."""
 
-    run.step(1)
-    found: dict[str, float] = {}
-    timed = run._timed
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.megabytes: dict[str, float] = {}
 
     @contextmanager
-    def weighed(stage: str):
-        with Peak(run.device) as peak, timed(stage):
+    def measure(self, stage: str) -> Iterator[None]:
+        with PeakMemory(self.device) as peak, super().measure(stage):
             yield
-        found[stage] = max(found.get(stage, 0), peak.bytes / 1e6)
+        self.megabytes[stage] = max(self.megabytes.get(stage, 0), peak.bytes / 1e6)
 
-    run._timed = weighed
-    run.step(2)
-    return {stage: found[stage] for stage in STAGES}
+
+def stage_memory(trainer: Trainer) -> dict[str, float]:
+    """Largest additional memory of each stage of a step in megabytes. Runs two steps."""
+    trainer.step(1)
+    timer = MemoryTimer(trainer.device)
+    trainer.collector.timer = timer
+    trainer.step(2)
+    trainer.collector.timer = trainer.timer
+    return {stage: round(timer.megabytes[stage], 1) for stage in STAGES}
+
+
+def other_side(trainer: Trainer, args: argparse.Namespace, words: list[str]) -> Callable:
+    """A function of the round that returns the seconds of the other side's stages."""
+    if args.against is None:
+        loop = PublishedLoop(trainer)
+        return lambda _step: published_step(loop)
+    config = load_config(args.source, [*words, *args.against])
+    rival = Trainer(config, tempfile.mkdtemp())
+    return lambda step: own_step(rival, step)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("settings", nargs="*")
-    parser.add_argument("--recipe", default="g2rpo")
+    parser.add_argument("--source", default="g2rpo", help="recipe, method, file or run")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--against", nargs="*")
+    parser.add_argument("--against", nargs="*", help="settings of the other side")
     parser.add_argument("--memory", action="store_true")
-    given = parser.parse_intermixed_args()
-
-    def values(words: list[str]) -> dict[str, str]:
-        return dict(word.split("=", 1) for word in words)
-
-    usual = USUAL if given.recipe == "g2rpo" else {}
-    run = Run(recipe(given.recipe, **{**usual, **values(given.settings)}), "/tmp/flowgrain-iteration")
-    if given.memory:
-        print(json.dumps({"megabytes": {k: round(v, 1) for k, v in peaks(run).items()}}))
+    args = parser.parse_intermixed_args()
+    words = [*(G2RPO if args.source == "g2rpo" else ()), *args.settings]
+    trainer = Trainer(load_config(args.source, words), tempfile.mkdtemp())
+    if args.memory:
+        print(json.dumps({"megabytes": stage_memory(trainer)}))
         return
-    keep_memory()
-    if given.against is None:
-        loop = Published(run)
-        other = lambda _: published_step(loop)  # noqa: E731
-    else:
-        rival = Run(recipe(given.recipe, **{**usual, **values(given.settings), **values(given.against)}), "/tmp/flowgrain-rival")
-        other = lambda number: own_step(rival, number)  # noqa: E731
+    other = other_side(trainer, args, words)
     ours, theirs = [], []
-    for number in range(1, given.rounds + 2):
-        ours.append(own_step(run, number))
-        theirs.append(other(number))
-        print(f"{sum(ours[-1].values()):.2f} s a prompt, the other side {sum(theirs[-1].values()):.2f}", flush=True)
-    ours, theirs = ours[1:], theirs[1:]  # the first round warms up
-    for stage in (*STAGES, "all"):
-        a, b = ([sum(one.values()) if stage == "all" else one[stage] for one in side] for side in (ours, theirs))
+    for step in range(1, args.rounds + 2):
+        ours.append(own_step(trainer, step))
+        theirs.append(other(step))
+        sums = sum(ours[-1].values()), sum(theirs[-1].values())
+        print(f"{sums[0]:.2f} s per prompt, other side {sums[1]:.2f} s", flush=True)
+    for side in (ours, theirs):
+        del side[0]  # a warm-up
+        for seconds in side:
+            seconds["total"] = sum(seconds.values())
+    for stage in (*STAGES, "total"):
+        a, b = ([seconds[stage] for seconds in side] for side in (ours, theirs))
         ratio = statistics.median(y / x for x, y in zip(a, b, strict=True))
-        print(f"{stage:8} {statistics.median(a):8.3f} s {statistics.median(b):8.3f} s   ratio {ratio:.2f}")
-    print(json.dumps({"rounds": given.rounds, "threads": torch.get_num_threads(), "torch": torch.__version__}))
+        medians = f"{statistics.median(a):8.3f} s {statistics.median(b):8.3f} s"
+        print(f"{stage:8} {medians}   ratio {ratio:.2f}")
+    threads = torch.get_num_threads()
+    print(json.dumps({"rounds": args.rounds, "threads": threads, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A G2RPO iteration of one prompt as published code writes it: row by row, nothing shared, nothing batched."""
+"""A G2RPO step of one prompt as published code runs it: row by row, without shared states."""
 
 import itertools
 from dataclasses import dataclass
@@ -6,80 +6,103 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowgrain.core.sde import ODE, FlowSDE, Gaussian, Kernel, Step
+from flowgrain.core.tree import coarse_indices
+from flowgrain.methods.g2rpo import G2RPO
 from flowgrain.models import take
-from flowgrain.core.sde import ODE, FlowSDE, Kernel, Step
-from flowgrain.training.trainer import Run
-from flowgrain.core.tree import coarse_levels
+from flowgrain.training import Trainer
 
 
 @dataclass
-class Branched:
-    """One noise step: where it began, x [1, *L]; the branches' next states [G, *L]; the finished latents [G, Lambda, *L]."""
+class Fan:
+    """The branches of a stochastic step.
 
-    step: int
+    Attributes:
+        index: grid index of the step.
+        x: [1, *L] state before it.
+        x_next: G states [1, *L] after it.
+        finished: for each branch its finished latents [1, *L], by granularity.
+    """
+
+    index: int
     x: Tensor
-    following: list[Tensor]
+    x_next: list[Tensor]
     finished: list[list[Tensor]]
 
 
-class Published:
-    """The iteration of prompt number `place` of the run's prompts; `branches` a step, or fewer for a fair sample of its speed."""
+class PublishedLoop:
+    """The training step as a loop over branches.
 
-    def __init__(self, run: Run, place: int = 0, branches: int | None = None) -> None:
-        self.run, self.prompt = run, run.prompts[place]
-        self.branches = branches or run.settings.group_size
-        self.cond = take(run.policy.encode([self.prompt]), torch.tensor([0], device=run.device))
+    Args:
+        trainer: a G2RPO run, whose model and rewards are used.
+        prompt: number of the prompt.
+        branches: branches of every stochastic step. Fewer than the group size measure the speed.
+    """
 
-    def _go(self, x: Tensor, start: int, end: int, kernel: Kernel) -> Tensor:
-        run = self.run
-        v = run.policy.sample_velocity(x, run.sigmas[[start]], self.cond, run.settings.guidance_scale)
-        law = kernel(x, v, Step.on(run.sigmas, torch.tensor([start]), torch.tensor([end])))
-        return law.sample(torch.randn_like(x))
+    def __init__(self, trainer: Trainer, prompt: int = 0, branches: int | None = None) -> None:
+        assert isinstance(trainer.method, G2RPO)
+        self.trainer, self.method = trainer, trainer.method
+        self.prompt = trainer.prompts[prompt]
+        self.branches = branches or self.method.group_size
+        first = torch.tensor([0], device=trainer.device)
+        self.cond = take(trainer.policy.encode([self.prompt.text]), first)
+
+    def _transition(self, x: Tensor, v: Tensor, start: int, end: int, kernel: Kernel) -> Gaussian:
+        step = Step.on(self.trainer.sigmas, torch.tensor([start]), torch.tensor([end]))
+        return kernel(x, v, step)
+
+    def _walk(self, x: Tensor, start: int, end: int, kernel: Kernel) -> Tensor:
+        trainer, guidance = self.trainer, self.trainer.config.sampling.guidance_scale
+        v = trainer.policy.sample_velocity(x, trainer.sigmas[[start]], self.cond, guidance)
+        return self._transition(x, v, start, end, kernel).sample(torch.randn_like(x))
 
     @torch.no_grad()
-    def sample(self) -> list[Branched]:
-        """An anchor, and from each of its first T/2 states `branches` branches, each finished at every granularity."""
-        s, found = self.run.settings, []
-        x = torch.randn(1, *self.run.backbone.latent_shape, device=self.run.device)
-        for k in range(s.num_steps):
-            if k < s.num_steps // 2:
-                here = Branched(k, x, [], [])
+    def sample(self) -> list[Fan]:
+        """One ODE trajectory. Branches leave the first half of its states, at every granularity."""
+        num_steps, fans = self.trainer.config.sampling.num_steps, []
+        shape, device = self.trainer.backbone.latent_shape, self.trainer.device
+        x = torch.randn(1, *shape, device=device)
+        for k in range(num_steps):
+            if k < num_steps // 2:
+                fan = Fan(k, x, [], [])
                 for _ in range(self.branches):
-                    here.following.append(self._go(x, k, k + 1, FlowSDE(s.eta)))
-                    here.finished.append([])
-                    for stride in s.granularities:
-                        y = here.following[-1]
-                        for start, end in itertools.pairwise(coarse_levels(k + 1, s.num_steps, stride)):
-                            y = self._go(y, start, end, ODE())
-                        here.finished[-1].append(y)
-                found.append(here)
-            x = self._go(x, k, k + 1, ODE())
-        return found
+                    fan.x_next.append(self._walk(x, k, k + 1, FlowSDE(self.method.eta)))
+                    fan.finished.append([])
+                    for stride in self.method.granularities:
+                        y = fan.x_next[-1]
+                        indices = coarse_indices(k + 1, num_steps, stride)
+                        for start, end in itertools.pairwise(indices):
+                            y = self._walk(y, start, end, ODE())
+                        fan.finished[-1].append(y)
+                fans.append(fan)
+            x = self._walk(x, k, k + 1, ODE())
+        return fans
 
-    def decode(self, found: list[Branched]) -> list[Tensor]:
+    def decode(self, fans: list[Fan]) -> list[Tensor]:
         """Images [1, 3, H, W], one at a time."""
-        return [self.run.backbone.decode(x).cpu() for one in found for of_branch in one.finished for x in of_branch]
+        latents = (x for fan in fans for branch in fan.finished for x in branch)
+        return [self.trainer.backbone.decode(x).cpu() for x in latents]
 
-    def score(self, found: list[Branched], images: list[Tensor]) -> Tensor:
-        """Advantages [K, G] of the first reward, asked image by image: a sum over granularities."""
-        reward = next(iter(self.run.rewards.values()))
-        values = torch.tensor([float(reward(image, [self.prompt])[0]) for image in images])
-        values = values.reshape(len(found), self.branches, -1)
-        spread = values.std(1, keepdim=True) if self.branches > 1 else torch.ones(1)
-        return ((values - values.mean(1, keepdim=True)) / (spread + 1e-8)).sum(-1).clamp(-5, 5)
+    def score(self, fans: list[Fan], images: list[Tensor]) -> Tensor:
+        """Advantages [K, G] of the first reward, which scores one image at a time."""
+        reward = next(iter(self.trainer.rewards.values()))
+        scores = torch.tensor([float(reward(image, [self.prompt])[0]) for image in images])
+        scores = scores.reshape(len(fans), self.branches, -1)
+        std = scores.std(1, keepdim=True) if self.branches > 1 else torch.ones(1)
+        return ((scores - scores.mean(1, keepdim=True)) / (std + 1e-8)).sum(-1).clamp(-5, 5)
 
-    def update(self, found: list[Branched], advantage: Tensor) -> None:
-        """One optimizer step; a gradient forward for each noise step."""
-        run, s = self.run, self.run.settings
-        losses = []
-        for one, of_step in zip(found, advantage, strict=True):
-            v = run.policy.train_velocity(one.x.float(), run.sigmas[[one.step]], self.cond, s.guidance_scale)
-            start, end = torch.tensor([one.step]), torch.tensor([one.step + 1])
-            law = FlowSDE(s.eta)(one.x.float(), v, Step.on(run.sigmas, start, end))
-            log_prob = torch.stack([law.log_prob(y.float()) for y in one.following])[:, 0]
+    def update(self, fans: list[Fan], advantages: Tensor) -> None:
+        """One optimizer update, with a gradient forward pass per stochastic step."""
+        trainer, losses = self.trainer, []
+        guidance, clip = trainer.config.sampling.guidance_scale, self.method.clip_range
+        for fan, advantage in zip(fans, advantages, strict=True):
+            x, k = fan.x.float(), fan.index
+            v = trainer.policy.train_velocity(x, trainer.sigmas[[k]], self.cond, guidance)
+            transition = self._transition(x, v, k, k + 1, FlowSDE(self.method.eta))
+            log_prob = torch.stack([transition.log_prob(y.float()) for y in fan.x_next])[:, 0]
             ratio = (log_prob - log_prob.detach()).exp()
-            of_step = of_step.to(ratio)
-            surrogate = torch.maximum(-of_step * ratio, -of_step * ratio.clamp(1 - s.clip_range, 1 + s.clip_range))
-            losses.append(surrogate.mean() / len(found))
+            gain = advantage.to(ratio)
+            clipped = -gain * ratio.clamp(1 - clip, 1 + clip)
+            losses.append(torch.maximum(-gain * ratio, clipped).mean() / len(fans))
             losses[-1].backward()
-        run.optimise([loss.detach()[None] for loss in losses])
+        trainer.optimizer.step([loss.detach()[None] for loss in losses])

@@ -147,11 +147,12 @@ def train_towers(steps: int, out: Path) -> None:
         result = model(input_ids=tower_tokens([*texts, *wrong]), pixel_values=images * 2 - 1)
         scale = model.logit_scale.exp().clamp(max=50)
         image, text = result.image_embeds, result.text_embeds
-        wrong_texts = (image[:count, None] * text[count:].view(count, 2, -1)).sum(-1)
-        wrong_images = (text[:count] * image[count:]).sum(-1, keepdim=True)
-        by_image = scale * torch.cat([image[:count] @ text[:count].T, wrong_texts], 1)
-        by_text = scale * torch.cat([text[:count] @ image[:count].T, wrong_images], 1)
-        loss = F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)
+        by_image = [image[:count] @ text[:count].T]
+        by_image.append((image[:count, None] * text[count:].view(count, 2, -1)).sum(-1))
+        loss = F.cross_entropy(scale * torch.cat(by_image, 1), target)
+        by_text = [text[:count] @ image[:count].T]
+        by_text.append((text[:count] * image[count:]).sum(-1, keepdim=True))
+        loss = loss + F.cross_entropy(scale * torch.cat(by_text, 1), target)
         training.update(loss)
         if training.is_due(step):
             right, other = tower_similarities(model, renderings, rng)

@@ -99,7 +99,7 @@ class TestResume:
     def test_words_that_contradict_it(self, short):
         assert "remove --out" in refused("train", "--resume", short, "--out", "other")
         assert "remove g2rpo" in refused("train", "--resume", short, "g2rpo")
-        assert "It has no run.yaml" in refused("train", "--resume", "nowhere")
+        assert "not the directory of a run" in refused("train", "--resume", "nowhere")
 
     def test_a_run_with_objects_from_python(self, short):
         text = (short / "run.yaml").read_text()

@@ -31,7 +31,7 @@ def serve(requests):
 
 
 class RankPool:
-    """Up to `size` processes on this machine. They are forked from a server that has imported torch."""
+    """`size` processes, forked from a server that has imported torch."""
 
     def __init__(self, size):
         self.size, self.ranks = size, []

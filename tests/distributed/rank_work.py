@@ -9,8 +9,8 @@ from pathlib import Path
 import diffusers.training_utils  # noqa: F401  imported once before the fork, not after each
 import torch
 from diffusers.loaders import PeftAdapterMixin
-from toy import PROMPTS, Toy, red
 from torch import nn
+from toy import PROMPTS, Toy, red
 
 from flowgrain import METHODS, PolicyGradient, RunStopped, SettingsError, Trainer, load_config
 from flowgrain.distributed import destroy_process_group
@@ -229,7 +229,7 @@ def without_times(lines):
 
 
 def train(folder, changes, method="g2rpo"):
-    """A whole run, resumed if the directory contains one. Returns its metrics and its parameters."""
+    """A whole run, resumed if the directory contains one: its metrics and parameters."""
     trainer = make(folder, changes, method)
     trainer.resume()
     trainer.train()

@@ -1,4 +1,4 @@
-"""Runs of one, two and four processes are the same run. A checkpoint of one number resumes with another."""
+"""Runs of one, two and four processes are the same run, and resume with another number."""
 
 import json
 import math
@@ -158,7 +158,8 @@ def test_memory_of_all_ranks_together(tmp_path, pool, size):
 def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path, pool, method, changes):
     """Two steps on four ranks, two on one and two on two give the run of six steps on one.
 
-    Metrics and parameters agree within 1e-6. The calibrated noise of DenseGRPO is part of the checkpoint, so it is not calibrated again.
+    Metrics and parameters agree within 1e-6. The calibrated noise of DenseGRPO is part of the
+    checkpoint, so it is not calibrated again.
     """
     changes = {"training.checkpoint_every": 1, "evaluation.every": 2, **changes}
     whole = train(tmp_path / "whole", {**changes, "training.max_steps": 6}, method)

@@ -155,7 +155,7 @@ def test_a_run_with_objects_from_python(from_python, tmp_path):
     request = make_request(["base", str(trainer.out)], overrides, steps=[3])
     state = {name: p.clone() for name, p in backbone.transformer.named_parameters()}
     given = {"rewards": {"red": red}}
-    with pytest.raises(SettingsError, match=r"rewards\[red\]"):
+    with pytest.raises(SettingsError, match=r"with its own rewards. Set rewards, or evaluate it"):
         run_evaluation(request, tmp_path / "out", backbone=backbone)
     run_evaluation(request, tmp_path / "out", backbone=backbone, **given)
     for name, parameter in backbone.transformer.named_parameters():
@@ -177,3 +177,18 @@ def test_a_run_needs_its_objects(from_python, tmp_path):
     request = make_request([str(trainer.out)], {"rewards": ["oracle"]}, steps=[1])
     with pytest.raises(SettingsError, match=r"started from Python with its own backbone"):
         run_evaluation(request, tmp_path / "out")
+
+
+def test_a_run_needs_its_evaluation_prompts(tiny, tmp_path):
+    """Otherwise the bundled prompts would be used silently."""
+    trainer = Trainer(tiny, tmp_path / "run", eval_prompts=["one red circle"])
+    trainer.recorder.start()
+    request = make_request([str(trainer.out)], steps=[1])
+    with pytest.raises(SettingsError, match=r"with its own prompts. Set data.eval_prompts"):
+        run_evaluation(request, tmp_path / "out")
+    run_evaluation(request, tmp_path / "out", prompts=["one red circle"])
+    assert set(read_scores(tmp_path / "out")["prompt"]) == {"one red circle"}
+    (tmp_path / "prompts.txt").write_text("two blue squares\n")
+    overrides = {"data.eval_prompts": str(tmp_path / "prompts.txt")}
+    run_evaluation(make_request([str(trainer.out)], overrides, steps=[1]), tmp_path / "other")
+    assert set(read_scores(tmp_path / "other")["prompt"]) == {"two blue squares"}

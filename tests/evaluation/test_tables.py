@@ -83,10 +83,9 @@ def test_differences_use_images_that_both_models_have(finished, tmp_path):
 def test_the_lines_of_a_cell():
     nan = float("nan")
     value = Interval(0.5, 0.4, 0.6)
-    assert cell_lines(Cell(value, Interval(0.1, -0.1, 0.3), 4, 0)) == [
-        "0.500 [0.400, 0.600]",
-        "Δ +0.100 [-0.100, +0.300]",
-    ]
+    cell = Cell(value, Interval(0.1, -0.1, 0.3), 4, 0)
+    assert cell_lines(cell) == ["0.500", "[0.400, 0.600]", "Δ +0.100", "[-0.100, +0.300]"]
+    assert cell_lines(cell, wide=True) == ["0.500 [0.400, 0.600]", "Δ +0.100 [-0.100, +0.300]"]
     assert cell_lines(Cell(Interval(0.5, nan, nan), None, 1, 3)) == ["0.500", "3 not scored"]
     assert cell_lines(Cell(Interval(nan, nan, nan), None, 0, 4)) == ["-", "4 not scored"]
 

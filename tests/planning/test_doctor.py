@@ -134,4 +134,4 @@ def test_a_backbone_of_unknown_size(tmp_path):
     findings = findings_of(config, tmp_path / "run")
     failed = [name for name, finding in findings.items() if not finding.ok]
     assert failed == ["prompts"]  # the toy has the same prompts for training and evaluation
-    assert "weights 0.00 GB" in findings["memory"].message
+    assert "weights 0.0 MB" in findings["memory"].message

@@ -5,6 +5,7 @@ import torch
 
 from flowgrain import Trainer
 from flowgrain.config import load_config
+from flowgrain.models.acceleration import QuantizedCopy
 from flowgrain.planning.memory import Layout, memory
 from flowgrain.planning.sizes import model_size
 
@@ -62,6 +63,16 @@ def test_a_quantized_copy_is_smaller():
     size = model_size(config.model)
     parts = memory(config, size, torch.bfloat16).parts
     assert size.transformer < parts["quantized copy"] < parts["sampling copy"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"runtime.dtype": "bfloat16"}, {"lora.rank": 4}])
+def test_a_quantized_copy_has_the_size_of_the_model(tiny, tmp_path, changes):
+    config = tiny.with_changes(changes)
+    policy, size = Trainer(config, tmp_path).policy, model_size(config.model)
+    names = policy.copies.block_names
+    quantized = QuantizedCopy(policy.sampler, names, "int8", policy.dtype)
+    config = config.with_changes({"sampling.tail_weights": "int8"})
+    assert memory(config, size, policy.dtype).parts["quantized copy"] == quantized.size
 
 
 def test_layouts():

@@ -13,7 +13,8 @@ PROBE = """<script>addEventListener('load', () => {
   for (const image of document.images) image.loading = 'eager';
   const broken = [...document.images].filter(image => image.complete && !image.naturalWidth).length;
   const width = document.documentElement.scrollWidth;
-  document.title = JSON.stringify({width, visible: innerWidth, broken, images: document.images.length});
+  const images = document.images.length;
+  document.title = JSON.stringify({width, visible: innerWidth, broken, images});
 })</script>"""
 
 
@@ -30,7 +31,7 @@ def measured(page, width):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [420, 1300])
+@pytest.mark.parametrize("width", [420])
 def test_pages_fit_the_window(run, comparison, evaluation, width):
     request, folder = evaluation
     pages = {

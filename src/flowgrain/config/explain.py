@@ -1,13 +1,14 @@
 """Error messages of wrong settings: the full path, the value, and a fix or the nearest setting."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, Method
+from flowgrain.models.base import BACKBONES
 from flowgrain.registry import canonical
 from flowgrain.settings import Section, did_you_mean, nearest
 
@@ -34,7 +35,7 @@ def setting_paths(method: type[Method] | None = None) -> Iterator[str]:
 def _paths(section: type[Section], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if _is_section(kind):
             if kind is not Method:
                 yield from _paths(kind, f"{prefix}{name}.")
         else:
@@ -42,27 +43,54 @@ def _paths(section: type[Section], prefix: str) -> Iterator[str]:
 
 
 def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+    method, value = _method(values), detail["input"]
+    if detail["loc"][:1] == ("method",) and method is None:
+        return f"method.name: {_method_name(values)}"
+    if detail["type"] == "extra_forbidden":
+        return _unknown(".".join([*map(str, detail["loc"]), *_first_keys(value)]), method)
     loc = tuple(part for part in detail["loc"] if isinstance(part, int) or part.isidentifier())
     while loc and loc[-1] in _UNION_TAGS:
         loc = loc[:-1]
     path = ".".join(map(str, loc))
-    method = _method(values)
-    if loc[:1] == ("method",) and method is None:
-        return f"method.name: {_method_name(values)}"
-    if detail["type"] == "extra_forbidden":
-        return _unknown(path, method)
-    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    message = _message(detail, path)
     if not path:
         return f"{message}."
     if detail["type"] == "missing":
-        return f"{path}: required, but not set. {_description(path, method)}".rstrip()
-    value = detail["input"]
-    message = message[0].lower() + message[1:]
+        return f"{path}: {_missing(path, method, values)}".rstrip()
     return f"{path}={value!r}: {message}. {_description(path, method)}".rstrip()
 
 
 _UNION_TAGS = ("int", "float", "str", "tuple", "list", "none")
 """Names that pydantic appends to a path for an alternative of a union."""
+
+
+def _message(detail: ErrorDetails, path: str) -> str:
+    """The reason and the fix, without the final full stop."""
+    if detail["type"] == "tuple_type":
+        return f"must be a list. Write {path}=[{detail['input']}]"
+    if detail["type"] == "too_short":
+        return "must not be empty"
+    if detail["type"] == "model_type":
+        return f"is a section. Write {path}.KEY=VALUE"
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    message = message.replace("Input should be", "must be")
+    return message[0].lower() + message[1:] if path else message
+
+
+def _missing(path: str, method: type[Method] | None, values: Mapping[str, Any]) -> str:
+    if path != "rewards":
+        return f"required, but not set. {_description(path, method)}"
+    name = str(values.get("model", {}).get("name"))
+    if name not in BACKBONES:
+        return f"model.name={name} has no default rewards. {did_you_mean(name, BACKBONES)}"
+    return f"required, because model.name={name} has no default rewards. Write rewards=[clip]."
+
+
+def _first_keys(value: Any) -> Iterator[str]:
+    """The path to the first setting below an unknown section."""
+    while isinstance(value, Mapping) and value:
+        key, value = next(iter(value.items()))
+        yield str(key)
 
 
 def _method(values: Mapping[str, Any]) -> type[Method] | None:
@@ -82,10 +110,10 @@ def _method_name(values: Mapping[str, Any]) -> str:
 
 
 def _unknown(path: str, method: type[Method] | None) -> str:
-    if path.startswith("method.") and method is not None:
-        option = path.split(".")[1]
+    option = path.removeprefix("method.").split(".")[0]
+    if path.startswith("method.") and method is not None and option not in method.model_fields:
         users = [name for name in METHODS if option in METHODS.get(name).model_fields]
-        if users and option not in method.model_fields:
+        if users:
             others = " or ".join(repr(name) for name in users[:3])
             return (
                 f"Method {method.name!r} has no option {option!r}. "
@@ -99,24 +127,27 @@ def _unknown(path: str, method: type[Method] | None) -> str:
     known = list(setting_paths(method))
     last = canonical(path.split(".")[-1])
     same = [name for name in known if canonical(name.split(".")[-1]) == last]
-    close = same[0] if same else nearest(path, known, 0.4)
+    close = same[0] if same else nearest(path, known)
     if close is None:
         ends = {name.split(".")[-1]: name for name in known}
-        end = nearest(path.split(".")[-1], ends, 0.6)
+        end = nearest(path.split(".")[-1], ends)
         close = ends[end] if end is not None else None
     hint = f"Did you mean {close!r}?" if close else f"Sections: {', '.join(Config.model_fields)}."
     return f"{path} is not a setting. {hint}"
 
 
 def _description(path: str, method: type[Method] | None) -> str:
-    """The description of the setting at `path`."""
-    section: Any = Config
+    """The description of the setting at `path`, or of the list that contains it."""
+    section, description = Config, ""  # type: Any, str
     for part in path.split("."):
-        if section is Method and method is not None:
-            section = method
-        fields = getattr(section, "model_fields", {})
-        if part not in fields:
-            return ""
-        field = fields[part]
-        section = field.annotation
-    return field.description or ""
+        section = method if section is Method and method is not None else section
+        if part.isdecimal():  # an entry of a list
+            section = next((kind for kind in get_args(section) if _is_section(kind)), None)
+        elif part in getattr(section, "model_fields", {}):
+            field = section.model_fields[part]
+            section, description = field.annotation, field.description or ""
+    return description
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)

@@ -20,6 +20,7 @@ from flowgrain.config.explain import explain
 from flowgrain.config.presets import apply_preset
 from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS
+from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
 from flowgrain.settings import SettingsError, did_you_mean
 
@@ -89,8 +90,8 @@ def with_defaults(values: Values) -> Values:
 
 
 def model_defaults(name: Any) -> Values:
-    """Default settings of a model. Empty for a model that has none."""
-    file = _MODELS.joinpath(f"{name}.yaml")
+    """Default settings of a model, in any spelling of its name. Empty for a model that has none."""
+    file = _MODELS.joinpath(f"{BACKBONES.find(str(name))}.yaml")
     return read_yaml(file) if file.is_file() else {}
 
 
@@ -108,7 +109,7 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
         if isinstance(overrides, Mapping):
             nested = OmegaConf.create()
             for path, value in overrides.items():
-                OmegaConf.update(nested, path, _plain(value), merge=True, force_add=True)
+                OmegaConf.update(nested, str(path), _plain(value), merge=True, force_add=True)
         else:
             nested = OmegaConf.from_dotlist(list(overrides))
         return _container(nested)
@@ -158,7 +159,7 @@ def read_source(source: str | Path) -> tuple[str, Values]:
     if path.exists():
         file = path / "run.yaml" if path.is_dir() else path
         if not file.exists():
-            raise SettingsError(f"{path}: not the directory of a run. It contains no run.yaml.")
+            raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
         values = read_yaml(file)
         if file.name == "run.yaml":
             values = run_config(values, file)

@@ -35,6 +35,9 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     }
     changed["training"] = {**values.get("training", {}), "micro_batch_size": 1}
     changed["rewards"] = [_on_cpu(reward) for reward in values.get("rewards", [])]
+    evaluation = values.get("evaluation", {})
+    evaluated = [_on_cpu(reward) for reward in evaluation.get("rewards", [])]
+    changed["evaluation"] = {**evaluation, "rewards": evaluated}
     return changed
 
 

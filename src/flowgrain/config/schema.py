@@ -50,6 +50,7 @@ class SamplingConfig(Section):
         None,
         "Stretch the grid so that its last step starts at this noise level (Qwen-Image). "
         "Default: not stretched.",
+        keep=True,
         gt=0,
         lt=1,
     )

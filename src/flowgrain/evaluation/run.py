@@ -22,8 +22,11 @@ from flowgrain.evaluation.storage import (
 from flowgrain.evaluation.targets import load_target
 from flowgrain.models import Backbone
 from flowgrain.rewards import Reward
+from flowgrain.settings import SettingsError
 from flowgrain.training.evaluate import Evaluation, evaluate
 from flowgrain.training.load import load_prompts, load_rewards
+from flowgrain.training.policy import Policy
+from flowgrain.training.run_files import read_run
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,14 @@ def run_evaluation(
     config, overrides = request.config, request.overrides
     if config.data.eval_prompts is not None:
         existing_file("data.eval_prompts", config.data.eval_prompts)  # before a model is loaded
+    given = {"backbone": backbone, "rewards": rewards, "prompts": prompts}
+    names = [name for name, value in given.items() if value is not None]
+    _check_given(request, names)
     all_rewards = load_rewards(config, rewards)[1]
     target = request.targets[0]
     policy, sampling = load_target(target, config, overrides, backbone)
     chosen = load_prompts(config, policy.backbone, "eval", prompts)
     repeated = [chosen[i % len(chosen)] for i in range(config.evaluation.num_prompts)]
-    given = {"backbone": backbone, "rewards": rewards, "prompts": prompts}
-    names = [name for name, value in given.items() if value is not None]
     record_request(request, folder, repeated, all_rewards, names)
     every = list(chunks(request, len(repeated)))
     for chunk, existing in _unfinished(request, folder, every[rank::size], all_rewards):
@@ -79,23 +83,58 @@ def run_evaluation(
             del policy  # only one model is in memory at a time
             target = chunk.target
             policy, sampling = load_target(target, config, overrides, backbone)
-        evaluation = evaluate(
-            policy,
-            [repeated[place] for place in chunk.places],
-            all_rewards,
-            sigmas=sampling.sigmas(chunk.steps),
-            guidance=sampling.eval_guidance,
-            batch_size=sampling.sampling.batch_size,
-            reward_batch_sizes=_reward_batch_sizes(config),
-            seed=chunk.seed,
-            places=chunk.places,
-        )
+        chunk_prompts = [repeated[place] for place in chunk.places]
+        sizes = _reward_batch_sizes(config)
+        evaluation = _evaluate_chunk(policy, sampling, chunk, chunk_prompts, all_rewards, sizes)
         if request.keep_images:
             write_images(folder, chunk, evaluation)
         write_chunk(folder, chunk, _with_earlier_scores(evaluation, existing))
         if show is not None:
             show(_progress(folder, every))
     return _progress(folder, every)
+
+
+def _check_given(request: EvaluationRequest, given: Sequence[str]) -> None:
+    """Check that rewards and prompts that the first run got from Python are given or replaced.
+
+    Raises:
+        SettingsError: they are neither.
+    """
+    run = next((target for target in request.targets if target.kind == "run"), None)
+    if run is None:
+        return
+    from_python, overrides = read_run(Path(run.path)).get("given", []), request.overrides
+    new_prompts = "eval_prompts" in overrides.get("data", {})
+    for name, name_in_run, setting, replaced in (
+        ("rewards", "rewards", "rewards", "rewards" in overrides),
+        ("prompts", "eval_prompts", "data.eval_prompts", new_prompts),
+    ):
+        if name_in_run in from_python and name not in given and not replaced:
+            raise SettingsError(
+                f"{run.path}: this run was started from Python with its own {name}. Set {setting}, "
+                f"or evaluate it from Python: run_evaluation(request, directory, {name}=...)."
+            )
+
+
+def _evaluate_chunk(
+    policy: Policy,
+    config: Config,
+    chunk: Chunk,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Reward],
+    reward_batch_sizes: Mapping[str, int],
+) -> Evaluation:
+    return evaluate(
+        policy,
+        prompts,
+        rewards,
+        sigmas=config.sigmas(chunk.steps),
+        guidance=config.eval_guidance,
+        batch_size=config.sampling.batch_size,
+        reward_batch_sizes=reward_batch_sizes,
+        seed=chunk.seed,
+        places=chunk.places,
+    )
 
 
 def _reward_batch_sizes(config: Config) -> dict[str, int]:

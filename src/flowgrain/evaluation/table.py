@@ -248,28 +248,35 @@ def part_tables(table: Table) -> Iterator[PartTable]:
         yield PartTable(metric, names, lines)
 
 
-def cell_lines(cell: Cell) -> list[str]:
-    """The lines of a cell: mean and interval, difference and interval, unscored images."""
-    lines = [interval_text(cell.value)]
+def cell_lines(cell: Cell, wide: bool = False) -> list[str]:
+    """The lines of a cell: mean, interval, difference, its interval, number of unscored images.
+
+    Args:
+        cell: the cell.
+        wide: whether an interval is on the line of its mean.
+    """
+    intervals = [_interval_lines(cell.value, "")]
     if cell.difference is not None:
-        lines.append(f"Δ {interval_text(cell.difference, '+')}")
+        mean, *interval = _interval_lines(cell.difference, "+")
+        intervals.append([f"Δ {mean}", *interval])
+    lines = [line for parts in intervals for line in ([" ".join(parts)] if wide else parts)]
     return [*lines, f"{cell.failed} not scored"] if cell.failed else lines
 
 
-def interval_text(interval: Interval, sign: str = "") -> str:
-    """An interval such as 0.412 [0.380, 0.444]. `sign` is a sign option of a number format."""
+def _interval_lines(interval: Interval, sign: str) -> list[str]:
     if not math.isfinite(interval.mean):
-        return "-"
-    if not math.isfinite(interval.low):
-        return f"{interval.mean:{sign}.3f}"
-    return f"{interval.mean:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+        return ["-"]
+    lines = [f"{interval.mean:{sign}.3f}"]
+    if math.isfinite(interval.low):
+        lines.append(f"[{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]")
+    return lines
 
 
 def markdown(table: Table) -> str:
     """The table and the tables of its parts as Markdown. Δ is the difference to the first model."""
     lines = [_line("model", "steps", *table.metrics), _rule(2 + len(table.metrics))]
     for row in table.rows:
-        cells = ["<br>".join(cell_lines(row.cells[metric])) for metric in table.metrics]
+        cells = ["<br>".join(cell_lines(row.cells[metric], wide=True)) for metric in table.metrics]
         lines.append(_line(row.model, str(row.steps), *cells))
     for published_row in table.published:
         scores = [published_row.scores.get(metric) for metric in table.metrics]

@@ -4,20 +4,23 @@ import copy
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
 from flowgrain.config.load import DEFAULT, merge, read_source, validate, with_defaults
 from flowgrain.config.schema import Config
 from flowgrain.models import BACKBONES, Backbone
-from flowgrain.settings import Section, SettingsError
+from flowgrain.settings import SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.export import load_export
 from flowgrain.training.load import compute_device, load_model
 from flowgrain.training.policy import Policy
 from flowgrain.training.run_files import read_run, read_run_config
+from flowgrain.training.state import kept_settings
 
 log = logging.getLogger(__name__)
 BASE = "base"
@@ -218,21 +221,13 @@ def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
         SettingsError: an override changes a setting that the run must keep.
     """
     config = read_run_config(folder, dict(overrides))
-    own = dict(_kept_settings(read_run_config(folder)))
-    for path, value in _kept_settings(config):
-        if value != own[path]:
+    own, new = read_run_config(folder).to_dict(), config.to_dict()
+    for path in kept_settings(config):
+        keys = path.split(".")
+        trained, value = (reduce(getitem, keys, values) for values in (own, new))
+        if value != trained:
             raise SettingsError(
-                f"{path}={value}: the run {folder} was trained with {path}={own[path]}. "
+                f"{path}={value}: the run {folder} was trained with {path}={trained}. "
                 "Remove this override."
             )
     return config
-
-
-def _kept_settings(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Full path and value of every setting that a run must keep. Rewards are not among them."""
-    for name, field in type(section).model_fields.items():
-        value, extra = getattr(section, name), field.json_schema_extra
-        if isinstance(value, Section):
-            yield from _kept_settings(value, f"{prefix}{name}.")
-        elif isinstance(extra, dict) and extra.get("keep"):
-            yield f"{prefix}{name}", value

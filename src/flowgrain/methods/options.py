@@ -97,10 +97,11 @@ class CompressedTail(Method):
             ValueError: the tail is too short for the value of an option.
         """
         length = num_steps - 1 - last_step
+        follows = "only 1 step follows" if length == 1 else "no step follows"
         for option, default in (("tail_order", 1), ("tail_ratio", 1.0)):
             value = getattr(self, option)
             if value != default and length <= 1:
                 raise ValueError(
-                    f"{option}={value}: has no effect on a tail of length {length}. "
+                    f"{option}={value}: has no effect, because {follows} the last stochastic step. "
                     f"Remove it, or end method.sde_steps before {num_steps - 2}."
                 )

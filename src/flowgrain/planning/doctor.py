@@ -147,10 +147,8 @@ def check_memory(config: Config, size: ModelSize, device: torch.device) -> Findi
     needed = memory(config, size, compute_dtype(config.runtime.dtype, device))
     on_gpu = device.type == "cuda"
     available = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
-    parts = ", ".join(f"{name} {_gigabytes(part)}" for name, part in needed.parts.items())
-    message = (
-        f"{_gigabytes(needed.total)} of {_gigabytes(available)}, without activations: {parts}."
-    )
+    parts = ", ".join(f"{name} {_bytes(part)}" for name, part in needed.parts.items())
+    message = f"{_bytes(needed.total)} of {_bytes(available)}, without activations: {parts}."
     if needed.fits(available):
         return Finding("memory", True, message)
     advice = f"The model was not loaded. {_less_memory(config)}"
@@ -177,7 +175,7 @@ def check_disk(config: Config, size: ModelSize, out: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    message = f"{_gigabytes(needed)} for checkpoints, {_gigabytes(free)} free in {folder}."
+    message = f"{_bytes(needed)} for checkpoints, {_bytes(free)} free in {folder}."
     if needed < free:
         return Finding("disk", True, message)
     setting = f"training.keep_checkpoints={config.training.keep_checkpoints}"
@@ -234,5 +232,6 @@ def check_prompts(trainer: Trainer) -> Finding:
     return Finding("prompts", not shared, " ".join(sentences))
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _bytes(size: float) -> str:
+    """A number of bytes in MB or GB."""
+    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB"

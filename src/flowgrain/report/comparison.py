@@ -135,7 +135,7 @@ def finished_runs(comparison: Comparison, folder: Path, reward_set: str) -> dict
 
 
 @dataclass(frozen=True)
-class _Point:
+class CurvePoint:
     """An evaluation during training: the cost and the updates so far, and the value of a metric."""
 
     units: float
@@ -143,20 +143,20 @@ class _Point:
     value: float
 
 
-def _points(run: Path) -> dict[str, list[_Point]]:
+def curve_points(run: Path) -> dict[str, list[CurvePoint]]:
     """The evaluations of a run by reward, trained rewards first."""
     config = read_run_config(run)
     num_rewards, num_steps = len(config.rewards), config.sampling.num_steps
     units, updates = calibration_cost(config.method, num_steps, num_rewards).units, 0.0
     evaluated = (*config.rewards, *config.evaluation.rewards)
-    points: dict[str, list[_Point]] = {reward.name: [] for reward in evaluated}
+    points: dict[str, list[CurvePoint]] = {reward.name: [] for reward in evaluated}
     for line in read_metrics(run):
         if "forward_passes" in line:
             units += units_of_step(line, num_rewards)
             updates += line["updates"]
         for metric, of_metric in points.items():
             if f"eval/{metric}" in line:
-                of_metric.append(_Point(units, updates, line[f"eval/{metric}"]))
+                of_metric.append(CurvePoint(units, updates, line[f"eval/{metric}"]))
     return points
 
 
@@ -164,7 +164,7 @@ def _figures(comparison: Comparison, runs: dict[str, list[Path]]) -> list[Figure
     """Held-out scores during training, mean over seeds, against the cost and the updates."""
     if not comparison.curve_points:
         return []
-    of_runs = {label: [_points(run) for run in folders] for label, folders in runs.items()}
+    of_runs = {label: [curve_points(run) for run in folders] for label, folders in runs.items()}
     metrics = dict.fromkeys(m for seeds in of_runs.values() for points in seeds for m in points)
     figures = []
     for metric in metrics:
@@ -180,7 +180,7 @@ def _figures(comparison: Comparison, runs: dict[str, list[Path]]) -> list[Figure
     return figures
 
 
-def _mean_curve(label: str, of_seeds: list[list[_Point]], axis: str) -> Curve:
+def _mean_curve(label: str, of_seeds: list[list[CurvePoint]], axis: str) -> Curve:
     """Mean and 95% confidence interval over seeds, at the points that all seeds have."""
     length = min(map(len, of_seeds))
     values = np.array([[point.value for point in points[:length]] for points in of_seeds])  # [S, K]

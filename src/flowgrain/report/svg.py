@@ -101,7 +101,7 @@ def draw_figure(
         if ylim is not None:
             axes.set_ylim(*ylim)
         if all(isinstance(x, int) for curve in curves for x in curve.x):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         labels = [curve.label for curve in curves if curve.label]
         if labels:
             figure.legend(loc="outside upper left", ncols=_legend_columns(labels), fontsize=8)

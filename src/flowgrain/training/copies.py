@@ -101,18 +101,13 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
     """Add a LoRA adapter with float32 parameters to the backbone's transformer.
 
     Raises:
-        SettingsError: the backbone has no layers that take LoRA.
+        SettingsError: the backbone does not support LoRA.
     """
     if not backbone.lora_targets:
         raise SettingsError(
             f"lora.rank={config.lora.rank}: this backbone does not support LoRA. Use lora.rank=0."
         )
     from peft import LoraConfig  # takes seconds to import
-
-    if not backbone.lora_targets:
-        raise SettingsError(
-            f"lora.rank={config.lora.rank}: the backbone has no layers for LoRA. Use lora.rank=0."
-        )
 
     adapter = LoraConfig(
         r=config.lora.rank,

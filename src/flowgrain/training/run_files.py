@@ -41,7 +41,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     file = path / "run.yaml" if path.is_dir() else path
     if not file.exists():
-        raise SettingsError(f"{path}: not the directory of a run. It contains no run.yaml.")
+        raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
     return read_yaml(file)
 
 

@@ -108,6 +108,12 @@ def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:
                 f"{path}={new}: the run in {folder} was started with {old} and must keep it. "
                 "Start a new run."
             )
+    old_weights = {reward["name"]: reward["weight"] for reward in saved["rewards"]}
+    if old_weights != config.reward_weights:
+        raise SettingsError(
+            f"rewards: the weights are {config.reward_weights}. The run in {folder} was started "
+            f"with {old_weights} and must keep them. Start a new run."
+        )
     old_decay, decay = _at(saved, "training.ema_decay"), config.training.ema_decay
     if bool(old_decay) != bool(decay):
         raise SettingsError(
