@@ -4,7 +4,7 @@ TORCH ?= torch
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo compare test unit lint types docs docs-serve readme-images test-portable test-avx2 bench soak weights
+.PHONY: demo compare test unit lint types docs docs-serve figures readme-images test-portable test-avx2 bench soak weights
 
 demo: .venv/ready  ## Train the bundled demo and write its report
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -26,10 +26,10 @@ types: .venv/ready
 	$(BIN)/mypy
 
 docs: .venv/ready  ## Build the documentation site into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: .venv/ready
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # Kernels of other CPUs: AVX2 without VNNI, and SSE 4.1.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
@@ -42,6 +42,9 @@ test-portable: .venv/ready
 
 test-avx2: .venv/ready
 	$(AVX2) $(PYTEST) $(NUMERICAL)
+
+figures: .venv/ready  ## Draw the architecture and the trees of the methods
+	$(BIN)/python scripts/draw_figures.py
 
 readme-images: .venv/ready  ## Train the demo and draw the README's figure from it
 	$(BIN)/python scripts/readme_images.py
