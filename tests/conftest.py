@@ -1,6 +1,7 @@
 """Shared by all tests: no network, one thread, and a configuration that trains in seconds."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -8,8 +9,26 @@ import pytest
 import torch
 
 from flowgrain.config import Config, load_config
+from flowgrain.methods import METHODS
+from flowgrain.models import BACKBONES
+from flowgrain.rewards import REWARDS
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def plugins_are_forgotten():
+    """Remove what a test's plugins registered, so that no test depends on another."""
+    registries = (METHODS, REWARDS, BACKBONES)
+    before = [dict(registry._objects) for registry in registries]
+    modules = set(sys.modules)
+    yield
+    loaded = [name for name in set(sys.modules) - modules if name.startswith("flowgrain_plugin_")]
+    if loaded:
+        for registry, objects in zip(registries, before, strict=True):
+            registry._objects = objects
+        for name in loaded:
+            del sys.modules[name]
 
 
 @pytest.fixture

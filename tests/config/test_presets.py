@@ -4,6 +4,7 @@ import pytest
 
 from flowgrain import SettingsError, load_config
 from flowgrain.config.load import recipe_names
+from flowgrain.config.presets import apply_preset
 
 LARGE = [name for name in recipe_names() if "/" in name]
 
@@ -37,13 +38,11 @@ def test_overrides_come_after_the_preset():
 
 
 def test_rewards_that_are_only_evaluated_run_on_the_cpu_too():
-    changes = {"evaluation.rewards": [{"name": "pickscore", "device": "cuda:1"}, "oracle"]}
-    source = {"method": {"name": "g2rpo"}, "evaluation": {"rewards": changes["evaluation.rewards"]}}
-    from flowgrain.config.presets import apply_preset
-
+    rewards = [{"name": "pickscore", "device": "cuda:1"}, "oracle"]
+    source = {"method": {"name": "g2rpo"}, "evaluation": {"rewards": rewards}}
     values = apply_preset("one-gpu", source)
     assert values["evaluation"]["rewards"] == [{"name": "pickscore", "device": "cpu"}, "oracle"]
-    assert source["evaluation"]["rewards"][0]["device"] == "cuda:1"  # not changed in place
+    assert rewards[0]["device"] == "cuda:1"  # not changed in place
 
 
 def test_an_unknown_preset_names_the_nearest():

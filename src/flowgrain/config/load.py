@@ -113,7 +113,7 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
         else:
             nested = OmegaConf.from_dotlist(list(overrides))
         return _container(nested)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError) as error:
         words = (
             overrides
             if not isinstance(overrides, Mapping)

@@ -198,7 +198,7 @@ class RuntimeConfig(Section):
     )
     compile: Literal["inductor", "aot_eager"] | None = Setting(
         None,
-        "torch.compile backend for the repeated blocks. Batches are padded to a fixed size. "
+        "Backend of torch.compile for the repeated blocks. Batches are padded to a fixed size. "
         "Default: no compilation.",
     )
     rollout_weights: Literal["auto", "replica", "sharded"] = Setting(
