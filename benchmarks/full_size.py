@@ -75,7 +75,7 @@ def published_transformer(name: str) -> nn.Module:
 
 
 def random_transformer(config: Config, layers: int | None) -> nn.Module:
-    """The transformer with random weights. `layers` keeps only so many blocks of each kind."""
+    """The transformer with random weights. `layers`: number of blocks of each kind to keep."""
     transformer = published_transformer(config.model.name)
     for kind in ("transformer_blocks", "single_transformer_blocks"):
         blocks = getattr(transformer, kind, None)

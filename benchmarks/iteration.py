@@ -1,4 +1,4 @@
-"""Measure a training step by stage, against the same step as published code runs it.
+"""Measure a training step by stage, and compare it with the loop of published code.
 
     python benchmarks/iteration.py [section.key=VALUE ...] [--rounds 5] [--source g2rpo]
     python benchmarks/iteration.py ... --against section.key=VALUE ...
@@ -9,7 +9,7 @@ Without --against, the other side is the loop of published code for G2RPO, with 
 in turn in one process. Median seconds per prompt are printed, and the median ratio of the rounds.
 --memory prints the largest additional memory of every stage instead.
 
-rewards=[iteration:delayed] is a reward that waits, like one behind a network.
+rewards=[iteration:delayed] simulates the latency of a remote reward.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Measure alternatives for small parts. Both run in turn in one process; prints medians.
+"""Compare alternatives for small parts. Both run in turn in one process. Prints medians.
 
 python benchmarks/pieces.py [--rounds 7]
 

@@ -1,4 +1,4 @@
-"""A G2RPO step of one prompt as published code runs it: row by row, without shared states."""
+"""A G2RPO step of one prompt as in published code: row by row, without shared states."""
 
 import itertools
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class PublishedLoop:
 
     @torch.no_grad()
     def sample(self) -> list[Fan]:
-        """One ODE trajectory. Branches leave the first half of its states, at every granularity."""
+        """One ODE trajectory, and branches from the first half of its states, per granularity."""
         num_steps, fans = self.trainer.config.sampling.num_steps, []
         shape, device = self.trainer.backbone.latent_shape, self.trainer.device
         x = torch.randn(1, *shape, device=device)

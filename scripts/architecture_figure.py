@@ -1,4 +1,4 @@
-"""Draw the architecture: plan, rollout, credit, update, and what one stage passes to the next."""
+"""Draw the architecture: plan, rollout, credit, update, and the data between these stages."""
 
 from figure_style import LIGHT, MINUS, SIGMA
 from matplotlib import pyplot as plt

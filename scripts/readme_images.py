@@ -1,4 +1,4 @@
-"""Draw the README's figure from a demo run: prompts, images before and after training, and the score's curve.
+"""Draw the figure of the README from a demo run: images before and after training, and scores.
 
     make readme-images                       # trains the demo first
     python scripts/readme_images.py RUN      # uses an existing run of the demo
@@ -53,7 +53,10 @@ def tiles(run: Path, step: int) -> list[Image.Image]:
 
 
 def shown_prompts(first: dict, last: dict) -> list[int]:
-    """Two thirds are the first recorded prompts whose score rose by more than .2, the others are the first of the rest."""
+    """Prompts to show: four whose score rose by more than 0.2, then the first of the others.
+
+    The selection is not representative. The curve shows the mean over all prompts.
+    """
     gain = np.array(last["scores"]["oracle"]) - np.array(first["scores"]["oracle"])
     rose = [i for i in range(EVALUATION_IMAGES) if gain[i] > 0.2]
     others = [i for i in range(EVALUATION_IMAGES) if i not in rose]

@@ -1,4 +1,4 @@
-"""Train under injected faults, and check that the result is that of an undisturbed run, to the bit.
+"""Train with injected faults, and check that the result equals an undisturbed run, bit for bit.
 
     python scripts/soak.py --minutes 60 [--processes 2] [--seed 0] [--out runs/soak]
 
@@ -16,7 +16,7 @@ Faults:
     stall     the reward takes a second longer
     server    the reward server is killed and started again
     disk      files may not grow beyond a limit, as on a full disk
-    truncate  SIGKILL, and the last checkpoint is cut short
+    truncate  SIGKILL, and the last checkpoint is truncated
 """
 
 import argparse
@@ -49,7 +49,7 @@ EXPECTED = {
     "stop": (INTERRUPTED,),
     "raise": (STOPPED,),
     "nan": (STOPPED,),
-    "disk": (STOPPED, 1),  # of several processes one reports the full disk, the others an error
+    "disk": (STOPPED, 1),  # one process reports the full disk, the others report an error
     "server": (INTERRUPTED, STOPPED),  # STOPPED: the server was away longer than the client retries
 }
 """Exit codes that each fault may cause."""
@@ -72,7 +72,7 @@ class Soak:
         """Run with `fault` within about `steps` steps. Returns "finished" or "stopped".
 
         Raises:
-            AssertionError: the run ended otherwise than the fault allows, or without a message.
+            AssertionError: the fault cannot cause this end of the run, or there is no message.
         """
         at_call = self.chance.randint(1, 1 + steps)
         before = run.messages.stat().st_size if run.messages.exists() else 0
@@ -198,7 +198,7 @@ def soak(folder: Path, steps: int, seed: int, faults: int, processes: int = 1) -
     chance.shuffle(schedule)
     outcomes = []
     for fault in schedule:
-        if fault == "stall":  # it stops nothing, so the run would finish before the other faults
+        if fault == "stall":  # would let the run finish before other faults
             short = config.with_changes({"training.max_steps": 2})
             outcomes.append((fault, place.inject(Run(folder / "stalled", short), fault, 0)))
         else:

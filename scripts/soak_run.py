@@ -187,7 +187,7 @@ def train(run: Run, port: int, fault: str, at_call: int, environment: dict[str, 
 
 
 class Processes:
-    """The processes of a run. After the end of one, the others are ended too, as torchrun does.
+    """The processes of a run. If one process ends, the others are ended too, as with torchrun.
 
     Args:
         context: starts the processes.

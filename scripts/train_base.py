@@ -1,4 +1,4 @@
-"""Train the base flow model of the shapes world by flow matching, and stop before it is good.
+"""Train the base model of the shapes world by flow matching, and stop at a moderate score.
 
 python scripts/train_base.py [--stop-at 0.44] [--out src/flowgrain/shapes/weights]
 """

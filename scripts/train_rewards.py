@@ -134,7 +134,7 @@ class Training:
 
 
 def train_towers(steps: int, out: Path) -> None:
-    """InfoNCE, with two wrong prompts and one wrong image in addition for every pair."""
+    """Train with InfoNCE, with two wrong prompts and one wrong image added to every pair."""
     rng, renderings, count = np.random.default_rng(0), Renderings(out), 48
     model = build_towers()
     training = Training(model, 1.5e-3, steps)

@@ -122,7 +122,7 @@ def draw_edge(
 
 
 def _entries(trees: Sequence[Tree]) -> list[Line2D]:
-    """Legend entries for what occurs in `trees`."""
+    """Legend entries for the kinds of steps and images in `trees`."""
 
     def dot(label: str, marker: str, color: str) -> Line2D:
         return Line2D([], [], label=label, marker=marker, ls="", ms=7, color=LIGHT[color])

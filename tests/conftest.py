@@ -17,18 +17,23 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def plugins_are_forgotten():
-    """Remove what a test's plugins registered, so that no test depends on another."""
+def imported_files_are_forgotten(tmp_path_factory):
+    """Forget modules that a test wrote and imported, and what its plugins registered."""
     registries = (METHODS, REWARDS, BACKBONES)
-    before = [dict(registry._objects) for registry in registries]
-    modules = set(sys.modules)
+    objects = [dict(registry._objects) for registry in registries]
+    modules, path = set(sys.modules), list(sys.path)
     yield
-    loaded = [name for name in set(sys.modules) - modules if name.startswith("flowgrain_plugin_")]
-    if loaded:
-        for registry, objects in zip(registries, before, strict=True):
-            registry._objects = objects
-        for name in loaded:
+    written = str(tmp_path_factory.getbasetemp())
+    new = {
+        name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - modules
+    }
+    for name, file in new.items():
+        if str(file).startswith(written):
             del sys.modules[name]
+    if any(name.startswith("flowgrain_plugin_") for name in new):
+        for registry, before in zip(registries, objects, strict=True):
+            registry._objects = before
+    sys.path[:] = path
 
 
 @pytest.fixture

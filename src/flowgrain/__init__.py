@@ -1,4 +1,4 @@
-"""flowgrain: post-train flow-matching image models with reinforcement learning and step-level credit."""
+"""Post-train flow-matching image models with reinforcement learning and step-level credit."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -60,7 +60,7 @@ def Setting(  # noqa: N802  (reads like pydantic's Field)
         description: one sentence for the reference page and for error messages.
         unit: unit of the value, such as "pixels" or "steps". Empty for names, switches and pure
             numbers.
-        keep: whether a resumed run must keep the value that it was started with.
+        keep: whether a resumed run must keep the value of the original run.
         **constraints: pydantic constraints such as ``ge=1``.
     """
     extra: dict[str, Any] = {"unit": unit, "keep": keep}

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowgrain import METHODS, SettingsError, load_config
@@ -272,6 +272,7 @@ plain = st.recursive(
 paths = st.sampled_from(list(setting_paths(METHODS.get("g2rpo")))) | st.text(max_size=10)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(paths, plain, max_size=4))
 def test_any_values_are_a_configuration_or_an_error(values):
     try:
@@ -283,6 +284,7 @@ def test_any_values_are_a_configuration_or_an_error(values):
         assert validate(config.to_dict()) == config
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=30) | st.builds("{}={}".format, paths, st.text(max_size=20))))
 def test_any_words_are_overrides_or_an_error(words):
     try:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 import flowgrain
-from flowgrain import Config, SettingsError, load_config
+from flowgrain import METHODS, Config, SettingsError, load_config
 from flowgrain.config.explain import setting_paths
 from flowgrain.config.load import merge, parse_overrides, recipe_names
 from flowgrain.config.show import inline
@@ -278,6 +278,13 @@ class FromFile(METHODS.get("g2rpo")):
 '''
 
 
+@pytest.fixture
+def own_methods(monkeypatch):
+    """Methods that are registered during a test are forgotten after it."""
+    monkeypatch.setattr(METHODS, "_objects", dict(METHODS._objects))
+
+
+@pytest.mark.usefixtures("own_methods")
 def test_plugins_register_before_the_settings_are_read(tmp_path):
     file = tmp_path / "plugin.py"
     file.write_text(PLUGIN.format(name="from_argument"))
@@ -287,6 +294,7 @@ def test_plugins_register_before_the_settings_are_read(tmp_path):
     assert load_config(write(tmp_path / "again.yaml", config.to_dict())) == config.model_copy()
 
 
+@pytest.mark.usefixtures("own_methods")
 def test_plugins_of_a_setting_and_of_a_file(tmp_path):
     one, two = tmp_path / "one.py", tmp_path / "two.py"
     one.write_text(PLUGIN.format(name="from_setting"))

@@ -18,7 +18,9 @@ def test_the_plan_is_the_one_in_the_package() -> None:
     source = (ROOT / "src" / "flowgrain" / "methods" / "g2rpo.py").read_text()
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     plan = next(node for node in functions if node.name == "plan")
-    assert ast.dump(ast.parse(shown)) == ast.dump(ast.parse(textwrap.dedent(ast.get_source_segment(source, plan, padded=True))))
+    assert ast.dump(ast.parse(shown)) == ast.dump(
+        ast.parse(textwrap.dedent(ast.get_source_segment(source, plan, padded=True)))
+    )
 
 
 def test_the_numbers_are_those_of_the_figure() -> None:

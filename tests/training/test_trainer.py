@@ -96,23 +96,23 @@ def test_a_broken_reward_stops_the_run_with_a_checkpoint(tiny, tmp_path, reward,
 
 
 def test_a_reward_by_its_path(tiny, tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "trainer_rewards.py").write_text(
         "def bright(images, prompts, *, scale: float = 1.0):\n"
         "    return scale * images.mean((1, 2, 3))\n"
         "number = 3\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    config = tiny.with_changes({"rewards": [{"name": "my_rewards:bright", "weight": 2.0}]})
-    assert config.reward_weights == {"my_rewards:bright": 2.0}
-    plain = Trainer(config, tmp_path / "run").step(1)["reward/my_rewards:bright"]
+    config = tiny.with_changes({"rewards": [{"name": "trainer_rewards:bright", "weight": 2.0}]})
+    assert config.reward_weights == {"trainer_rewards:bright": 2.0}
+    plain = Trainer(config, tmp_path / "run").step(1)["reward/trainer_rewards:bright"]
     assert 0 < plain < 1
-    scaled = tiny.with_changes({"rewards": [{"name": "my_rewards:bright", "scale": 2.0}]})
+    scaled = tiny.with_changes({"rewards": [{"name": "trainer_rewards:bright", "scale": 2.0}]})
     metrics = Trainer(scaled, tmp_path / "run").step(1)
-    assert metrics["reward/my_rewards:bright"] == pytest.approx(2 * plain)
+    assert metrics["reward/trainer_rewards:bright"] == pytest.approx(2 * plain)
     for name, message in (
-        ("my_rewards:number", "not callable"),
-        ("my_rewards:none", "cannot be imported"),
+        ("trainer_rewards:number", "not callable"),
+        ("trainer_rewards:none", "cannot be imported"),
     ):
         with pytest.raises(SettingsError, match=message):
             Trainer(tiny.with_changes({"rewards": [name]}))

@@ -26,7 +26,7 @@ _COLUMNS = {
 
 @app.command()
 def recipes(plugins: Plugins = None, as_json: Json = False) -> None:
-    """List the bundled recipes: one per published run, with paper, task, hardware and result.
+    """List the bundled recipes with their paper, task, hardware and published result.
 
     Examples:
     * `flowgrain recipes`
@@ -54,7 +54,7 @@ def _first_sentence(fact: Any) -> str:
 
 @config_app.command()
 def show(words: Words = None, plugins: Plugins = None, preset: Preset = None) -> None:
-    """Print all settings as YAML, with their descriptions as comments. The file can be trained.
+    """Print all settings as YAML, with their descriptions as comments. `train` accepts this file.
 
     Examples:
     * `flowgrain config show flux/g2rpo`

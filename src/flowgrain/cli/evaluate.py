@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flowgrain.evaluation import Table as EvaluationTable
 
 _COLUMNS, _TILE = 8, 256
-"""Images in a row of `sample`, and the least width of an image in pixels."""
+"""Images in a row of `sample`, and the minimum width of an image in pixels."""
 
 
 @app.command("evaluate")
@@ -49,7 +49,7 @@ def evaluate_command(
 ) -> None:
     """Evaluate models on held-out prompts by every reward, and compare them with the first model.
 
-    The default directory is evaluations/LABEL-HASH. The same command continues after an
+    The default directory is evaluations/LABEL-HASH. Repeat the command to continue after an
     interruption. Under torchrun, the processes share the work.
 
     Examples:

@@ -3,6 +3,7 @@
 # In the order of the help.
 from flowgrain.cli import train, plan, evaluate, compare, report, config, serve  # noqa: F401, I001
 from flowgrain.cli.app import app, err
+from flowgrain.heap import retain_freed_memory
 from flowgrain.settings import SettingsError
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -11,6 +12,7 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 def main() -> None:
     """Run the command line. An error of the user or of a run is one message without a traceback."""
+    retain_freed_memory()
     try:
         app()
     except SettingsError as error:

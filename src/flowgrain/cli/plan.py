@@ -1,4 +1,4 @@
-"""The commands `plan`, `fidelity` and `doctor`, which answer questions before a run starts."""
+"""The commands `plan`, `fidelity` and `doctor`, for use before a run starts."""
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +131,7 @@ def fidelity_command(
     say(
         f"Spearman correlation of the advantages in a group: {numbers['spearman']:.2f} (10% to 90% "
         f"of {len(found.correlation)} groups: {numbers['spearman_10']:.2f} to "
-        f"{numbers['spearman_90']:.2f}). {found.flipped:.0%} of the advantages have the other sign."
+        f"{numbers['spearman_90']:.2f}). {found.flipped:.0%} of the advantages change sign."
     )
     say(f"Time: {found.seconds:.2f} of the full rollout. Forward passes: {found.passes:.2f}.")
 

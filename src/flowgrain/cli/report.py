@@ -14,7 +14,7 @@ def report(
         Path, typer.Argument(metavar="DIRECTORY", help="Directory of a run or of a comparison.")
     ],
 ) -> None:
-    """Write the page of a run or of a comparison again. It does not have to be finished.
+    """Write the report of a run or a comparison, finished or not.
 
     Examples:
     * `flowgrain report runs/demo`

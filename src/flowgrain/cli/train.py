@@ -52,7 +52,9 @@ def train(
         if resume is None:
             trainer = _start(words, plugins, preset, folder)
         elif folder is not None or preset is not None:
-            raise SettingsError(f"--resume {resume}: remove --out and --preset. The run has both.")
+            raise SettingsError(
+                f"--resume {resume}: remove --out and --preset. A resumed run keeps its own."
+            )
         else:
             trainer = _resume(resume, words, plugins)
         _train(trainer)

@@ -80,7 +80,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def with_defaults(values: Values) -> Values:
-    """`values` on top of the method's values for other sections and the model's defaults."""
+    """`values`, merged into the method's values for other sections and the model's defaults."""
     layers: list[Mapping[str, Any]] = []
     method = _section(values, "method").get("name")
     if isinstance(method, str) and method in METHODS:

@@ -92,8 +92,8 @@ def rollout(
         batch_size: rows of one model call.
         dtype: storage dtype of latents. The result of a stochastic step is rounded when it is
             stored, so log-probabilities of stored latents are exact.
-        tail: opens a source of approximate velocities, for the tail rows that `tail_schedule`
-            separates from other rows.
+        tail: returns a context manager that yields approximate velocities for tail rows. Not used
+            with `tail_schedule` "interleaved".
         tail_schedule: when tail rows are evaluated, see `TailSchedule`.
 
     Raises:

@@ -53,7 +53,7 @@ class Gaussian:
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) [B] in float32, averaged over latent dimensions.
 
-        All methods of the family average over latent dimensions instead of summing.
+        All methods average over latent dimensions. None of them sums.
         """
         z = (x.float() - self.mean) / per_row(self.std, self.mean)
         return -0.5 * z.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)

@@ -15,8 +15,8 @@ class PublishedRow:
     Attributes:
         model: name of the backbone.
         paper: paper and arXiv identifier.
-        label: what was trained, and on which rewards.
-        steps: inference steps. None: the paper does not say.
+        label: trained method and rewards.
+        steps: inference steps. None: the paper does not state them.
         scores: scores by metric, or by "metric/part".
     """
 
@@ -45,7 +45,7 @@ def all_published() -> tuple[PublishedRow, ...]:
 
 
 def published(model: str, metrics: Sequence[str], steps: Sequence[int]) -> list[PublishedRow]:
-    """The published rows of a model that can stand beside a measurement.
+    """The published rows of a model that are comparable with a measurement.
 
     Args:
         model: name of the backbone.

@@ -47,9 +47,7 @@ class EvaluationRequest:
         for option, values in (("--steps", self.steps), ("--seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 text = ",".join(map(str, values))
-                raise SettingsError(
-                    f"{option} {text}: give one or more numbers, each of them once."
-                )
+                raise SettingsError(f"{option} {text}: give one or more different numbers.")
 
     @property
     def default_directory(self) -> Path:
@@ -156,7 +154,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The record of the evaluation in `folder`.
 
     Raises:
-        SettingsError: there is none, or it cannot be read.
+        SettingsError: there is no record, or it cannot be read.
     """
     file = folder / RECORD
     try:

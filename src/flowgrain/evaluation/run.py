@@ -95,10 +95,13 @@ def run_evaluation(
 
 
 def _check_given(request: EvaluationRequest, given: Sequence[str]) -> None:
-    """Check that rewards and prompts that the first run got from Python are given or replaced.
+    """Check that the rewards and prompts of the first run are available.
+
+    A run that was started from Python may use rewards and prompts that no setting names. They must
+    be in `given` or replaced by an override.
 
     Raises:
-        SettingsError: they are neither.
+        SettingsError: rewards or prompts are missing.
     """
     run = next((target for target in request.targets if target.kind == "run"), None)
     if run is None:
@@ -157,7 +160,7 @@ def _start_rank(request: EvaluationRequest) -> tuple[int, int]:
 def _unfinished(
     request: EvaluationRequest, folder: Path, own: Sequence[Chunk], metrics: Mapping[str, Reward]
 ) -> Iterator[tuple[Chunk, Columns | None]]:
-    """The chunks to evaluate, each with the columns of an earlier evaluation of it."""
+    """The chunks to evaluate. Each comes with the columns of its earlier evaluation, or None."""
     for chunk in own:
         existing = read_chunk(folder, chunk)
         if existing is not None:
@@ -169,7 +172,7 @@ def _unfinished(
 
 
 def _with_earlier_scores(evaluation: Evaluation, existing: Columns | None) -> Evaluation:
-    """`evaluation` with scores of an earlier evaluation where an image has none now."""
+    """`evaluation`, where scores of an earlier evaluation replace missing scores."""
     if existing is None:
         return evaluation
     scores = {

@@ -1,4 +1,4 @@
-"""Confidence intervals. This is the only interval method of the package."""
+"""Confidence intervals. All intervals of the package use this method."""
 
 import math
 from dataclasses import dataclass

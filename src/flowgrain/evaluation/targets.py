@@ -1,4 +1,4 @@
-"""The models of an evaluation: finding them by words of the command line, and loading them."""
+"""The models of an evaluation: finds them by the words of the command line, and loads them."""
 
 import copy
 import hashlib
@@ -56,7 +56,7 @@ def find_targets(words: Sequence[str]) -> list[Target]:
             or its subdirectory lora or transformer, or a LoRA file.
 
     Raises:
-        SettingsError: a word names no model, or two words name the same one.
+        SettingsError: a word names no model, or two words name the same model.
     """
     found = [_find_target(word) for word in words]
     for number, target in enumerate(found):
@@ -106,7 +106,7 @@ def _run_target(path: Path) -> Target:
 
 
 def _export_target(path: Path) -> Target | None:
-    """The export at `path`: a LoRA file, or a directory of exported weights or the one above it."""
+    """The export at `path`: a LoRA file, a directory of weights, or its parent directory."""
     folders: tuple[tuple[str, TargetKind], ...] = (
         ("lora", "lora"),
         ("transformer", "transformer"),

@@ -245,7 +245,7 @@ class PolicyGradient(Method):
         )
 
     def set_psi(self, psi: Sequence[float]) -> None:
-        """Use calibrated noise strengths [T] from now on."""
+        """Set the calibrated noise strengths [T]."""
         self._psi = tuple(psi)
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flowgrain.settings import Setting
 
 @register
 class DanceGRPO(StepChoice, SharedNoise, CompressedTail):
-    """DanceGRPO: one initial noise per group, noise at every step, training on a random share.
+    """DanceGRPO: one initial noise per group, noise at every step, training on some steps.
 
     The trained steps are drawn for every rollout.
     """

@@ -49,7 +49,7 @@ def check_tails(
         model: transformer.
         device: device on which it samples.
         sharded: whether the weights that sample are sharded over several processes.
-        remedy: how to avoid sharding, for the error message: "Set runtime.rollout_weights=replica".
+        remedy: fix for the error message, such as "Set runtime.rollout_weights=replica".
 
     Raises:
         SettingsError: a setting cannot be used.
@@ -58,7 +58,7 @@ def check_tails(
     if sharded and (cached or quantized):
         setting = f"tail_cache={tail_cache}" if cached else f"tail_weights={tail_weights}"
         raise SettingsError(
-            f"sampling.{setting}: every process needs whole weights to sample with, but here they "
+            f"sampling.{setting}: needs unsharded weights in every process, but the weights "
             f"are sharded. {remedy}, or remove this setting."
         )
     name = type(model).__name__.removeprefix("FSDP")
@@ -243,7 +243,7 @@ class QuantizedCopy:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
-        """Replace the parameters of these names by new values, which are whole tensors."""
+        """Replace the named parameters by new values. The values are unsharded tensors."""
         for name, value in parameters.items():
             layer_name, _, leaf = name.rpartition(".")
             if layer_name in self.layers and leaf == "weight":

@@ -92,7 +92,7 @@ class Dtypes:
 
 
 class LoraFormat(Protocol):
-    """A LoRA file format: a LoRA loader mixin of diffusers, or a pipeline class that has one."""
+    """A LoRA file format: a LoRA loader mixin of diffusers, or a pipeline class with this mixin."""
 
     def save_lora_weights(
         self,
@@ -132,8 +132,8 @@ class NoLora:
 class Backbone(Protocol):
     """A model family: encode prompts, predict velocities, decode latents.
 
-    A backbone also says which layers take LoRA and which are sharded. An implementation only needs
-    to import this module.
+    A backbone also lists the layers that take LoRA and the layers that are sharded. An
+    implementation only needs to import this module.
     """
 
     @property

@@ -44,7 +44,7 @@ def load_pipeline(
         pipeline: pipeline class of diffusers.
         model: settings of the model.
         dtypes: dtypes of its parts.
-        parts: parts by name that are used as given instead of being loaded. None omits a part.
+        parts: loaded parts by name, which replace the saved parts. None omits a part.
 
     Raises:
         SettingsError: the pipeline cannot be loaded.

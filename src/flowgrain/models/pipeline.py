@@ -40,7 +40,7 @@ _PROMPTS_IN_MEMORY = 512
 class PipelineBackbone(ABC):
     """A `Backbone` that loads the transformer, VAE and scheduler of a diffusers pipeline.
 
-    The text encoders are loaded when a prompt is encoded that is not in the embedding cache.
+    The text encoders are loaded on the first prompt that the embedding cache does not contain.
     """
 
     pipeline: ClassVar[Any]
@@ -81,13 +81,13 @@ class PipelineBackbone(ABC):
         return cls(model, dtypes)
 
     def _load_pipeline(self, parts: Mapping[str, Any]) -> Any:
-        """Load the pipeline. `parts` are given, and not loaded."""
+        """Load the pipeline. `parts` are used as they are and not loaded."""
         parts = {**dict.fromkeys(self._absent_parts), **parts}
         return load_pipeline(self.pipeline, self.config, self.dtypes, parts)
 
     @cached_property
     def _absent_parts(self) -> list[str]:
-        """Parts of `encoders` that the pipeline was saved without."""
+        """Parts of `encoders` that the saved pipeline does not contain."""
         saved = saved_parts(self.pipeline, self.config)
         return [name for name in self.encoders if name not in saved]
 

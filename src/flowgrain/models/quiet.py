@@ -8,7 +8,7 @@ from typing import Any
 def quiet_libraries() -> None:
     """Silence the warnings and progress bars of diffusers, transformers and torch.
 
-    They are about loading models, such as unknown entries of a config.json.
+    Most of them concern the loading of models, such as unknown entries of a config.json.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     import diffusers

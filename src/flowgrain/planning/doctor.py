@@ -58,8 +58,8 @@ class Finding:
 def examine(config: Config, out: Path | None = None) -> list[Finding]:
     """Check everything that `config` needs. Nothing is trained or written.
 
-    Memory is checked before the weights are loaded, if the size of the model is known by then. If
-    it does not suffice, the model is not loaded.
+    Memory is checked before the weights are loaded, if the size of the model is known without
+    loading it. If the memory is too small, the model is not loaded.
 
     Args:
         config: configuration of the run.
@@ -169,7 +169,7 @@ def check_disk(config: Config, size: ModelSize, out: Path) -> Finding:
     trained = adapter if config.lora.rank else size.transformer
     keeps_old = isinstance(config.method, ForwardProcess)
     copies = 3 + bool(config.training.ema_decay) + keeps_old  # parameters and two moments
-    count = config.training.keep_checkpoints + 2  # the best one, and the one being written
+    count = config.training.keep_checkpoints + 2  # the best, and one that is being written
     needed = 4 * trained * copies * count
     folder = out.absolute()
     while not folder.exists():

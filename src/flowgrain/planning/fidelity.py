@@ -39,13 +39,13 @@ _MAY_DIFFER = (
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A cheaper rollout in comparison with the full one.
+    """A cheaper rollout in comparison with the full rollout.
 
     Attributes:
         correlation: [K] Spearman's rank correlation of the advantages of every comparison group.
         flipped: share of the advantages whose sign differs.
-        seconds: time of the cheaper rollout as a share of the full one's, median over the steps.
-        passes: its sampling forward passes as a share of the full one's.
+        seconds: time of the cheaper rollout as a share of the full rollout's, median over steps.
+        passes: its sampling forward passes as a share of the full rollout's.
     """
 
     correlation: NDArray[np.float64]

@@ -1,8 +1,8 @@
 """The expected time, transfers and memory of a training step on several GPUs.
 
-The forecast is computed from forward passes, FLOPs, bytes and link speeds. It is a model, not a
-measurement. The documentation compares it with measurements and lists what it
-leaves out.
+The forecast is computed from forward passes, FLOPs, bytes and link speeds. It is a
+calculation, not a measurement. The documentation compares it with measurements and lists the costs
+that it leaves out.
 """
 
 import math
@@ -22,7 +22,7 @@ from flowgrain.training.load import compute_dtype
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, in the figures of its manufacturer.
+    """A GPU, according to its data sheet.
 
     Attributes:
         flops: bfloat16 FLOP/s without sparsity.

@@ -20,7 +20,7 @@ class Layout:
 
     Attributes:
         lora: only an adapter is trained.
-        replica: every GPU samples with whole parameters of its own, although it trains with others.
+        replica: every GPU samples with a full copy, separate from the trained parameters.
         shards: number of GPUs among which trained parameters are divided. 1: not divided.
     """
 
@@ -76,7 +76,7 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
     shares_frozen = layout.lora and shards == 1
     parts = {
         "weights": weights,
-        "gradients": 4.0 * trained,  # whole until the last micro-batch of an update
+        "gradients": 4.0 * trained,  # not sharded until the last micro-batch of an update
         "AdamW": 8.0 * trained / shards,
         "EMA": 4.0 * trained / shards if config.training.ema_decay else 0.0,
         "reference": weights if keeps_reference else 0.0,
@@ -100,7 +100,7 @@ def _sampling_copy(size: ModelSize, dtype: torch.dtype, layout: Layout) -> float
 
 
 def _quantized_copy(config: Config, size: ModelSize, width: int) -> float:
-    """Bytes of the copy for tails: one per quantized parameter, `width` per other parameter."""
+    """Bytes of the copy for tails: 1 per quantized parameter, `width` per other parameter."""
     if config.sampling.tail_weights == "same":
         return 0.0
     other = size.transformer - size.quantizable + config.lora.rank * size.adapter

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model, from its configuration files. No weights are read."""
+"""Parameters and FLOPs of a model, computed from its configuration files without its weights."""
 
 import copy
 import itertools

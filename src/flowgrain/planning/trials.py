@@ -38,7 +38,7 @@ class Trial:
 
     @classmethod
     def of(cls, trainer: Trainer, cond: Conditioning) -> "Trial":
-        """A batch as large as those of the run, but at most 64 rows.
+        """A batch with the batch size of the run, but at most 64 rows.
 
         Args:
             trainer: trainer of the run.

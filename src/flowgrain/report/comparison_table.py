@@ -16,7 +16,7 @@ from flowgrain.studies.results import Result, by_seed
 
 LOWER_IS_BETTER = ("frechet",)
 NO_BEST = ("diversity",)
-"""Metrics without a best value. Noise is diverse, too."""
+"""Metrics without a best value. Images of noise also have a high diversity."""
 
 Tables = Mapping[str, Mapping[int, "list[Row]"]]
 """Rows by reward set and by number of inference steps."""
@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         label: the method.
-        baseline: the method to which differences are taken.
+        baseline: the method with which the row is compared.
         seeds: number of finished runs.
         rollouts: mean number of rollouts of a run.
         updates: mean number of optimizer updates of a run.

@@ -52,7 +52,7 @@ class PartChange:
         return self.name.startswith("oracle/")
 
     def percent(self, value: float) -> float:
-        """Length of the bar of `value` in percent. 0 for negative and unknown values."""
+        """Length of the bar for `value`, in percent. 0 for negative and unknown values."""
         return 100 * max(value, 0.0) / self.scale if math.isfinite(value) else 0.0
 
 

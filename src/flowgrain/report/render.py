@@ -44,8 +44,7 @@ def tiles(path: Path, columns: int, count: int) -> list[Image.Image]:
 def data_uri(image: Image.Image, size: int = 256) -> str:
     """`image` as a data URI, scaled down to at most `size` pixels on its longer side.
 
-    Small images become PNG, which keeps every pixel. Large ones become JPEG, which keeps a page
-    small.
+    Small images become PNG, which is lossless. Large images become JPEG, which is smaller.
     """
     file = io.BytesIO()
     if max(image.size) <= SMALL:

@@ -1,4 +1,4 @@
-"""The tree of one prompt as groups of images: which noise earned which reward."""
+"""The tree of one prompt as groups of images, with their rewards and advantages."""
 
 import json
 from collections import defaultdict
@@ -44,8 +44,8 @@ class BranchGroup:
     """Branches that are compared with each other, best first.
 
     Attributes:
-        grid_steps: grid indices of the steps. Steps with the same images and advantages, as those
-            of an unbranched trajectory, are one group.
+        grid_steps: grid indices of the steps. Steps with the same images and advantages are one
+            group, for example all steps of an unbranched trajectory.
         branches: the branches.
         stochastic: whether the steps are stochastic. If not, the method trains on the images.
     """

@@ -24,7 +24,7 @@ class ClipReward:
     Args:
         path: directory or Hugging Face repository of the model and its tokenizer.
         device: "cpu", "cuda" or "cuda:INDEX".
-        model: the model, if it is not the one in `path`.
+        model: a loaded model, in place of the model at `path`.
         mode: how images are resized, see `flowgrain.rewards.preprocess.fit`. Default: as the
             preprocessor_config.json in `path` describes.
     """

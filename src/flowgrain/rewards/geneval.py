@@ -2,7 +2,7 @@
 
 Letters: I images. The requirements of a prompt are a line of GenEval's prompt file: `include`, a
 list of {class, count, optional color, optional position: [relation, index of another entry]}, and
-optionally `exclude`, a list of {class, count}: so many objects are too many.
+optionally `exclude`, a list of {class, count}: the image must show fewer than `count` objects.
 """
 
 import json

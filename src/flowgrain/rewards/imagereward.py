@@ -47,7 +47,7 @@ _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings
 
 
 def from_image_reward(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' state dict with the names of `ImageRewardModel`.
+    """The authors' state dict, renamed for `ImageRewardModel`.
 
     The projections of BLIP do not affect the score and are left out.
 

@@ -132,7 +132,7 @@ class Judge:
     def ask(self, image: Tensor, question: str) -> str | None:
         """The answer of the model to a question about an image [3, H, W] in 0..1.
 
-        None, with a warning in the log, if there is no answer.
+        Returns None and logs a warning if the server returns no answer.
         """
         png = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
         content = [

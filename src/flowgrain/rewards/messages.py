@@ -57,7 +57,7 @@ class ScoreRequest(BaseModel):
         """The prompts.
 
         Raises:
-            ValueError: there are no prompts, or the number of fields is not their number.
+            ValueError: there are no prompts, or the numbers of fields and prompts differ.
         """
         if not self.prompts:
             raise ValueError("there are no prompts")

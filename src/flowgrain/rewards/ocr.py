@@ -1,4 +1,4 @@
-"""Text in images: the text that the prompt quotes, compared with the text that OCR reads.
+"""Text in images: compares the quoted text of the prompt with the text that OCR reads.
 
 Letters: I images. The reader is RapidOCR: PP-OCRv4 on onnxruntime. Its package contains the models.
 """
@@ -24,14 +24,14 @@ def quoted(prompt: str) -> list[str]:
 
 
 def text_score(read: str, texts: list[str]) -> float:
-    """How well the text that was read matches the quoted texts. Case and spaces do not matter.
+    """Similarity of recognized text and quoted texts. Case and spaces do not matter.
 
     For one text, this is the formula of Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): 1 if `read`
     contains the text, otherwise max(0, 1 - edit distance / length of the text). Several texts are
     concatenated. The score is at least the fraction of letters in texts that `read` contains.
 
     Args:
-        read: the text that was read.
+        read: the recognized text.
         texts: the quoted texts.
 
     Returns:
@@ -52,11 +52,12 @@ def _letters(text: str) -> str:
 
 
 class OCR:
-    """How well an image shows the text that its prompt quotes (Flow-GRPO, arXiv:2505.05470).
+    """Similarity of the text in an image and the quoted text (Flow-GRPO, arXiv:2505.05470).
 
-    Range: 0..1, 1 if the whole text is there. A prompt without quoted text has no score (NaN).
-    License: PP-OCRv4 (PaddleOCR) and rapidocr-onnxruntime, Apache-2.0. Input: images of any size.
-    The detector enlarges the shorter side to 736 pixels, the recognizer reads lines of 48 pixels.
+    Range: 0..1. The score is 1 if the image contains the whole text. A prompt without quoted text
+    has no score (NaN). License: PP-OCRv4 (PaddleOCR) and rapidocr-onnxruntime, Apache-2.0. Input:
+    images of any size. The detector enlarges the shorter side to 736 pixels. The recognizer reads
+    lines of 48 pixels.
 
     It runs in one thread on the CPU, so the same image always has the same score. It needs
     `pip install 'flowgrain[ocr]'` and Python below 3.13.

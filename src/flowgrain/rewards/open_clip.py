@@ -36,7 +36,7 @@ _PROJECTIONS = {
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of an open_clip ViT with the names of `transformers.CLIPModel`.
+    """The state dict of an open_clip ViT, renamed for `transformers.CLIPModel`.
 
     Raises:
         ValueError: a key does not belong to an open_clip ViT.

@@ -1,4 +1,4 @@
-"""Scoring of images by rewards. Errors of a reward never end a run; they leave NaN scores.
+"""Scoring of images by rewards. An error in a reward does not end a run. The scores are NaN.
 
 Letters: I images.
 """
@@ -198,7 +198,7 @@ def _failed(count: int, reason: str) -> Scores:
 
 
 def _checked(returned: Any, images: Tensor) -> Scores:
-    """What a reward returned as float32 scores, NaN for non-finite values and for broken images."""
+    """The result of a reward as float32 scores. NaN for non-finite scores and non-finite images."""
     try:
         if isinstance(returned, Tensor):
             values = returned.detach().cpu().float()

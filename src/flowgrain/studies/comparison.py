@@ -35,10 +35,10 @@ RewardSet = Annotated[Rewards, Field(min_length=1)]
 
 
 class Measurement(Section):
-    """How the model of a finished run is measured."""
+    """Measurement of the model of a finished run."""
 
     num_steps: IntTuple = Setting(
-        (10, 16, 20), "Inference steps. Every number is measured.", unit="steps", min_length=1
+        (10, 16, 20), "Numbers of inference steps to measure.", unit="steps", min_length=1
     )
     num_prompts: int = Setting(256, "Held-out prompts.", unit="prompts", ge=2)
     images_per_prompt: int = Setting(2, "Images per prompt.", unit="images", ge=2)
@@ -72,10 +72,10 @@ class Comparison(Section):
     common: dict[str, Any] = Setting({}, "Settings of all runs.")
     overrides: dict[str, Any] = Setting({}, "Settings of all runs that replace those of methods.")
     baselines: dict[str, str] = Setting(
-        {}, "Method to which the difference of a method is taken. Default: the first one."
+        {}, "Baseline of a method, to which its difference is computed. Default: the first method."
     )
     learning_rates: Annotated[tuple[float, ...], Strict(False)] = Setting(
-        (), "Learning rates. If set, every method runs with each of them."
+        (), "Learning rates. If set, every method runs with every learning rate."
     )
     measurement: Measurement = Setting(Measurement(), "Measurement of finished runs.")
     curve_points: int = Setting(
@@ -132,7 +132,7 @@ def comparison_names() -> list[str]:
 
 
 def _read(source: str | Path) -> tuple[Values, Values]:
-    """The values of a comparison, and the methods by label that it and those it extends know."""
+    """The values of a comparison, and its methods and the methods of extended comparisons."""
     if str(source) in comparison_names():
         own = read_yaml(_BUNDLED.joinpath(f"{source}.yaml"))
     elif Path(source).is_file():
@@ -152,7 +152,7 @@ def _read(source: str | Path) -> tuple[Values, Values]:
 
 
 def _selected(methods: Any, known: Values) -> Any:
-    """The settings of each of `methods` by label, with the settings of the methods they extend.
+    """The settings of each method in `methods` by label, including the settings that it extends.
 
     A list names entries of `known`, or registered methods.
     """

@@ -49,8 +49,8 @@ class Entry:
 def plan_entries(comparison: Comparison) -> list[Entry]:
     """All runs of `comparison`, with their cost.
 
-    The first seed comes first with all methods, so that a comparison can be read before all seeds
-    are done.
+    All methods run with the first seed before any method runs with the second seed. The first
+    results therefore cover all methods.
 
     Raises:
         SettingsError: a setting is wrong, two runs have the same name, or the budget is too small

@@ -18,7 +18,7 @@ from flowgrain.training.pictures import contact_sheet, to_pixels
 from flowgrain.training.trainer import Trainer
 
 NUM_SHOWN = 8
-"""Images of a run that are kept, at every number of inference steps."""
+"""Number of images of a run that are saved, for every number of inference steps."""
 
 
 def measure(trainer: Trainer, how: Measurement, folder: Path) -> dict[str, dict[str, float]]:
@@ -78,7 +78,7 @@ def machine_speed(config: Config) -> dict[str, float]:
 
 
 def _calls_per_second(call: Callable[[], Any]) -> float:
-    """How often `call` can be called in a second. The first call is a warm-up."""
+    """Calls of `call` per second. The first call is a warm-up."""
     call()
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 1.0:

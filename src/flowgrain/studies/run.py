@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from flowgrain.config.load import validate
+from flowgrain.heap import retain_freed_memory
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.registry import load_plugin
@@ -137,6 +138,7 @@ def run_job(job: Job) -> Outcome:
     Raises:
         Interrupted: SIGINT or SIGTERM arrived. The run is saved.
     """
+    retain_freed_memory()
     quiet_libraries()
     for path in job.settings["runtime"]["plugins"]:
         load_plugin(path)
@@ -166,7 +168,7 @@ def run_job(job: Job) -> Outcome:
 
 
 def _train(trainer: Trainer, diverged: Path) -> None:
-    """Train, or resume. If training diverges, it is finished: write the reason to `diverged`."""
+    """Train, or resume. Diverged training counts as finished. `diverged` contains the reason."""
     trainer.resume()
     if diverged.exists():
         return

@@ -62,7 +62,7 @@ def run_all(
 
 
 def _collect(future: concurrent.futures.Future[R], stop: Event, note: Callable[[R], None]) -> None:
-    """Note the result of a worker. Any exception stops all workers."""
+    """Record the result of a worker. Any exception stops all workers."""
     try:
         note(future.result())
     except Interrupted:

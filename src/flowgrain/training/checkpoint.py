@@ -102,7 +102,7 @@ def save(
 
 
 def _together(work: Callable[[], None], world: World) -> None:
-    """Do `work` on all ranks. Raises OSError on all ranks if it failed on any rank."""
+    """Run `work` on all ranks. Raises OSError on all ranks if it failed on any rank."""
     failure = None
     try:
         work()

@@ -135,7 +135,7 @@ def sampler_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def old_copy(model: nn.Module, share_frozen: bool) -> nn.Module:
-    """A copy that slowly follows the model. `share_frozen`: share the frozen parameters with it."""
+    """A copy for the old policy. `share_frozen`: share the frozen parameters with `model`."""
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad} if share_frozen else {}
     return copy.deepcopy(model, frozen).requires_grad_(False)
 
@@ -150,7 +150,8 @@ def holds_replica(
 ) -> bool:
     """Whether every rank samples with a full copy.
 
-    runtime.rollout_weights=auto: if the copy takes under 40% of the free memory on all ranks.
+    With runtime.rollout_weights=auto, the copy must take less than 40% of the free memory of
+    every rank.
     """
     if config.runtime.rollout_weights != "auto":
         return config.runtime.rollout_weights == "replica"

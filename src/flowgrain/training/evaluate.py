@@ -161,7 +161,7 @@ def evaluate_on_ranks(
         prompts: prompts of all ranks.
         rewards: rewards by name.
         num_steps: ODE steps.
-        num_images: images that the result contains at least, if there are several ranks.
+        num_images: minimum number of images in the result. A single rank returns all images.
     """
     chosen, world = as_prompts(prompts), policy.world
     assigned = world.assign(len(chosen))
@@ -179,7 +179,7 @@ def evaluate_on_ranks(
     )
     if world.size == 1:
         return evaluation
-    # Ranks exchange only a few images, because all of them may be gigabytes.
+    # Ranks exchange only a few images, because all images can take gigabytes.
     first = replace(evaluation, images=evaluation.images[: -(-num_images // world.size)])
     return interleave(world.gather(first), chosen)
 

@@ -38,7 +38,7 @@ def run_steps(
             trainer.recorder.write_metrics(first)
     for step in range(trainer.steps_done + 1, config.training.max_steps + 1):
         if limit is not None and seconds >= limit:
-            break  # a resumed run that already used its time
+            break  # the run reached the limit before it was resumed
         metrics = {"step": step, **trainer.step(step)}
         # All ranks stop after the same step: by the clock of rank 0, or by a signal to any rank.
         ranks = trainer.world.gather((metrics["seconds"], signals.number))

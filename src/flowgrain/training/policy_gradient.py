@@ -56,7 +56,7 @@ class PolicyGradientLoss:
     def prepare(self) -> None:
         """Compute the old transitions of all updates except the first.
 
-        In the first update the policy is still the policy that sampled. The old transitions come
+        During the first update, the policy equals the policy that sampled. The old transitions come
         from the same kind of forward pass as the gradient, so that the ratio is exactly 1 while the
         policy is unchanged.
         """

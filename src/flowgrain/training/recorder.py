@@ -17,7 +17,7 @@ from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 from flowgrain.training.run_files import read_metrics, write_run
 
 EVALUATION_IMAGES = 24
-"""Images of an evaluation that are recorded."""
+"""Number of images of an evaluation that are recorded."""
 EVALUATION_COLUMNS = 8
 """Columns of the contact sheet of an evaluation."""
 TREE_COLUMNS = 16

@@ -20,7 +20,7 @@ def with_given(
 ) -> Config:
     """`config` with `rewards` and `method` in place of its own.
 
-    A reward with a name that config.rewards contains keeps this weight and batch size.
+    If config.rewards contains the name of a reward, the reward keeps that weight and batch size.
 
     Raises:
         SettingsError: the method does not fit the sampling grid, or there is no reward.

@@ -85,7 +85,7 @@ class Trainer:
             natural = self.backbone.natural_shift(config.sampling.num_steps)
             config = config.with_shift(*natural)
         self.config = config
-        self.method = config.method.model_copy(deep=True)  # this run has its own state
+        self.method = config.method.model_copy(deep=True)  # state of this run only
         self.prompts = load_prompts(
             config, self.backbone, "train", prompts, hold_out=eval_prompts is None
         )
