@@ -95,13 +95,13 @@ def rows(
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         unit = f" ({extra['unit']})" if extra.get("unit") else ""
         resume = "fixed" if extra.get("keep") else ""
-        setting, type_text = f"`{prefix}{name}`", type_of(field) + unit
-        yield [setting, type_text, default_of(field), resume, field.description or ""]
+        setting = f"`{prefix}{name}`<br>{field.description or ''}"
+        yield [setting, type_of(field) + unit, default_of(field), resume]
 
 
 def table(lines: Iterable[list[str]]) -> str:
     """A Markdown table of settings."""
-    head = ["Setting", "Type", "Default", "On resume", "Description"]
+    head = ["Setting", "Type", "Default", "On resume"]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells])
 

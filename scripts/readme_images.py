@@ -92,7 +92,7 @@ def draw(run: Path) -> dict:
         steps, [p.low for p in points], [p.high for p in points], color=BLUE, alpha=0.15, lw=0
     )
     curve.plot(steps, [p.mean for p in points], "o-", color=BLUE, lw=2, ms=5)
-    for step, point, place in ((steps[0], points[0], (8, -14)), (steps[-1], points[-1], (-8, 12))):
+    for step, point, place in ((steps[0], points[0], (26, -8)), (steps[-1], points[-1], (-8, 12))):
         curve.annotate(
             f"{point.mean:.3f}",
             (step, point.mean),
