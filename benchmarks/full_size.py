@@ -6,7 +6,7 @@
 The first command needs a GPU with enough memory. The second one is cut down and runs anywhere.
 
 Prints rows per second, utilization, and seconds and memory of every stage. Utilization is the
-FLOP/s of the model, divided by those of a large matrix product in the same dtype on the same
+FLOP/s of the model, divided by the FLOP/s of a large matrix product in the same dtype on the same
 device. For G2RPO it also measures the loop of published code with one branch per stochastic step,
 and scales it to all branches.
 """
@@ -114,7 +114,7 @@ def random_backbone(config: Config, layers: int | None, vae_width: int) -> Any:
     pooled = sizes["pooled_projection_dim"]
     tokens = config.model.max_prompt_tokens
     if config.model.name == "sd3":
-        tokens = 77 + tokens * config.model.t5  # the tokens of CLIP precede those of T5
+        tokens = 77 + tokens * config.model.t5  # the tokens of CLIP come before the tokens of T5
 
     class RandomBackbone(BACKBONES.get(config.model.name)):
         _absent_parts = ()

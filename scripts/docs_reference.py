@@ -65,7 +65,7 @@ The command prints the resolved settings of a recipe as YAML. Set a value with `
 on the command line, or in a YAML file. [Settings and recipes](../guides/settings.md) explains how
 recipes, files and overrides are merged.
 
-A resumed run must keep the settings that are marked as fixed. All other settings may change.
+A resumed run must keep the settings that are marked as fixed. All other settings can change.
 
 ## name"""
 
@@ -172,7 +172,7 @@ def method_options() -> list[str]:
 
 
 def options_of(method: type[Method]) -> Iterator[str]:
-    """The options that `method` adds, and those whose default it changes."""
+    """The options that `method` adds, and the options whose default it changes."""
     base = PolicyGradient if issubclass(method, PolicyGradient) else Method
     changed = [key for key, field in method.model_fields.items() if differs(base, key, field)]
     yield f"### {method.name}"

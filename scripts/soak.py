@@ -132,7 +132,7 @@ def check_exit(fault: str, code: int, too_late: bool, message: bool) -> None:
         message: the run wrote a message.
 
     Raises:
-        AssertionError: the exit code is not one that the fault causes, or a stop has no message.
+        AssertionError: the fault cannot cause this exit code, or a stop has no message.
     """
     harmless = too_late and code in (FINISHED, -signal.SIGTERM)
     assert code in EXPECTED[fault] or harmless, f"{fault}: ended with exit code {code}"

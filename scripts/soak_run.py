@@ -57,7 +57,7 @@ def free_port() -> int:
 
 
 def serve(port: int) -> None:
-    """Run the reward server. This is a process of its own."""
+    """Run the reward server, in a separate process."""
     import uvicorn
 
     torch.set_num_threads(1)
@@ -125,7 +125,7 @@ class FaultyReward:
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk. Its messages and its memory are in files beside its directory."""
+    """A run on disk. Its messages and its memory are in files next to its directory."""
 
     folder: Path
     config: Config

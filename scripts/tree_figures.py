@@ -96,7 +96,7 @@ def draw_tree(axes: Axes, tree: Tree) -> int:
 
 
 def _granularities(tree: Tree) -> int:
-    """Number of granularities. 1 if channels count something else, such as grid indices."""
+    """Number of granularities. 1 if channels are not granularities."""
     return tree.num_channels if tree.num_channels <= 3 else 1
 
 

@@ -7,11 +7,11 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of mallopt in <m
 
 
 def retain_freed_memory() -> None:
-    """Tell glibc not to return freed memory to the system.
+    """Configure glibc to keep freed memory instead of returning it to the system.
 
     Without this call every step allocates its memory again and causes tens of thousands of page
-    faults. On the bundled model a step then takes 1.05 times as long. Other C libraries are left
-    as they are.
+    faults. On the bundled model a step then takes 1.05 times as long. Other C libraries are not
+    changed.
     """
     if sys.platform != "linux":
         return

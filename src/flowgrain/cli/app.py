@@ -34,8 +34,8 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SOURCE] [section.key=VALUE ...]",
-        help="A recipe, a method, a YAML file or the directory of a run, and settings that replace "
-        "its own. Default: the recipe demo.",
+        help="A recipe, a method, a YAML file or the directory of a run, and settings that "
+        "override it. Default: the recipe demo.",
     ),
 ]
 """A recipe, method, YAML file or run directory, and overrides."""
@@ -48,7 +48,7 @@ Plugins = Annotated[
     ),
 ]
 Preset = Annotated[
-    str | None, typer.Option("--preset", help="one-gpu fits the run to one GPU with 80 GB.")
+    str | None, typer.Option("--preset", help="one-gpu: fit the run to one GPU with 80 GB.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory.")]

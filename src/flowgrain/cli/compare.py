@@ -23,19 +23,19 @@ def compare(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[COMPARISON] [section.key=VALUE ...]")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="A list such as g2rpo,mixgrpo.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, such as g2rpo,mixgrpo.")] = None,
     rewards: Annotated[
         list[str] | None,
         typer.Option(help="A set of rewards, such as towers or towers,preference. Repeatable."),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, a list such as 1,2,3.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Budget of a run, in --unit.")] = None,
-    unit: Annotated[str | None, typer.Option(help="passes, updates or seconds.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Budget of each run, in --unit.")] = None,
+    unit: Annotated[str | None, typer.Option(help="Unit: passes, updates or seconds.")] = None,
     jobs: Annotated[
         int, typer.Option(min=0, help="Processes, one thread each. 0: one per CPU core.")
     ] = 0,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Directory. Default: comparisons/NAME.")
+        Path | None, typer.Option("--out", help="Output directory. Default: comparisons/NAME.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the cost.")] = False,
     plugins: Plugins = None,

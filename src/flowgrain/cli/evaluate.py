@@ -40,7 +40,7 @@ def evaluate_command(
     steps: Annotated[str, typer.Option(help="ODE steps, a list such as 10,16,20.")] = "16",
     seeds: Annotated[str, typer.Option(help="Seeds of the noise. One image per seed.")] = "0",
     folder: Out = None,
-    images: Annotated[bool, typer.Option("--images", help="Keep every image.")] = False,
+    images: Annotated[bool, typer.Option("--images", help="Save every image.")] = False,
     retry: Annotated[
         bool, typer.Option("--retry", help="Recompute results that contain unscored images.")
     ] = False,
@@ -166,7 +166,7 @@ def sample(
             help="A run, an export, a LoRA file, `base`, or a backbone.",
         ),
     ],
-    prompt: Annotated[list[str], typer.Option(help="Text of an image. Repeatable.")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt of an image. Repeatable.")],
     steps: Annotated[int, typer.Option(min=1, help="ODE steps.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     file: Annotated[Path, typer.Option("--out", help="Image file to write.")] = Path("sample.png"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plan(
     words: Words = None,
     gpus: Annotated[int, typer.Option(min=0, help="Forecast a step on this number of GPUs.")] = 0,
-    gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h200",
+    gpu: Annotated[str, typer.Option(help="GPU of the forecast: a100, h100 or h200.")] = "h200",
     plugins: Plugins = None,
     preset: Preset = None,
     as_json: Json = False,

@@ -27,8 +27,8 @@ def serve(
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8600,
-    max_images: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 256,
-    max_megabytes: Annotated[int, typer.Option(min=1, help="Size of one request.")] = 256,
+    max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 256,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Maximum MB per request.")] = 256,
     plugins: Plugins = None,
 ) -> None:
     """Serve rewards over HTTP for training runs on other machines.

@@ -84,9 +84,9 @@ class _Slots:
 def schedule(tree: Tree, batch_size: int, tail_schedule: TailSchedule = "interleaved") -> Schedule:
     """Divide `tree` into the fewest batches of `batch_size` rows, and assign a slot per latent.
 
-    All ready rows can share a batch, whatever their noise levels. Rows with the most steps left
-    come first, which is optimal for trees (Hu 1961). A slot is reused as soon as the
-    children of its row exist, unless the update or the decoder needs the latent.
+    All ready rows can share a batch, also rows with different noise levels. Rows with the most
+    remaining steps come first, which is optimal for trees (Hu 1961). A slot is reused as soon as
+    the children of its row exist, unless the update or the decoder needs the latent.
     """
     n = len(tree)
     children_of = _children(tree)

@@ -1,6 +1,6 @@
 """The tree of a rollout, stored as a table, and the planner that writes it.
 
-A row stands for a latent and the step that reached it. At sigma = 0 it also stands for an image.
+A row is a latent and the step that reached it. At sigma = 0, a row is also an image.
 The table contains no latents, so the cost of a tree is known before anything runs.
 
 Shapes: P prompts, N rows, E trained edges, T steps, I images, C channels.

@@ -26,9 +26,9 @@ class EvaluationRequest:
     """What to evaluate: every target at every number of inference steps with every seed.
 
     Attributes:
-        targets: the models. The first one is the baseline of the differences.
+        targets: the models. Differences are computed to the first model.
         config: prompts, rewards and sampling settings, see `base_config`.
-        overrides: nested values that also replace settings of the runs among the targets.
+        overrides: nested values. They also replace settings of targets that are runs.
         steps: numbers of ODE steps.
         seeds: seeds of the initial noise. Every seed is one image per prompt.
         keep_images: whether to save every image.
@@ -47,7 +47,9 @@ class EvaluationRequest:
         for option, values in (("--steps", self.steps), ("--seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 text = ",".join(map(str, values))
-                raise SettingsError(f"{option} {text}: give one or more different numbers.")
+                raise SettingsError(
+                    f"{option} {text}: give one or more numbers, each of them once."
+                )
 
     @property
     def default_directory(self) -> Path:
@@ -118,11 +120,11 @@ def record_request(
     """Write the record of `request` to `folder`, or check that an existing record agrees with it.
 
     Args:
-        request: the request. Its models are added to those in the record.
+        request: the request. Its models are added to the models in the record.
         folder: output directory.
         prompts: all prompts.
         rewards: all rewards.
-        given: names of the objects that were given from Python.
+        given: names of the arguments of `run_evaluation` that replace settings.
 
     Raises:
         SettingsError: the directory contains results of other prompts, rewards, settings or
@@ -171,7 +173,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _check_record(
     folder: Path, record: Mapping[str, Any], models: Mapping[str, str]
 ) -> dict[str, str]:
-    """The models of the existing record and the new ones, after checking that everything agrees."""
+    """The models of the existing record and the new models. Checks that the records agree."""
     existing = read_record(folder)
     for name, value in record.items():
         if existing.get(name) != value:

@@ -31,7 +31,7 @@ from flowgrain.training.run_files import read_run
 
 @dataclass(frozen=True)
 class Progress:
-    """How many chunks of an evaluation are finished, over all ranks."""
+    """Number of finished chunks of an evaluation, over all ranks."""
 
     finished: int
     total: int
@@ -55,7 +55,7 @@ def run_evaluation(
         request: what to evaluate.
         folder: output directory.
         show: called after every chunk.
-        backbone: a backbone from Python, in place of the one that the settings name. It is not
+        backbone: a backbone from Python, in place of the backbone in the settings. It is not
             changed. Every model is loaded into a deep copy.
         rewards: rewards from Python by name, in place of the `rewards` of the settings.
         prompts: evaluation prompts from Python, in place of `data.eval_prompts`.

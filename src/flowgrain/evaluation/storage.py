@@ -93,7 +93,7 @@ def read_chunk(folder: Path, chunk: Chunk) -> Columns | None:
 
 
 def write_chunk(folder: Path, chunk: Chunk, evaluation: Evaluation) -> None:
-    """Write the scores of a chunk. A reader finds the complete file or none."""
+    """Write the scores of a chunk atomically."""
     columns: dict[str, Any] = {
         "model": [chunk.target.label] * chunk.count,
         "steps": [chunk.steps] * chunk.count,

@@ -158,7 +158,7 @@ def _cell(
     scores = images.columns[metric][chosen]
     difference = None
     if baseline is not None:
-        # Image by image: an image that one model lacks is left out of the other model too.
+        # If an image has no score for one model, it is left out for the other model too.
         gains = values[metric] - baseline[metric]
         difference = confidence_interval(_by_prompt(gains, images.prompt))
     return Cell(
@@ -170,7 +170,7 @@ def _cell(
 
 
 def _by_prompt(values: Floats, prompt: Ints) -> Floats:
-    """Mean [P] of the finite `values` [K] of every prompt, NaN for a prompt without any."""
+    """Mean [P] of the finite `values` [K] of every prompt, NaN for a prompt without values."""
     finite, count = np.isfinite(values), int(prompt.max()) + 1
     total = np.bincount(prompt[finite], weights=values[finite], minlength=count)
     number = np.bincount(prompt[finite], minlength=count)

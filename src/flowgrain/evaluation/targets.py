@@ -177,7 +177,7 @@ def load_target(
         target: the model.
         base: settings of targets that are not runs, see `base_config`.
         overrides: nested values that replace settings of a run.
-        backbone: a backbone from Python, in place of the one that the settings name. It is not
+        backbone: a backbone from Python, in place of the backbone in the settings. It is not
             changed: the weights are loaded into a deep copy.
 
     Raises:

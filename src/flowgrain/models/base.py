@@ -66,7 +66,8 @@ class ModelConfig(Section):
         False, "Recompute activations in the backward pass, which saves memory and costs time."
     )
     attention_backend: str | None = Setting(
-        None, "Attention backend of diffusers, such as native or flash. Default: its own choice."
+        None,
+        "Attention backend of diffusers, such as native or flash. Default: selected by diffusers.",
     )
     vae_dtype: DtypeName = Setting("auto", "Dtype of the VAE. auto: float32.", keep=True)
     encoder_dtype: DtypeName = Setting(
@@ -225,7 +226,7 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class CustomGuidance(Protocol):
-    """A backbone that replaces the formula of classifier-free guidance by its own."""
+    """A backbone with its own formula for classifier-free guidance."""
 
     def guide(self, v: Tensor, v_free: Tensor, guidance: float) -> Tensor:
         """Return the guided velocity [B, *L], float32.

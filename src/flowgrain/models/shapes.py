@@ -90,7 +90,7 @@ class ShapesBackbone:
         model: ModelConfig = BUNDLED,
         dtypes: Dtypes | None = None,  # noqa: ARG003
     ) -> "ShapesBackbone":
-        """Return the backbone with the bundled weights, or with those in `model.path`.
+        """Return the backbone with the bundled weights, or with the weights in `model.path`.
 
         Args:
             model: settings. Only `path` is used: a directory that `save` has written.

@@ -166,6 +166,6 @@ def _rank_correlations(groups: Tensor, a: Tensor, b: Tensor) -> list[float]:
 
 
 def _flipped(a: Tensor, b: Tensor) -> Tensor:
-    """The share of the advantages with different signs, among those that are not 0 in both."""
+    """The share of advantages with different signs. Pairs of zeros are not counted."""
     known = (a != 0) & (b != 0)
     return (a.sign() != b.sign())[known].float().mean()

@@ -23,7 +23,7 @@ from flowgrain.settings import SettingsError
 from flowgrain.training.copies import names_of_blocks
 
 _CLIP_TOKENS = 77
-"""Tokens of CLIP, which precede those of T5 in SD3."""
+"""Tokens of CLIP, which come before the tokens of T5 in SD3."""
 
 _VAE_16 = {
     "_class_name": "AutoencoderKL",
@@ -252,7 +252,7 @@ def _flux_inputs(model: ModelConfig, config: Mapping[str, Any], scale: int) -> d
 
 
 def _sd3_inputs(model: ModelConfig, config: Mapping[str, Any], scale: int) -> dict[str, Tensor]:
-    """Inputs of one row of SD3 and SD3.5. The tokens of CLIP precede those of T5."""
+    """Inputs of one row of SD3 and SD3.5. The tokens of CLIP come before the tokens of T5."""
     text_tokens = _CLIP_TOKENS + model.max_prompt_tokens * model.t5
     height, width = model.height // scale, model.width // scale
     return {

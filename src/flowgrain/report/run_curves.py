@@ -14,7 +14,7 @@ SMOOTHING_WINDOW = 9
 
 
 def run_figures(run: RunData) -> list[Figure]:
-    """The figures of a run, without those for which there is no data."""
+    """The figures of a run. Figures without data are left out."""
     figures: Sequence[Callable[[RunData], Figure | None]] = (
         training_rewards,
         evaluation_scores,

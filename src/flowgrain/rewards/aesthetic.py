@@ -47,7 +47,7 @@ def load_head(checkpoint: str, allow_pickle: bool) -> nn.Sequential:
     """The linear layers in a checkpoint (`layers.0.weight` and so on).
 
     Raises:
-        OptionError: the checkpoint cannot be read, or contains something else.
+        OptionError: the checkpoint cannot be read, or is not a head of linear layers.
     """
     state = read_checkpoint(checkpoint, allow_pickle)
     state = {key.removeprefix("layers."): value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al. 2023): are the objects, counts, colors and positions of the prompt right?
+"""GenEval (Ghosh et al. 2023): checks objects, counts, colors and positions in an image.
 
 Letters: I images. The requirements of a prompt are a line of GenEval's prompt file: `include`, a
 list of {class, count, optional color, optional position: [relation, index of another entry]}, and
@@ -32,7 +32,7 @@ class Verdict:
     Attributes:
         correct: all requirements are met.
         fraction: fraction of the requirements that are met.
-        errors: what is wrong, in words.
+        errors: descriptions of the requirements that are not met.
     """
 
     correct: bool
@@ -121,8 +121,8 @@ def read_requirements(path: Path) -> dict[str, dict[str, Any]]:
 class DetectionReward:
     """The GenEval score from the boxes of any detector.
 
-    The requirements come with the prompts, if these are read from GenEval's file, or from
-    `prompt_file`. A prompt without requirements has no score (NaN).
+    The requirements are fields of the prompts if GenEval's file is the prompt file. Otherwise they
+    are read from `prompt_file`. A prompt without requirements has no score (NaN).
 
     Args:
         detector: the detector.
@@ -180,8 +180,8 @@ class GenEval(DetectionReward):
     fraction of images that meet all requirements. License of the rules: MIT. The license and the
     input size of the model depend on the detector.
 
-    The requirements come with the prompts, if these are read from GenEval's file, or from
-    `prompt_file`. A prompt without requirements has no score (NaN).
+    The requirements are fields of the prompts if GenEval's file is the prompt file. Otherwise they
+    are read from `prompt_file`. A prompt without requirements has no score (NaN).
 
     Args:
         path: directory or Hugging Face repository of the detector, such as facebook/detr-resnet-50.

@@ -71,8 +71,8 @@ class Judge:
     Args:
         url: address of the API, such as http://HOST:PORT/v1.
         model: name of the model on the server.
-        template: text file with the question. `{prompt}` stands for the prompt. Default: a question
-            of this library. Comparisons with published scores need the published question.
+        template: text file with the question. `{prompt}` is replaced by the prompt. Default: a
+            question of this library. Comparisons with published scores need the published question.
         concurrency: number of requests at the same time.
         timeout: longest time to wait for an answer, in seconds.
         retries: repetitions of a failed request.

@@ -133,7 +133,7 @@ class Scorer:
             thread.shutdown(cancel_futures=True)
 
     def submit(self, images: Tensor, prompts: Sequence[str | Prompt]) -> None:
-        """Score `images` [I, 3, H, W], or start to score them in the background."""
+        """Score `images` [I, 3, H, W] now, or start scoring in the background."""
         for name, reward in self.rewards.items():
             batch_size = self.batch_sizes.get(name, BATCH_SIZE)
             if self.threads:

@@ -57,8 +57,8 @@ class UniGenBench(Judge):
 
     Range: 0..1. By primary dimension, the fraction over all test points, as in the benchmark. A
     prompt without test points has no score (NaN). The arguments are those of `Judge`. A template
-    also needs `{points}`, which stands for the list of test points. Any vision-language model can
-    be used. The published results are from UniGenBench-EvalModel-qwen-72b-v1.
+    also needs `{points}`, which is replaced by the list of test points. Any vision-language model
+    can be used. The published results are from UniGenBench-EvalModel-qwen-72b-v1.
     """
 
     mean_of_parts = True

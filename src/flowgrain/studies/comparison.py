@@ -61,7 +61,7 @@ class Comparison(Section):
     )
     rewards: dict[str, RewardSet] = Setting(..., "Lists of trained rewards by label.", min_length=1)
     seeds: Annotated[tuple[Seed, ...], Strict(False)] = Setting(
-        ..., "Seeds. Each is a run.", min_length=1
+        ..., "Seeds. Every seed is a run.", min_length=1
     )
     budget: float = Setting(..., "Budget of a run, in `unit`.", gt=0)
     unit: Unit = Setting(
@@ -70,7 +70,7 @@ class Comparison(Section):
         "gradient counts three times.",
     )
     common: dict[str, Any] = Setting({}, "Settings of all runs.")
-    overrides: dict[str, Any] = Setting({}, "Settings of all runs that replace those of methods.")
+    overrides: dict[str, Any] = Setting({}, "Settings of all runs. They replace those of methods.")
     baselines: dict[str, str] = Setting(
         {}, "Baseline of a method, to which its difference is computed. Default: the first method."
     )

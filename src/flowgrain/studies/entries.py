@@ -24,7 +24,7 @@ class Entry:
     """A planned run of a comparison.
 
     Attributes:
-        label: the method, as the comparison names it.
+        label: label of the method in the comparison.
         reward_set: label of the trained rewards.
         config: settings of the run.
         units: cost of training in `Cost.units`, with the calibration.
@@ -94,7 +94,7 @@ def _check_reserved(comparison: Comparison) -> None:
 
 
 def _variants(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Settings by label: those of the methods, or of every method with every learning rate."""
+    """Settings by label, for every method or for every method with every learning rate."""
     if not comparison.learning_rates:
         return comparison.methods
     return {

@@ -82,7 +82,7 @@ def run_comparison(
 ) -> Progress:
     """Run everything that is not finished, and write runs/NAME/result.json for every run.
 
-    The same call continues after an interruption or a failure.
+    Repeat the call to continue after an interruption or a failure.
 
     Args:
         comparison: what to run.

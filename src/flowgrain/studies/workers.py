@@ -1,4 +1,4 @@
-"""Worker processes. After a signal, every worker saves its run, and then all of them end."""
+"""Worker processes. After a signal, every worker saves its run and ends."""
 
 import concurrent.futures
 import contextlib

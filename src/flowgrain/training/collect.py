@@ -112,7 +112,7 @@ class RolloutCollector:
         )
 
     def calibrate(self) -> CalibrationResult:
-        """Calibrate the noise of the method on the current policy, and use it from now on.
+        """Calibrate the noise of the method on the current policy, and set it in the method.
 
         Raises:
             TypeError: the method has no stochastic steps.

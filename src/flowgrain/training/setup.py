@@ -18,7 +18,7 @@ def with_given(
     rewards: Mapping[str, Reward] | None,
     method: Method | type[Method] | None,
 ) -> Config:
-    """`config` with `rewards` and `method` in place of its own.
+    """`config`, with `rewards` and `method` in place of config.rewards and config.method.
 
     If config.rewards contains the name of a reward, the reward keeps that weight and batch size.
 

@@ -129,7 +129,7 @@ class Trainer:
                 run_steps(self, self._stop, progress)
             self.export()
         except OSError as error:
-            # Writing a checkpoint needs all ranks, and the other ranks do not know of the error.
+            # Writing a checkpoint needs all ranks, but the error is only raised on this rank.
             several = self.world.size > 1
             saved = "the last checkpoint is unchanged" if several else state.ensure_saved(self)
             raise RunStopped(
