@@ -30,9 +30,10 @@ def imported_files_are_forgotten(tmp_path_factory):
     for name, file in new.items():
         if str(file).startswith(written):
             del sys.modules[name]
-    if any(name.startswith("flowgrain_plugin_") for name in new):
-        for registry, before in zip(registries, objects, strict=True):
-            registry._objects = before
+    for registry, before in zip(registries, objects, strict=True):
+        for name, thing in list(registry._objects.items()):
+            if name not in before and not thing.__module__.startswith("flowgrain."):
+                del registry._objects[name]
     sys.path[:] = path
 
 

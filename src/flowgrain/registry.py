@@ -31,12 +31,15 @@ class Registry(Generic[T]):
 
     Args:
         kind: kind of the objects, for error messages ("method").
-        group: entry-point group in which other packages publish objects ("flowgrain.methods").
+        entry_point_group: entry-point group in which other packages publish objects
+            ("flowgrain.methods").
         built_in: "module:attribute" of the built-in objects, by name.
     """
 
-    def __init__(self, kind: str, group: str, built_in: Mapping[str, str] | None = None) -> None:
-        self.kind, self.group = kind, group
+    def __init__(
+        self, kind: str, entry_point_group: str, built_in: Mapping[str, str] | None = None
+    ) -> None:
+        self.kind, self.entry_point_group = kind, entry_point_group
         self._built_in = dict(built_in or {})
         self._objects: dict[str, T] = {}
         self._entry_points: dict[str, importlib.metadata.EntryPoint] | None = None
@@ -86,7 +89,7 @@ class Registry(Generic[T]):
                     self._objects[found] = getattr(importlib.import_module(module), attribute)
                 else:
                     self._objects[found] = self._published()[found].load()
-            except ImportError as error:
+            except Exception as error:  # code of another package
                 raise SettingsError(
                     f"{self.kind} {found!r} cannot be imported: {error}."
                 ) from error
@@ -104,7 +107,7 @@ class Registry(Generic[T]):
 
     def _published(self) -> dict[str, importlib.metadata.EntryPoint]:
         if self._entry_points is None:
-            found = importlib.metadata.entry_points(group=self.group)
+            found = importlib.metadata.entry_points(group=self.entry_point_group)
             self._entry_points = {entry.name: entry for entry in found}
         return self._entry_points
 

@@ -27,7 +27,8 @@ class Section(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Let a subclass change a default with `field: type = value`.
 
-        The field keeps its description, its unit and its constraints.
+        The field keeps its description and its unit. It keeps its constraints, too, unless the
+        subclass gives it another type.
         """
         super().__pydantic_init_subclass__(**kwargs)
         changed = False
@@ -42,9 +43,12 @@ class Section(BaseModel):
             )
             if inherited is None or field.description is not None:
                 continue
-            with_new_default = copy(inherited)
-            with_new_default.default = field.default
-            cls.__pydantic_fields__[name] = with_new_default
+            own = copy(field)
+            own.description = inherited.description
+            own.json_schema_extra = inherited.json_schema_extra
+            if field.annotation == inherited.annotation:
+                own.metadata = [*inherited.metadata, *field.metadata]
+            cls.__pydantic_fields__[name] = own
             changed = True
         if changed:
             cls.model_rebuild(force=True)

@@ -92,7 +92,6 @@ def test_every_command_takes_plugins(directory):
     (directory / "shown.yaml").write_text(shown)
     succeeded("train", "shown.yaml", "--out", "run")
     assert "failed" not in succeeded("doctor", *options)
-    assert "demo" in succeeded("recipes", "--plugin", plugin)
     words = ("evaluate", "run", "--steps", "2", "--json", "--plugin", plugin)
     assert json.loads(succeeded(*words))["rows"]
     assert "has no option 'frist'" in refused("train", *options, "method.frist=1")

@@ -40,6 +40,16 @@ def test_the_default_directory_and_the_lines_that_are_printed(directory):
     assert (directory / "runs/demo/run.yaml").exists()
 
 
+def test_a_report_that_cannot_be_written(directory):
+    (directory / "run" / "report.html").mkdir(parents=True)  # a directory is not a file
+    result = flowgrain("train", *SMALL, "--out", "run")
+    assert result.status == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "training is finished, but the report could not be written: " in result.stderr
+    assert result.stderr.endswith("Run flowgrain report run.\n")
+    assert len(metrics_of(directory / "run")) == 2
+
+
 def test_a_method_with_options(directory):
     options = ("method.granularities=[1,2]", "runtime.seed=1", "--out", "runs/two")
     succeeded("train", "g2rpo", *SMALL, *options)

@@ -249,7 +249,9 @@ def test_settings_that_cannot_be_used(backbones, monkeypatch):
     check(sd3, sharded=True)
     check(flux, "first_block:0.1")
     check(sd3, "taylorseer:3")
-    remedy = r"they are sharded\. Set runtime\.rollout_weights=replica, or remove this setting\."
+    remedy = (
+        r"the weights are sharded\. Set runtime\.rollout_weights=replica, or remove this setting\."
+    )
     with pytest.raises(SettingsError, match=rf"sampling.tail_cache=taylorseer:3: .*{remedy}"):
         check(sd3, "taylorseer:3", sharded=True)
     with pytest.raises(SettingsError, match=rf"sampling.tail_weights=int8: .*{remedy}"):

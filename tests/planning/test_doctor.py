@@ -57,6 +57,15 @@ def test_memory_is_checked_before_the_model_is_loaded(tiny, tmp_path, monkeypatc
     assert "lora.rank=32" not in lora["memory"].message
 
 
+def test_a_model_that_is_loaded_to_measure_its_size(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", type("Memory", (), {"total": 1000}))
+    monkeypatch.setattr(doctor, "model_size", lambda _: None)
+    memory = findings_of(tiny, tmp_path / "run")["memory"]
+    assert not memory.ok
+    assert "not loaded" not in memory.message
+    assert "This does not fit. Try lora.rank=32" in memory.message
+
+
 def test_a_full_disk(tiny, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)

@@ -93,6 +93,11 @@ def test_fields_are_checked(wrong):
         ({"name": "aesthetic"}, r"rewards\[aesthetic\]\.checkpoint: .* required\. Options: check"),
         ({"name": "geneval"}, r"rewards\[geneval\]\.path: this option is required"),
         ({"name": "oracle", "path": "x"}, r"\[oracle\]\.path='x': .*This reward has no options"),
+        (
+            {"name": "oracle", "weigth": 2},
+            r"\[oracle\]\.weigth=2: unknown option\. Did you mean 'weight'\? This reward has no",
+        ),
+        ({"name": "clip", "batchsize": 2}, r"unknown option\. Did you mean 'batch_size'\?"),
         ({"name": "towers", "folder": "x"}, r"rewards\[towers\]\.folder='x': unknown option"),
         ({"name": "hpss"}, r"there is no reward 'hpss'\. Did you mean 'hps'\?"),
         (
@@ -221,11 +226,14 @@ def custom(tmp_path, monkeypatch):
 
 
 def test_a_custom_reward_by_its_path(custom):
+    first = sys.path[0]
+
     def scores(attribute, **options):
         reward = build_reward(RewardConfig(name=f"{custom}:{attribute}", **options))
         return score(reward, IMAGES, PROMPTS).values
 
     assert torch.equal(scores("bright"), IMAGES.mean((1, 2, 3)))
+    assert sys.path[0] == first  # installed packages come before the working directory
     assert torch.equal(scores("bright", scale=2), 2 * IMAGES.mean((1, 2, 3)))
     assert scores("Constant").tolist() == [1, 1, 1]
     assert scores("Constant", value=2.5).tolist() == [2.5] * 3

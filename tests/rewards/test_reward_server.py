@@ -103,6 +103,8 @@ def test_limits_and_bad_requests(address):
 
     assert status({"reward": "red", "prompts": ["a"], "raw": raw}) == 200
     assert status({"reward": "red", "prompts": ["a"], "raw": raw}, headers={}) == 401
+    wrong = {"Authorization": "Bearer s\xe9cret".encode()}  # not ASCII
+    assert status({"reward": "red", "prompts": ["a"], "raw": raw}, headers=wrong) == 401
     assert status({"reward": "blue", "prompts": ["a"], "raw": raw}) == 404
     assert status({"reward": "red", "prompts": ["a"] * 5, "raw": raw}) == 413
     assert status({"reward": "red", "prompts": ["a" * 200_000], "raw": raw}) == 413

@@ -67,6 +67,13 @@ def test_the_budget_is_used_and_not_exceeded(small):
         ({"overrides": ["sampling.num_step=3"]}, "methods.g2rpo: .*'sampling.num_steps'"),
         ({"changes": {"methods": {"mixgrpoo": {}}}}, "Did you mean 'mixgrpo'"),
         ({"changes": {"methods": {"a": {"extends": "b"}}}}, "methods.a.extends=b"),
+        ({"changes": {"methods": {"a": {"extends": "a"}}}}, "methods.a.extends: a -> a is a cycle"),
+        (
+            {"changes": {"methods": {"a": {"extends": "b"}, "b": {"extends": "a"}}}},
+            "methods.a.extends: a -> b -> a is a cycle",
+        ),
+        ({"changes": {"name": ".."}}, "name='..': string should match pattern"),
+        ({"changes": {"name": "."}}, "name='.': string should match pattern"),
         ({"changes": {"methods": {"g2rpo": 3}}}, "methods.g2rpo=3: not a mapping"),
         ({"changes": {"common": {"training": {"max_steps": 3}}}}, "common: training.max_steps=3"),
         ({"changes": {"buget": 3}}, "Did you mean 'budget'"),
@@ -90,6 +97,15 @@ def test_an_unknown_comparison_or_directory(tmp_path):
     (tmp_path / "comparison.yaml").write_text("comparison: {eval_steps: [1]}\n")
     with pytest.raises(SettingsError, match="not a comparison of this version"):
         read_comparison(tmp_path)
+
+
+def test_files_that_extend_each_other(tmp_path):
+    for name, other in (("a", "b"), ("b", "a"), ("start", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {tmp_path / other}.yaml\n")
+    with pytest.raises(
+        SettingsError, match=r"extends: \S+a\.yaml -> \S+b\.yaml -> \S+a\.yaml is a"
+    ):
+        load_comparison(tmp_path / "start.yaml")
 
 
 def test_overrides_win_and_methods_keep_their_own_settings():
@@ -136,6 +152,20 @@ def test_a_method_from_a_plugin_file(small, tmp_path):
     comparison = small(methods=["studies_plugin"], plugins=[plugin])
     assert {e.config.method.name for e in plan_entries(comparison)} == {"studies_plugin"}
     assert {e.config.runtime.plugins for e in plan_entries(comparison)} == {(str(plugin),)}
+
+
+def test_plugins_of_a_file_are_relative_to_the_file(small, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for name in ("first.py", "second.py"):
+        (tmp_path / name).write_text("")
+    plugins = {"common": {"runtime.plugins": ["first.py"], **SMALL["common"]}}
+    configs = [e.config for e in plan_entries(small(plugins, plugins=["../second.py"]))]
+    expected = tuple(str(tmp_path / name) for name in ("first.py", "second.py"))
+    assert {config.runtime.plugins for config in configs} == {expected}
+    methods = {"g2rpo": {"runtime": {"plugins": ["second.py"]}}}
+    configs = [e.config for e in plan_entries(small({"methods": methods}))]
+    assert {config.runtime.plugins for config in configs} == {expected[1:]}
 
 
 STEPS_OF_FULL = {

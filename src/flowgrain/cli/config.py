@@ -25,7 +25,7 @@ _COLUMNS = {
 
 
 @app.command()
-def recipes(plugins: Plugins = None, as_json: Json = False) -> None:
+def recipes(as_json: Json = False) -> None:
     """List the bundled recipes with their paper, task, hardware and published result.
 
     Examples:
@@ -33,10 +33,7 @@ def recipes(plugins: Plugins = None, as_json: Json = False) -> None:
     * `flowgrain recipes --json`
     """
     from flowgrain.config.load import recipe_facts, recipe_names
-    from flowgrain.registry import load_plugin
 
-    for path in plugins or ():
-        load_plugin(path)
     facts = [recipe_facts(name) for name in recipe_names()]
     if as_json:
         typer.echo(json.dumps(facts))

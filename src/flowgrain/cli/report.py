@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flowgrain.cli.app import app, say
+from flowgrain.cli.app import Plugins, app, say
+from flowgrain.registry import load_plugin
 
 
 @app.command()
@@ -13,6 +14,7 @@ def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIRECTORY", help="Directory of a run or of a comparison.")
     ],
+    plugins: Plugins = None,
 ) -> None:
     """Write the report of a run or a comparison, finished or not.
 
@@ -22,5 +24,7 @@ def report(
     """
     from flowgrain.report import write_comparison, write_report
 
+    for plugin in plugins or ():
+        load_plugin(plugin)
     write = write_comparison if (folder / "comparison.yaml").exists() else write_report
     say(f"wrote {write(folder)}")

@@ -78,14 +78,13 @@ def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) ->
     source, overrides = split_words(words)
     if source is not None:
         raise SettingsError(f"--resume {folder}: remove {source}. The run has its own settings.")
-    config = read_run_config(folder, overrides, plugins or ())
     given = read_run(folder).get("given", [])
     if given:
         raise SettingsError(
             f"{folder}: this run was started from Python with custom {', '.join(given)}. "
             "Resume it from Python: Trainer(...).resume()."
         )
-    trainer = Trainer(config, folder)
+    trainer = Trainer(read_run_config(folder, overrides, plugins or ()), folder)
     for message in trainer.resume():
         note(f"{message}. The run continues from step {trainer.steps_done}.", style="yellow")
     return trainer
@@ -107,8 +106,16 @@ def _train(trainer: "Trainer") -> None:
         metrics = trainer.train(bar.show)
     from flowgrain.report import write_report  # matplotlib and templates are not needed before
 
-    report = write_report(trainer.out)
     say(f"done in {time.perf_counter() - begin:.0f} s. {_gain(metrics)}".rstrip())
+    try:
+        report = write_report(trainer.out)
+    except OSError as error:
+        note(
+            f"error: training is finished, but the report could not be written: {error}. "
+            f"Run flowgrain report {trainer.out}.",
+            style="red",
+        )
+        raise typer.Exit(1) from None
     say(f"open {report}")
 
 

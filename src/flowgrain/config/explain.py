@@ -1,5 +1,6 @@
 """Error messages of wrong settings: the full path, the value, and a fix or the nearest setting."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard, get_args
 
@@ -10,7 +11,7 @@ from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, Method
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import canonical
-from flowgrain.settings import Section, did_you_mean, nearest
+from flowgrain.settings import Section, SettingsError, did_you_mean, nearest
 
 
 def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
@@ -109,10 +110,18 @@ def _method_name(values: Mapping[str, Any]) -> str:
     return f"there is no method {name!r}. {did_you_mean(str(name), METHODS)}"
 
 
+def _methods_with(option: str) -> Iterator[str]:
+    """Names of the methods that have an option. Methods that cannot be imported are left out."""
+    for name in METHODS:
+        with contextlib.suppress(SettingsError):
+            if option in METHODS.get(name).model_fields:
+                yield name
+
+
 def _unknown(path: str, method: type[Method] | None) -> str:
     option = path.removeprefix("method.").split(".")[0]
     if path.startswith("method.") and method is not None and option not in method.model_fields:
-        users = [name for name in METHODS if option in METHODS.get(name).model_fields]
+        users = list(_methods_with(option))
         if users:
             others = " or ".join(repr(name) for name in users[:3])
             return (
@@ -127,6 +136,13 @@ def _unknown(path: str, method: type[Method] | None) -> str:
     known = list(setting_paths(method))
     last = canonical(path.split(".")[-1])
     same = [name for name in known if canonical(name.split(".")[-1]) == last]
+    section = path.split(".")[0]
+    keys = [name.partition(".")[2] for name in known if name.startswith(f"{section}.")]
+    if not same and keys and "." in path:
+        close = nearest(path.partition(".")[2], keys)
+        if close is None:
+            return f"{path} is not a setting. The settings of {section}: {', '.join(keys)}."
+        return f"{path} is not a setting. Did you mean '{section}.{close}'?"
     close = same[0] if same else nearest(path, known)
     if close is None:
         ends = {name.split(".")[-1]: name for name in known}

@@ -54,23 +54,21 @@ def load_config(
     Example:
         >>> load_config("g2rpo", {"method.granularities": [1, 2], "training.max_steps": 40})
     """
-    changes = parse_overrides(overrides)
-    plugin_files = [str(Path(path).expanduser().resolve()) for path in plugins]
+    changes = with_absolute_plugins(parse_overrides(overrides), Path.cwd())
+    extra = {"runtime": {"plugins": [str(path) for path in plugins]}}
+    plugin_files = _plugins_of(with_absolute_plugins(extra, Path.cwd()))
     for path in [*plugin_files, *_plugins_of(changes)]:
-        load_plugin(path)
+        load_plugin(path)  # before the source, which may be the name of a plugin's method
     name, values = read_source(source)
     values.pop("recipe", None)
     for path in _plugins_of(values):
         load_plugin(path)
-    named = {"name": name, **values}
-    merged = merge(with_defaults(merge(named, changes)), changes)
+    merged = with_defaults(merge({"name": name, **values}, changes))
     if preset is not None:
         merged = merge(apply_preset(preset, merged), changes)
     if plugin_files:
-        known = _plugins_of(merged)
-        merged = merge(
-            merged, {"runtime": {"plugins": list(dict.fromkeys([*known, *plugin_files]))}}
-        )
+        files_of_run = list(dict.fromkeys([*_plugins_of(merged), *plugin_files]))
+        merged = merge(merged, {"runtime": {"plugins": files_of_run}})
     return validate(merged)
 
 
@@ -149,28 +147,28 @@ def read_source(source: str | Path) -> tuple[str, Values]:
     Raises:
         SettingsError: there is no such source, or it cannot be read.
     """
-    text = str(source)
-    if text in recipe_names():
-        return text.replace("/", "-"), read_yaml(_RECIPES.joinpath(f"{text}.yaml"))
-    if text in METHODS:
-        name = METHODS.find(text)
-        return str(name), {"method": {"name": name}}
-    path = Path(source).expanduser()
+    text, path = str(source), Path(source).expanduser()
+    if not isinstance(source, Path):  # a Path is never the name of a recipe or a method
+        if text in recipe_names():
+            return text.replace("/", "-"), read_yaml(_RECIPES.joinpath(f"{text}.yaml"))
+        if text in METHODS:
+            name = METHODS.find(text)
+            return str(name), {"method": {"name": name}}
     if path.exists():
         file = path / "run.yaml" if path.is_dir() else path
         if not file.exists():
             raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
         values = read_yaml(file)
         if file.name == "run.yaml":
-            values = run_config(values, file)
-        return file.stem, values
+            values = saved_settings(values, file)
+        return file.stem, with_absolute_plugins(values, file.resolve().parent)
     known = [*recipe_names(), *METHODS]
     raise SettingsError(
         f"There is no recipe, method, file or run {text!r}. {did_you_mean(text, known)}"
     )
 
 
-def run_config(saved: Values, file: Path) -> Values:
+def saved_settings(saved: Values, file: Path) -> Values:
     """The settings in a run's run.yaml.
 
     Raises:
@@ -247,6 +245,15 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
+def with_absolute_plugins(values: Values, folder: Path) -> Values:
+    """`values` with the paths in runtime.plugins resolved from `folder`."""
+    paths = _plugins_of(values)
+    if not paths:
+        return values
+    files = [str((folder / Path(path).expanduser()).resolve()) for path in paths]
+    return merge(values, {"runtime": {"plugins": files}})
+
+
 def _plugins_of(values: Mapping[str, Any]) -> list[str]:
     plugins = _section(values, "runtime").get("plugins", [])
     return [str(path) for path in plugins] if isinstance(plugins, list | tuple) else []
@@ -264,10 +271,27 @@ def _plain(value: Any) -> Any:
 
 
 def _container(config: Any) -> Values:
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = OmegaConf.to_container(config, resolve=False)
     if not isinstance(plain, dict):
         raise ValueError("not a mapping of sections")
+    _reject_references(plain, "")
     return dict(plain)
+
+
+def _reject_references(value: Any, path: str) -> None:
+    """Check that no text refers to other values or to environment variables.
+
+    OmegaConf would insert them. A file from another person could then read secrets.
+
+    Raises:
+        SettingsError: a text contains ${ or is ???.
+    """
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        raise SettingsError(f"{path}={value}: references are not supported. Write the value.")
+    if isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            _reject_references(entry, f"{path}.{key}" if path else str(key))
 
 
 def _first_line(error: Exception) -> str:

@@ -216,7 +216,7 @@ class Config(Section):
     """All settings of a run. Create it with `load_config`."""
 
     name: str = Setting(
-        "run", "Name of the run. Its directory is runs/NAME.", pattern=r"^[\w.+-]+$"
+        "run", "Name of the run. Its directory is runs/NAME.", pattern=r"^\w[\w.+-]*$"
     )
     method: Method = Setting(..., "Training method and its options.")
     model: ModelConfig = Setting(ModelConfig(), "Backbone.")
@@ -306,8 +306,12 @@ class Config(Section):
                 raise ValueError(f"contains {name!r} twice. List every reward once")
         return rewards
 
-    @model_validator(mode="after")
-    def _check_combinations(self) -> "Config":
+    def check_combinations(self) -> None:
+        """Check settings that depend on each other.
+
+        Raises:
+            ValueError: a combination is impossible.
+        """
         try:
             self.method.check(self.sampling.num_steps)
         except ValueError as error:
@@ -332,4 +336,8 @@ class Config(Section):
                     f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
                     "steps follow."
                 )
+
+    @model_validator(mode="after")
+    def _checked(self) -> "Config":
+        self.check_combinations()
         return self

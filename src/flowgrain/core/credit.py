@@ -15,7 +15,7 @@ from flowgrain.core.tree import ROOT, Ints, Tree
 
 Scope = Literal["group", "global"]
 RewardMix = Literal["advantage", "reward"]
-Comparison = Literal["step", "prompt"]
+ComparisonGroup = Literal["step", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Normalization:
     scope: Scope = "group"
     unbiased: bool = True
     epsilon: float = 1e-8
-    comparison: Comparison = "step"
+    comparison: ComparisonGroup = "step"
 
     def groups(self, tree: Tree) -> Tensor:
         """Comparison group [E] of every trained edge of `tree`."""

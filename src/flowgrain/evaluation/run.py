@@ -10,6 +10,7 @@ import torch
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, existing_file
 from flowgrain.distributed import env_rank
+from flowgrain.distributed.threads import set_threads
 from flowgrain.evaluation.request import EvaluationRequest, record_request
 from flowgrain.evaluation.storage import (
     Chunk,
@@ -152,8 +153,7 @@ def _start_rank(request: EvaluationRequest) -> tuple[int, int]:
     runtime = request.config.runtime
     if torch.cuda.is_available() and runtime.device != "cpu":
         torch.cuda.set_device(local_rank)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    set_threads(runtime.threads)
     return rank, size
 
 

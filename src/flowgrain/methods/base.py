@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, Strict, field_validator
 from torch import Tensor
 
 from flowgrain.core import credit, objective
-from flowgrain.core.credit import Comparison, Normalization, RewardMix, Scope
+from flowgrain.core.credit import ComparisonGroup, Normalization, RewardMix, Scope
 from flowgrain.core.objective import KLForm, Objective
 from flowgrain.core.sde import (
     CPS,
@@ -190,7 +190,7 @@ class PolicyGradient(Method):
         "gaussian",
         "Exact Gaussian KL (gaussian), or the form of Flow-GRPO's published code (published).",
     )
-    comparison: Comparison = Setting(
+    comparison: ComparisonGroup = Setting(
         "step",
         "Comparison group: edges of a prompt at the same grid step (step), "
         "or all edges of a prompt (prompt, Stepwise-Flow-GRPO).",

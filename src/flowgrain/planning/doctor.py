@@ -59,7 +59,7 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
     """Check everything that `config` needs. Nothing is trained or written.
 
     Memory is checked before the weights are loaded, if the size of the model is known without
-    loading it. If the memory is too small, the model is not loaded.
+    loading it. If the memory is too small, the checks that need the model are skipped.
 
     Args:
         config: configuration of the run.
@@ -75,7 +75,7 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
     if size is None:
         backbone = load_model(config)
         size = size_of_loaded(backbone)
-    enough = check_memory(config, size, device)
+    enough = check_memory(config, size, device, loaded=backbone is not None)
     before = [check_versions(), check_device(config, device), enough, check_disk(config, size, out)]
     if not enough.ok:
         return [*before, check_cost(config, rows_per_row=None, rate=None)]
@@ -142,8 +142,17 @@ def check_device(config: Config, device: torch.device) -> Finding:
     return Finding("device", True, f"{device}, {str(dtype).removeprefix('torch.')}")
 
 
-def check_memory(config: Config, size: ModelSize, device: torch.device) -> Finding:
-    """Whether the parts of the run fit into the memory of the device."""
+def check_memory(
+    config: Config, size: ModelSize, device: torch.device, loaded: bool = False
+) -> Finding:
+    """Whether the parts of the run fit into the memory of the device.
+
+    Args:
+        config: configuration of the run.
+        size: size of the model.
+        device: compute device.
+        loaded: whether the model was loaded to measure its size.
+    """
     needed = memory(config, size, compute_dtype(config.runtime.dtype, device))
     on_gpu = device.type == "cuda"
     available = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
@@ -151,7 +160,8 @@ def check_memory(config: Config, size: ModelSize, device: torch.device) -> Findi
     message = f"{_bytes(needed.total)} of {_bytes(available)}, without activations: {parts}."
     if needed.fits(available):
         return Finding("memory", True, message)
-    advice = f"The model was not loaded. {_less_memory(config)}"
+    skipped = "" if loaded else "The model was not loaded. "
+    advice = f"{skipped}{_less_memory(config)}"
     return Finding("memory", False, f"{message} This does not fit. {advice}")
 
 

@@ -173,7 +173,7 @@ def _find(name: str) -> Callable[..., Any]:
             "Write a custom reward as package.module:attribute."
         )
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # custom rewards are often in the working directory
+        sys.path.append(str(Path.cwd()))  # custom rewards are often in the working directory
     try:
         target = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # user code may raise anything

@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def option_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter
 
 
 def checked_options(
-    name: str, target: Callable[..., Any], options: Mapping[str, Any], reserved: Container[str]
+    name: str, target: Callable[..., Any], options: Mapping[str, Any], reserved: Collection[str]
 ) -> dict[str, Any]:
     """`options` of the reward `name`, converted to the types of the arguments of `target`.
 
@@ -59,7 +59,7 @@ def checked_options(
         name: name of the reward, for error messages.
         target: the class or function of the reward.
         options: YAML values by name.
-        reserved: names that an option cannot have.
+        reserved: names of the settings that every reward has. An option cannot have these names.
 
     Raises:
         SettingsError: an option is unknown, missing, or has the wrong type.
@@ -76,7 +76,7 @@ def checked_options(
             )
     for option, value in options.items():
         if option not in known and not any_name:
-            close = nearest(option, known)
+            close = nearest(option, [*known, *reserved])
             hint = f"Did you mean {close!r}? " if close else ""
             raise SettingsError(
                 f"rewards[{name}].{option}={value!r}: unknown option. {hint}{valid}"

@@ -83,8 +83,9 @@ def _rejection(
     """The error response to a request without the token or above the size limit, otherwise None."""
     from fastapi.responses import JSONResponse
 
-    given = request.headers.get("authorization", "")
-    if token is not None and not secrets.compare_digest(given, f"Bearer {token}"):
+    # Bytes, because compare_digest refuses text that is not ASCII. Headers are decoded as latin-1.
+    given = request.headers.get("authorization", "").encode("latin-1")
+    if token is not None and not secrets.compare_digest(given, f"Bearer {token}".encode()):
         return JSONResponse({"detail": "the bearer token is missing or wrong"}, 401)
     length = request.headers.get("content-length")
     if request.method == "POST" and (

@@ -7,7 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, ValidationError
 
-from flowgrain.config.load import Values, merge, parse_overrides, read_yaml
+from flowgrain.config.load import (
+    Values,
+    merge,
+    parse_overrides,
+    read_yaml,
+    with_absolute_plugins,
+)
 from flowgrain.config.schema import Rewards
 from flowgrain.methods import METHODS
 from flowgrain.registry import load_plugin
@@ -52,7 +58,7 @@ class Comparison(Section):
     """
 
     name: str = Setting(
-        ..., "Name. The default directory is comparisons/NAME.", pattern=r"^[\w.+-]+$"
+        ..., "Name. The default directory is comparisons/NAME.", pattern=r"^\w[\w.+-]*$"
     )
     methods: dict[str, dict[str, Any]] = Setting(
         ...,
@@ -116,7 +122,8 @@ def load_comparison(
         values["rewards"] = _reward_sets(rewards)
     for key in _SETTINGS:
         values[key] = parse_overrides(values.get(key) or {})
-    values["overrides"] = merge(values["overrides"], parse_overrides(overrides))
+    given_overrides = with_absolute_plugins(parse_overrides(overrides), Path.cwd())
+    values["overrides"] = merge(values["overrides"], given_overrides)
     values["common"] = _with_plugins(values["common"], plugins)
     values["methods"] = _selected(values.get("methods"), known)
     try:
@@ -131,16 +138,25 @@ def comparison_names() -> list[str]:
     return sorted(name for name in names if not name.startswith("_"))
 
 
-def _read(source: str | Path) -> tuple[Values, Values]:
-    """The values of a comparison, and its methods and the methods of extended comparisons."""
+def _read(source: str | Path, extended_by: tuple[str, ...] = ()) -> tuple[Values, Values]:
+    """The values of a comparison, and its methods and the methods of extended comparisons.
+
+    `extended_by` are the comparisons that extend this comparison, from the first to the last.
+    """
     if str(source) in comparison_names():
+        place = str(source)
         own = read_yaml(_BUNDLED.joinpath(f"{source}.yaml"))
     elif Path(source).is_file():
-        own = read_yaml(Path(source))
+        file = Path(source).resolve()
+        place = str(file)
+        own = _with_plugins_of_file(read_yaml(file), file.parent)
     else:
         hint = did_you_mean(str(source), comparison_names())
         raise SettingsError(f"There is no comparison or file {str(source)!r}. {hint}")
-    base, known = _read(own.pop("extends")) if "extends" in own else ({}, {})
+    _reject_cycle("extends", place, extended_by)
+    base, known = {}, {}
+    if "extends" in own:
+        base, known = _read(own.pop("extends"), (*extended_by, place))
     methods = own.get("methods")
     if isinstance(methods, Mapping):  # an empty value keeps the settings of the extended comparison
         own["methods"] = {
@@ -172,8 +188,12 @@ def _selected(methods: Any, known: Values) -> Any:
     return chosen
 
 
-def _resolved(label: str, methods: Mapping[str, Any]) -> Values:
-    """The settings of `label`, on top of the settings of the label that it extends."""
+def _resolved(label: str, methods: Mapping[str, Any], extended_by: tuple[str, ...] = ()) -> Values:
+    """The settings of `label`, on top of the settings of the label that it extends.
+
+    `extended_by` are the labels that extend this label, from the first to the last.
+    """
+    _reject_cycle(f"methods.{label}.extends", label, extended_by)
     own = methods[label] or {}
     if not isinstance(own, Mapping):
         raise SettingsError(
@@ -183,13 +203,24 @@ def _resolved(label: str, methods: Mapping[str, Any]) -> Values:
     base = own.pop("extends", None)
     if base is None:
         return parse_overrides(own)
-    if base not in methods or base == label:
+    if base not in methods:
         raise SettingsError(
             f"methods.{label}.extends={base}: there is no such label. "
             f"{did_you_mean(str(base), methods)}"
         )
     name = {"method": {"name": base}}
-    return merge(name, _resolved(base, methods), parse_overrides(own))
+    return merge(name, _resolved(base, methods, (*extended_by, label)), parse_overrides(own))
+
+
+def _reject_cycle(setting: str, name: str, extended_by: tuple[str, ...]) -> None:
+    """Check that `name` does not extend itself.
+
+    Raises:
+        SettingsError: `name` is in `extended_by`. The message shows the cycle.
+    """
+    if name in extended_by:
+        cycle = " -> ".join([*extended_by[extended_by.index(name) :], name])
+        raise SettingsError(f"{setting}: {cycle} is a cycle. Remove one `extends` of this cycle.")
 
 
 def _reward_sets(rewards: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -201,6 +232,21 @@ def _reward_sets(rewards: Sequence[Sequence[str]]) -> dict[str, list[str]]:
             raise SettingsError(f"rewards: {','.join(names)} occurs twice. List every set once.")
         sets[label] = list(names)
     return sets
+
+
+def _with_plugins_of_file(values: Values, folder: Path) -> Values:
+    """The values of a comparison file in `folder`, with absolute paths of plugins."""
+
+    def absolute(settings: Any) -> Any:
+        if not isinstance(settings, Mapping):
+            return settings
+        return with_absolute_plugins(parse_overrides(settings), folder)
+
+    values = {key: absolute(v) if key in _SETTINGS else v for key, v in values.items()}
+    methods = values.get("methods")
+    if isinstance(methods, Mapping):
+        values["methods"] = {label: absolute(settings) for label, settings in methods.items()}
+    return values
 
 
 def _with_plugins(common: Values, plugins: Iterable[str | Path]) -> Values:

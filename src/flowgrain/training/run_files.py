@@ -57,7 +57,7 @@ def read_run_config(
             valid.
     """
     read_run(path)
-    return load_config(path, overrides, plugins=plugins)
+    return load_config(Path(path), overrides, plugins=plugins)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

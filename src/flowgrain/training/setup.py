@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from flowgrain.config.schema import Config
-from flowgrain.methods import Method
+from flowgrain.methods import METHODS, Method
 from flowgrain.rewards import Reward, RewardConfig
 from flowgrain.settings import SettingsError
 
@@ -23,7 +23,7 @@ def with_given(
     If config.rewards contains the name of a reward, the reward keeps that weight and batch size.
 
     Raises:
-        SettingsError: the method does not fit the sampling grid, or there is no reward.
+        SettingsError: the method does not fit the other settings, or there is no reward.
     """
     if rewards is not None:
         if not rewards:
@@ -37,9 +37,11 @@ def with_given(
         config = config.model_copy(update={"rewards": tuple(of_given)})
     if method is not None:
         instance = method() if isinstance(method, type) else method
-        try:
-            instance.check(config.sampling.num_steps)
-        except ValueError as error:
-            raise SettingsError(f"method.{error}") from error
+        if instance.name not in METHODS:  # files of the run can be read in this process
+            METHODS.register(instance.name)(type(instance))
         config = config.model_copy(update={"method": instance})
+    try:
+        config.check_combinations()
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     return config

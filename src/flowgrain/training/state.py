@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrain.config.schema import Config
+from flowgrain.data import Prompt
 from flowgrain.methods import Method
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
@@ -23,6 +25,7 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
     state = {
         "step": trainer.steps_done,
         "config": config.to_dict(),
+        "prompts": fingerprint(trainer.prompts),
         "method": trainer.method.state_dict(),
         "policy": policy.state_dict(),
         "stepped": optimizer.stepped(),
@@ -46,6 +49,11 @@ def restore(trainer: Trainer) -> list[str]:
     if path is None:
         return damaged
     check_kept(trainer.config, state["config"], trainer.out)
+    if fingerprint(trainer.prompts) != state["prompts"]:
+        raise SettingsError(
+            f"data.prompts: the training prompts differ from those of the run in {trainer.out}. "
+            "Use the same prompts, or start a new run."
+        )
     policy, optimizer = trainer.policy, trainer.optimizer
     optimizer.allocate(state["stepped"])
     checkpoint.read(path, {**policy.tensors(), **optimizer.tensors()}, world)
@@ -92,6 +100,12 @@ def ensure_saved(trainer: Trainer) -> str:
         return f"the run is saved in {newest if exists else trainer.save(None)}"
     except (OSError, checkpoint.CheckpointError) as error:
         return f"the last steps could not be saved ({error})"
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of the training prompts and their order."""
+    texts = "\0".join(prompt.text for prompt in prompts)
+    return hashlib.sha256(texts.encode()).hexdigest()
 
 
 def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:

@@ -14,7 +14,7 @@ from flowgrain.models import Conditioning
 from flowgrain.models.acceleration import QuantizedCopy, check_tails, feature_cache
 from flowgrain.training.policy import Policy
 
-TailVelocity = Callable[[Tensor, Tensor, Conditioning, float, bool], Tensor]
+ConditionedTail = Callable[[Tensor, Tensor, Conditioning, float, bool], Tensor]
 """tail(x [B, *L], sigma [B], cond, guidance, continues) -> v [B, *L].
 
 If `continues` is true, each row is the child of the row at the same position in the previous call.
@@ -58,7 +58,7 @@ class Tails:
         return self.policy.old or self.policy.sampler
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[TailVelocity]:
+    def open(self) -> Iterator[ConditionedTail]:
         """Tail velocities inside this context. No other code may call the model in the meantime."""
         policy, source = self.policy, self._source
         if self.quantized is not None and self._version != policy.version:

@@ -151,9 +151,9 @@ class Trainer:
         except RunStopped as error:
             saved = state.ensure_saved(self)
             raise RunStopped(f"{error}; {saved}. Resume with {self.resume_command}") from error
+        self.steps_done = step  # before files are written, so that an error saves this step
         if self.world.is_main:
             self.recorder.write_tree(batch)
-        self.steps_done = step
         return metrics
 
     def calibrate(self) -> CalibrationResult:
