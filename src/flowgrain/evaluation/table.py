@@ -273,7 +273,7 @@ def _interval_lines(interval: Interval, sign: str) -> list[str]:
 
 
 def markdown(table: Table) -> str:
-    """The table and the tables of its parts as Markdown. Δ is the difference to the first model."""
+    """The table and the tables of its parts as Markdown. Δ: difference to the first model."""
     lines = [_line("model", "steps", *table.metrics), _rule(2 + len(table.metrics))]
     for row in table.rows:
         cells = ["<br>".join(cell_lines(row.cells[metric], wide=True)) for metric in table.metrics]

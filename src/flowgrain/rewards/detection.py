@@ -73,7 +73,8 @@ class TransformersDetector:
 
         self.device, self.threshold = check_device(device), threshold
         with loading(path):
-            self.processor = AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+            processor_class: Any = AutoImageProcessor
+            self.processor = processor_class.from_pretrained(path)
             self.model: Any = AutoModelForObjectDetection.from_pretrained(path)
         self.model.eval().requires_grad_(False).to(device)
 

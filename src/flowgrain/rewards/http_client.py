@@ -47,7 +47,7 @@ def open_session(
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=connections, max_retries=retry))
     if os.environ.get(token_variable):
-        session.headers["Authorization"] = f"Bearer {os.environ[token_variable]}"
+        session.headers["Authorization"] = f"Bearer {os.environ[token_variable]}".encode()
     return session
 
 

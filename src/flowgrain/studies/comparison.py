@@ -154,7 +154,8 @@ def _read(source: str | Path, extended_by: tuple[str, ...] = ()) -> tuple[Values
         hint = did_you_mean(str(source), comparison_names())
         raise SettingsError(f"There is no comparison or file {str(source)!r}. {hint}")
     _reject_cycle("extends", place, extended_by)
-    base, known = {}, {}
+    base: Values = {}
+    known: Values = {}
     if "extends" in own:
         base, known = _read(own.pop("extends"), (*extended_by, place))
     methods = own.get("methods")

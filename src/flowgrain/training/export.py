@@ -82,7 +82,8 @@ def load_export(backbone: Backbone, path: Path, kind: Literal["lora", "transform
             _load_lora(backbone, path)
         else:
             transformer = backbone.transformer
-            found = type(transformer).from_pretrained(path, torch_dtype=transformer.dtype)  # type: ignore[attr-defined]
+            from_pretrained = type(transformer).from_pretrained  # type: ignore[attr-defined]
+            found = from_pretrained(path, torch_dtype=transformer.dtype)
             transformer.load_state_dict(found.state_dict())
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise SettingsError(f"{path}: cannot be loaded into this model: {error}") from error
