@@ -106,6 +106,14 @@ class TestResume:
         assert len(metrics_of(short)) == 1
         assert "method 'g2rpo'" in refused("train", "--resume", short, "method.name=flow_grpo")
 
+    def test_fewer_steps_than_done(self, short):
+        succeeded("train", "--resume", short, "training.max_steps=2")
+        settings = (short / "run.yaml").read_text()
+        message = refused("train", "--resume", short, "training.max_steps=1")
+        assert "training.max_steps=1: the run in" in message
+        assert "is already at step 2" in message
+        assert (short / "run.yaml").read_text() == settings
+
     def test_words_that_contradict_it(self, short):
         assert "remove --out" in refused("train", "--resume", short, "--out", "other")
         assert "remove g2rpo" in refused("train", "--resume", short, "g2rpo")

@@ -155,9 +155,7 @@ def test_a_model_without_default_rewards_says_so():
     )
     with pytest.raises(SettingsError) as error:
         load_config("g2rpo", {"model.name": "flx"})
-    assert str(error.value) == (
-        "rewards: model.name=flx has no default rewards. Did you mean 'flux'?"
-    )
+    assert str(error.value) == ("model.name=flx: there is no such backbone. Did you mean 'flux'?")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_yaml_file_with_a_recipe_block_is_a_source(tmp_path):
         ("dmo", "There is no recipe, method, file or run 'dmo'. Did you mean 'demo'?"),
         ("flux/grpo", "There is no recipe, method, file or run 'flux/grpo'. Did you mean 'flux/"),
         ("g2rp", "There is no recipe, method, file or run 'g2rp'. Did you mean 'g2rpo'?"),
-        ("nowhere.yaml", "There is no recipe, method, file or run 'nowhere.yaml'. Known: demo, "),
+        ("nowhere.yaml", "nowhere.yaml: there is no such file. Give the path of a YAML file."),
     ],
 )
 def test_an_unknown_source_names_the_nearest(source, message):

@@ -85,7 +85,14 @@ def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) ->
             "Resume it from Python: Trainer(...).resume()."
         )
     trainer = Trainer(read_run_config(folder, overrides, plugins or ()), folder)
-    for message in trainer.resume():
+    messages = trainer.resume()
+    steps = trainer.config.training.max_steps
+    if trainer.steps_done > steps:
+        raise SettingsError(
+            f"training.max_steps={steps}: the run in {folder} is already at step "
+            f"{trainer.steps_done}. Use a larger value."
+        )
+    for message in messages:
         note(f"{message}. The run continues from step {trainer.steps_done}.", style="yellow")
     return trainer
 

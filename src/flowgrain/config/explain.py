@@ -57,6 +57,11 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
     if not path:
         return f"{message}."
     if detail["type"] == "missing":
+        model = str(_at(values, "model", "name"))
+        if path == "rewards" and model not in BACKBONES:
+            return (
+                f"model.name={model}: there is no such backbone. {did_you_mean(model, BACKBONES)}"
+            )
         return f"{path}: {_missing(path, method, values)}".rstrip()
     return f"{path}={value!r}: {message}. {_description(path, method)}".rstrip()
 
@@ -81,10 +86,14 @@ def _message(detail: ErrorDetails, path: str) -> str:
 def _missing(path: str, method: type[Method] | None, values: Mapping[str, Any]) -> str:
     if path != "rewards":
         return f"required, but not set. {_description(path, method)}"
-    name = str(values.get("model", {}).get("name"))
-    if name not in BACKBONES:
-        return f"model.name={name} has no default rewards. {did_you_mean(name, BACKBONES)}"
+    name = _at(values, "model", "name")
     return f"required, because model.name={name} has no default rewards. Write rewards=[clip]."
+
+
+def _at(values: Mapping[str, Any], section: str, key: str) -> Any:
+    """The value of `key` in a section. None if there is none."""
+    of_section = values.get(section)
+    return of_section.get(key) if isinstance(of_section, Mapping) else None
 
 
 def _first_keys(value: Any) -> Iterator[str]:

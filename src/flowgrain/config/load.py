@@ -162,6 +162,8 @@ def read_source(source: str | Path) -> tuple[str, Values]:
         if file.name == "run.yaml":
             values = saved_settings(values, file)
         return file.stem, with_absolute_plugins(values, file.resolve().parent)
+    if path.suffix in (".yaml", ".yml"):
+        raise SettingsError(f"{text}: there is no such file. Give the path of a YAML file.")
     known = [*recipe_names(), *METHODS]
     raise SettingsError(
         f"There is no recipe, method, file or run {text!r}. {did_you_mean(text, known)}"
