@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 
 from flowgrain.evaluation.statistics import confidence_interval
@@ -63,13 +64,8 @@ def shown_prompts(first: dict, last: dict) -> list[int]:
     return sorted([*rose[: PAIRS - 2], *others][:PAIRS])
 
 
-def draw(run: Path) -> dict:
-    """Draw the figure. Returns the numbers in it."""
-    found = evaluations(run)
-    first, last = found[0], found[-1]
-    before, after = (np.array(e["scores"]["oracle"]) for e in (first, last))
-    difference = confidence_interval(after - before)
-    figure = plt.figure(figsize=(12, 3.9), dpi=160, facecolor="white")
+def draw_images(figure: Figure, run: Path, first: dict, last: dict) -> None:
+    """Images of the shown prompts in the first and the last evaluation."""
     pictures = figure.add_gridspec(
         2, PAIRS, left=0.035, right=0.645, top=0.765, bottom=0.03, wspace=0.06, hspace=0.06
     )
@@ -85,6 +81,10 @@ def draw(run: Path) -> dict:
                 axes.set_title(fill(first["prompts"][i], 16), fontsize=8.5, color=INK, pad=6)
             if column == 0:
                 axes.set_ylabel(("before", "after")[row], fontsize=11, color=INK, labelpad=6)
+
+
+def draw_curve(figure: Figure, found: list[dict]) -> None:
+    """The score of every evaluation."""
     curve = figure.add_axes((0.71, 0.16, 0.275, 0.605))
     points = [confidence_interval(np.array(e["scores"]["oracle"])) for e in found]
     steps = [e["step"] for e in found]
@@ -103,7 +103,8 @@ def draw(run: Path) -> dict:
         )
     curve.set_xlabel("training step", color=INK)
     curve.set_title(
-        f"Oracle score on {len(before)} held-out prompts,\nmean and 95% confidence interval",
+        f"Oracle score on {len(found[0]['prompts'])} held-out prompts,\n"
+        "mean and 95% confidence interval",
         fontsize=9,
         color=INK,
     )
@@ -111,6 +112,17 @@ def draw(run: Path) -> dict:
     curve.spines[["top", "right"]].set_visible(False)
     curve.tick_params(colors=GRAY)
     curve.grid(alpha=0.25)
+
+
+def draw(run: Path) -> dict:
+    """Draw the figure. Returns the numbers in it."""
+    found = evaluations(run)
+    first, last = found[0], found[-1]
+    before, after = (np.array(e["scores"]["oracle"]) for e in (first, last))
+    difference = confidence_interval(after - before)
+    figure = plt.figure(figsize=(12, 3.9), dpi=160, facecolor="white")
+    draw_images(figure, run, first, last)
+    draw_curve(figure, found)
     figure.suptitle(
         "flowgrain demo: G2RPO on the bundled model",
         x=0.035,

@@ -246,7 +246,9 @@ def test_settings_that_cannot_be_combined(method, changes, message):
     [("method.tail_order", 2), ("method.tail_ratio", 0.5), ("sampling.tail_cache", "taylorseer:2")],
 )
 def test_settings_of_a_longer_tail(name, value):
-    load_config("dancegrpo", {"method.sde_steps": [0, 1], name: value})
+    config = load_config("dancegrpo", {"method.sde_steps": [0, 1], name: value})
+    section, option = name.split(".")
+    assert getattr(getattr(config, section), option) == value
 
 
 def test_tails_that_the_model_does_not_support(monkeypatch, tmp_path):

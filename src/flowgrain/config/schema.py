@@ -274,6 +274,11 @@ class Config(Section):
         """Weight of every trained reward by name."""
         return {reward.name: reward.weight for reward in self.rewards}
 
+    @property
+    def reward_batch_sizes(self) -> dict[str, int]:
+        """Images in one call of every trained or evaluated reward, by name."""
+        return {r.name: r.batch_size for r in (*self.evaluation.rewards, *self.rewards)}
+
     def to_dict(self) -> dict[str, Any]:
         """Nested values of plain types, as in a YAML file."""
         return self.model_dump(mode="json")

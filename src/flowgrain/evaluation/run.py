@@ -142,9 +142,7 @@ def _evaluate_chunk(
 
 
 def _reward_batch_sizes(config: Config) -> dict[str, int]:
-    return {
-        reward.name: reward.batch_size for reward in (*config.evaluation.rewards, *config.rewards)
-    }
+    return config.reward_batch_sizes
 
 
 def _start_rank(request: EvaluationRequest) -> tuple[int, int]:

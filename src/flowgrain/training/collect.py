@@ -160,7 +160,7 @@ class RolloutCollector:
         with timer.measure("encode"):
             cond = self.policy.encode([prompt.text for prompt in mine])
         size = sampling.prompts_per_chunk or len(mine)
-        batch_sizes = {reward.name: reward.batch_size for reward in self.config.rewards}
+        batch_sizes = self.config.reward_batch_sizes
         rollouts, images = [], []
         with Scorer(self.rewards, batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):

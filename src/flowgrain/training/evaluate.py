@@ -172,9 +172,7 @@ def evaluate_on_ranks(
         sigmas=config.sigmas(num_steps),
         guidance=config.eval_guidance,
         batch_size=config.sampling.batch_size,
-        reward_batch_sizes={
-            r.name: r.batch_size for r in (*config.evaluation.rewards, *config.rewards)
-        },
+        reward_batch_sizes=config.reward_batch_sizes,
         places=assigned.tolist(),
     )
     if world.size == 1:
