@@ -4,7 +4,7 @@ TORCH ?= torch
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo compare test unit lint types docs docs-serve figures readme-images test-portable test-avx2 bench soak weights
+.PHONY: demo compare test unit lint types docs docs-serve faithfulness figures readme-images test-portable test-avx2 bench soak weights
 
 demo: .venv/ready  ## Train the bundled demo and write its report
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -30,6 +30,9 @@ docs: .venv/ready  ## Build the documentation site into site/
 
 docs-serve: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+faithfulness: .venv/ready  ## Compare with golden numbers, and write the tables of docs/faithfulness.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python scripts/faithfulness.py
 
 # Kernels of other CPUs: AVX2 without VNNI, and SSE 4.1.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2

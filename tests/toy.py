@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrain.data import Prompt
-from flowgrain.models import Conditioning, Dtypes, ModelConfig, NoLora
+from flowgrain.models import Conditioning, Dtypes, ModelConfig, NoLora, Shift
 
 PROMPTS = ["zero", "one", "two", "three"]
 
@@ -54,8 +54,8 @@ class Toy:
     def load_lora(self, path: Path) -> None:
         self.lora_format.lora_state_dict(path)
 
-    def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
-        return 3.0, None
+    def natural_shift(self, num_steps: int) -> Shift:
+        return Shift(3.0)
 
     def to(self, device: torch.device) -> None:
         self.transformer.to(device)

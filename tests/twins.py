@@ -370,21 +370,26 @@ PARITY_CASES = [
 """Backbone, directory of `save_all`, and guidance scale."""
 
 
-def pipeline_images(pipe, noise, num_steps, guidance, prompts):
-    """The pipeline's own images of `noise`. It applies its timestep shift itself."""
+def pipeline_images(pipe, noise, num_steps, guidance, prompts, own_grid=False):
+    """The pipeline's own images of `noise`. It applies its timestep shift itself.
+
+    `own_grid`: the call gives no noise levels, so that the pipeline uses its own. Otherwise it
+    gives linspace(1, 1 / T, T).
+    """
     pipe.set_progress_bar_config(disable=True)
     arguments = {"guidance_scale": guidance}
     if isinstance(pipe, QwenImagePipeline):
         arguments = {"true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts)}
     if isinstance(pipe, ZImagePipeline):
         arguments = {"guidance_scale": guidance - 1}  # v + scale (v - v_free)
+    if not own_grid:
+        arguments["sigmas"] = np.linspace(1, 1 / num_steps, num_steps).tolist()
     return pipe(
         prompt=list(prompts),
         height=SIZE["height"],
         width=SIZE["width"],
         max_sequence_length=SIZE["max_prompt_tokens"],
         latents=noise,
-        sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(),
         num_inference_steps=num_steps,
         output_type="pt",
         **arguments,

@@ -5,6 +5,7 @@ import pytest
 from flowgrain import SettingsError, load_config
 from flowgrain.config.load import recipe_names
 from flowgrain.config.presets import apply_preset
+from flowgrain.config.sections import LoraConfig
 
 LARGE = [name for name in recipe_names() if "/" in name]
 
@@ -12,7 +13,8 @@ LARGE = [name for name in recipe_names() if "/" in name]
 @pytest.mark.parametrize("name", LARGE)
 def test_one_gpu_is_a_lora_in_small_batches(name):
     plain, config = load_config(name), load_config(name, preset="one-gpu")
-    assert (config.lora.rank, config.lora.alpha) == (32, 64.0)
+    lora = plain.lora if plain.lora.rank else LoraConfig(rank=32, alpha=64.0)
+    assert config.lora == lora
     assert config.training.micro_batch_size == 1
     assert config.sampling.batch_size == (4 if config.model.name == "flux" else 16)
     assert config.sampling.prompts_per_chunk == 4
@@ -25,9 +27,8 @@ def test_one_gpu_is_a_lora_in_small_batches(name):
     assert config.sampling.num_steps == plain.sampling.num_steps
     assert config.sampling.guidance_scale == plain.sampling.guidance_scale
     assert config.training.prompts_per_step == plain.training.prompts_per_step
-    full = plain.lora.rank == 0
-    expected = 1e-4 if full else plain.optimizer.learning_rate
-    assert config.optimizer.learning_rate == expected
+    published = plain.method.learning_rates.lora
+    assert config.learning_rate == (published or 1e-4)
 
 
 def test_overrides_come_after_the_preset():

@@ -36,14 +36,15 @@ def at(config, path):
 
 def test_the_published_runs_have_recipes():
     assert NAMES[0] == "demo"
-    assert {"flux/g2rpo", "flux/dancegrpo", "flux/mixgrpo"} <= set(NAMES)
-    assert {"sd3/densegrpo", "sd3/flow_grpo"} <= set(NAMES)
+    trained = {load_config(name).method.name for name in LARGE}
+    assert trained == set(METHODS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_states_its_facts(name):
     facts, config = recipe_facts(name), load_config(name)
-    assert set(facts) == {*("name", "title", "paper", "task", "hardware", "cost", "published")}
+    keys = ("name", "title", "paper", "source", "task", "hardware", "cost", "published")
+    assert set(facts) == set(keys)
     for key, value in facts.items():
         assert isinstance(value, str), key
         assert value.strip() == value != "", key
@@ -53,7 +54,7 @@ def test_a_recipe_states_its_facts(name):
     if "/" in name:
         assert config.model.name == name.split("/")[0]
         assert "--preset one-gpu" in facts["hardware"]
-        assert " -> " in facts["published"]
+        assert " -> " in facts["published"] or facts["published"].startswith("Not listed")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,9 +131,12 @@ def two_steps(folders, folder, source, changes, preset=None):
         "sampling.batch_size": 128,
         "evaluation.every": 0,
         "method.group_size": 4,
+        "optimizer.learning_rate": 1e-3,
     }
     if method.name == "branchgrpo":
         small["method.split_steps"] = [0, 3]
+    if method.name == "tempflow_grpo":
+        small["method.seeds"] = 2
     if calibration_cost(method, config.sampling.num_steps).forward_passes:
         small |= {"method.calibration.rounds": 1, "method.calibration.samples": 2}
     config = load_config(source, {**changes, **small}, preset=preset)

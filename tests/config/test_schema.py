@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 import yaml
 
 import flowgrain
-from flowgrain import METHODS, load_config
+from flowgrain import METHODS, SettingsError, load_config
 from flowgrain.config.explain import setting_paths
 from flowgrain.config.schema import Config
-from flowgrain.core.sde import sigma_grid
+from flowgrain.core.sde import Shift, sigma_grid
 from flowgrain.methods import Method
 from flowgrain.rewards import RewardConfig
 from flowgrain.settings import Section
@@ -181,9 +182,40 @@ def test_the_grid():
     assert float(stretched.sigmas()[-2]) == pytest.approx(0.05)
     automatic = config.with_changes({"sampling.shift": "auto"})
     assert torch.equal(automatic.sigmas(), sigma_grid(5, 3.0, None))
-    assert torch.equal(automatic.with_shift(2.0, 0.05).sigmas(), stretched.sigmas())
-    own = automatic.with_changes({"sampling.shift_terminal": 0.1}).with_shift(2.0, 0.05)
+    backbone = SimpleNamespace(natural_shift=lambda num_steps: Shift(2.0, 0.05, 0.01))
+    assert torch.equal(automatic.with_grid_of(backbone).sigmas(), stretched.sigmas())
+    own = automatic.with_changes({"sampling.shift_terminal": 0.1}).with_grid_of(backbone)
     assert own.sampling.shift_terminal == 0.1  # it was set
+    assert config.with_grid_of(backbone) is config
+    lowest = config.with_changes({"sampling.sigma_min": 0.01})
+    assert torch.equal(lowest.sigmas(), sigma_grid(5, 2.0, None, 0.01))
+
+
+def test_the_grid_of_the_model():
+    backbone = SimpleNamespace(natural_shift=lambda num_steps: (2.0, None, 0.01))
+    config = load_config("g2rpo", {"sampling.grid": "model", "sampling.num_steps": 5})
+    resolved = config.with_grid_of(backbone)
+    assert torch.equal(resolved.sigmas(), sigma_grid(5, 2.0, None, 0.01))
+    assert resolved.sampling.grid == "shifted"  # run.yaml has the numbers
+    for name, value in (("shift", 2.0), ("sigma_min", 0.1), ("shift_terminal", 0.1)):
+        with pytest.raises(SettingsError, match=rf"sampling\.{name}={value}: has no effect"):
+            config.with_changes({f"sampling.{name}": value})
+
+
+def test_the_learning_rate_is_the_published_one():
+    def rate(method, **changes):
+        return load_config(method, {"model.name": "flux", **changes}).learning_rate
+
+    assert (rate("dancegrpo"), rate("dancegrpo", **{"lora.rank": 8})) == (1e-5, 3e-4)
+    assert (rate("g2rpo"), rate("flow_grpo"), rate("grpo_guard")) == (2e-6, 3e-4, 1e-4)
+    assert rate("g2rpo", **{"optimizer.learning_rate": 1e-3}) == 1e-3
+    with pytest.raises(SettingsError) as error:
+        rate("flow_grpo", **{"lora.rank": 0})
+    assert str(error.value) == (
+        "optimizer.learning_rate: no learning rate of a full fine-tune was published for method "
+        "'flow_grpo'. The rate of a LoRA is 0.0003. Set optimizer.learning_rate."
+    )
+    assert load_config("flow_grpo").learning_rate == 3e-4  # of the bundled model
 
 
 def test_the_order_of_the_tail_depends_on_its_approximation():

@@ -44,7 +44,7 @@ class Naive:
         self.model, self.toy = trainer.policy.model, trainer.backbone
         order = np.random.default_rng([SEED, 0]).permutation(len(trainer.prompts))
         self.texts = [trainer.prompts[i].text for i in order[:P]]
-        t, shift = np.linspace(1, 0, self.num_steps + 1), self.config.sampling.shift
+        t, shift = np.linspace(1, 0, self.num_steps + 1), self.config.sampling.shift or 3
         self.sigma = [float(np.float32(s)) for s in shift * t / (1 + (shift - 1) * t)]
         self.edges: list[NaiveEdge] = []
         self.images: list[Tensor] = []
@@ -88,7 +88,9 @@ class Naive:
         return mean, strength * math.sqrt(-dt)
 
     def log_prob(self, x: Tensor, mean: Tensor, std: float) -> Tensor:
-        """log N(x; mean, std^2), mean over dimensions."""
+        """log N(x; mean, std^2), or the negative squared error: mean over dimensions."""
+        if getattr(self.method, "cps_log_prob", "gaussian") == "squared_error":
+            return -((x - mean) ** 2).mean()
         z = (x - mean) ** 2 / (2 * std**2)
         return (-z - math.log(std) - 0.5 * math.log(2 * math.pi)).mean()
 
@@ -185,6 +187,8 @@ class Naive:
     def assign_advantages(self) -> None:
         """Set the advantage of every edge: the standard scores of its values in its group."""
         method, weights = self.method, self.config.reward_weights
+        if method.reward_weights == "sum_to_one":
+            weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
         for edge in self.edges:
             channels = range(len(edge.values["red"]))
             if method.reward_mix == "reward":
@@ -207,7 +211,9 @@ class Naive:
         group = [
             e
             for e in self.edges
-            if e.prompt == edge.prompt and (method.comparison == "prompt" or e.k == edge.k)
+            if e.prompt == edge.prompt
+            and (method.comparison == "prompt" or e.k == edge.k)
+            and (method.comparison != "parent" or e.x is edge.x)
         ]
         values = np.array([value_of(e) for e in group])
         spread = values
@@ -239,7 +245,7 @@ class Naive:
         loss = -torch.min(ratio * advantage, bound * advantage)
         if guard:
             loss = loss / -dt
-        if step_weights is not None:
+        if step_weights is not None:  # of the policy loss only
             loss = loss * step_weights[edge.k]
         if method.kl_weight:
             exact = method.kl_form == "gaussian"

@@ -91,14 +91,15 @@ def densegrpo(n: Naive) -> None:
 def tempflow_grpo(n: Naive) -> None:
     for prompt in range(P):
         n.begin(prompt)
-        x = n.noise()
-        for k in range(n.num_steps - 1):
-            for _ in range(n.group_size):
-                x_next, log_prob = n.sde(x, k)
-                scores = n.score(n.finish(x_next, k + 1, n.x0_hat(x, k)))
-                values = {name: [score] for name, score in scores.items()}
-                n.edge(k, x, x_next, log_prob, values)
-            x = n.ode(x, [k, k + 1])
+        for start in [n.noise() for _ in range(n.method.seeds)]:
+            x = start
+            for k in range(n.num_steps - 1):
+                for _ in range(n.group_size):
+                    x_next, log_prob = n.sde(x, k)
+                    scores = n.score(n.finish(x_next, k + 1, n.x0_hat(x, k)))
+                    values = {name: [score] for name, score in scores.items()}
+                    n.edge(k, x, x_next, log_prob, values)
+                x = n.ode(x, [k, k + 1])
 
 
 def branchgrpo(n: Naive) -> None:

@@ -15,6 +15,7 @@ import torch
 from naive import Naive, NaiveEdge
 from toy_trainer import STEP, P, compare_gradients, toy_config, toy_trainer
 
+from flowgrain.methods import METHODS
 from flowgrain.training.policy_gradient import PolicyGradientLoss
 from flowgrain.training.step import update
 
@@ -43,6 +44,12 @@ CASES = {
         "flow_grpo", naive_plans.flow_grpo, {"std_scope": "group", "kl_form": "published"}
     ),
     "flow_grpo_fast": Case("flow_grpo_fast", naive_plans.flow_grpo_fast, {}, 8),
+    "flow_grpo_fast-gaussian": Case(
+        "flow_grpo_fast",
+        naive_plans.flow_grpo_fast,
+        {"cps_log_prob": "gaussian", "kl_form": "gaussian"},
+        8,
+    ),
     "flow_grpo_fast-short": Case(
         "flow_grpo_fast", naive_plans.flow_grpo_fast, {"tail_order": 2, "tail_ratio": 0.6}, 8
     ),
@@ -71,9 +78,15 @@ CASES = {
     "densegrpo-second-order": Case(
         "densegrpo", naive_plans.densegrpo, {"psi": PSI, "completion_steps": 3, "tail_order": 2}
     ),
-    "tempflow_grpo": Case("tempflow_grpo", naive_plans.tempflow_grpo),
+    "tempflow_grpo": Case("tempflow_grpo", naive_plans.tempflow_grpo, {"seeds": 2}),
+    "tempflow_grpo-prompt-groups": Case(
+        "tempflow_grpo", naive_plans.tempflow_grpo, {"seeds": 2, "comparison": "step"}
+    ),
     "tempflow_grpo-short": Case(
-        "tempflow_grpo", naive_plans.tempflow_grpo, {"tail_order": 2, "tail_ratio": 0.5}, 6
+        "tempflow_grpo",
+        naive_plans.tempflow_grpo,
+        {"seeds": 1, "tail_order": 2, "tail_ratio": 0.5},
+        6,
     ),
     "grpo_guard": Case("grpo_guard", naive_plans.flow_grpo),
     "branchgrpo": Case(
@@ -83,13 +96,16 @@ CASES = {
 
 
 def case_trainer(case: Case, out):
-    options = {f"method.{name}": value for name, value in case.options.items()}
+    # With 2 prompts, 1 or 2 updates can be told apart from the shares of the prompts.
+    updates = min(METHODS.get(case.method)().updates_per_rollout, 2)
+    values = {"updates_per_rollout": updates, **case.options}
+    options = {f"method.{name}": value for name, value in values.items()}
     config = toy_config(case.method, {"sampling.num_steps": case.num_steps, **options})
     return toy_trainer(config, out)
 
 
 def step_weights(naive: Naive) -> list[float]:
-    """TempFlow-GRPO's weight of every step: its std, with mean 1."""
+    """TempFlow-GRPO's weight of every step: its std, with mean 1 over the trained steps."""
     zero = torch.zeros(1)
     std = [naive.transition(zero, zero, k)[1] for k in range(naive.num_steps - 1)]
     return [value / np.mean(std) for value in std]

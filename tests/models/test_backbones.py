@@ -49,7 +49,10 @@ def sample(backbone, prompts, noise, sigmas, guidance):
 @pytest.mark.parametrize(("name", "folder", "guidance"), PARITY_CASES)
 @torch.no_grad()
 def test_images_match_the_pipeline(folders, name, folder, guidance):
-    """Within 1e-4 in float32: the pipeline rounds timesteps. One of the prompts is truncated."""
+    """The pipeline is called without noise levels. One of the prompts is truncated.
+
+    Within 1e-4 in float32: the pipeline rounds timesteps.
+    """
     backbone = load_backbone(config_of(name, folders / folder), Dtypes())
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(2, *backbone.latent_shape, generator=generator)
@@ -59,10 +62,13 @@ def test_images_match_the_pipeline(folders, name, folder, guidance):
     # from_pretrained must be told which parts were not saved.
     absent = {"text_encoder_3": None, "tokenizer_3": None} if folder == "sd3-no-t5" else {}
     pipe = PIPELINES[name].from_pretrained(folders / folder, **absent)
-    expected = pipeline_images(pipe, noise, 5, guidance, prompts)
+    expected = pipeline_images(pipe, noise, 5, guidance, prompts, own_grid=True)
     assert images.shape == expected.shape == (2, 3, 32, 48)
     assert images.std() > 0.01
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    if name == "sd3":  # on the grid without sigma_min, the images are others
+        other = sample(backbone, prompts, noise, sigma_grid(5, 3.0), guidance)
+        assert (other - expected).abs().max() > 1e-3
 
 
 def klein_mu(tokens, num_steps):
@@ -87,10 +93,24 @@ def klein_mu(tokens, num_steps):
 def test_the_natural_shift_matches_the_scheduler(folders, name, width, mu):
     backbone = load_backbone(config_of(name, folders / name, width=width), Dtypes())
     scheduler = backbone.pipe.scheduler
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist(), mu=mu)
+    levels = {"sigmas": np.linspace(1, 1 / 6, 6).tolist()} if name != "sd3" else {}
+    scheduler.set_timesteps(6, mu=mu, **levels)
     grid = sigma_grid(6, *backbone.natural_shift(6))
     torch.testing.assert_close(grid, scheduler.sigmas, atol=1e-6, rtol=0)
-    assert (backbone.natural_shift(6)[1] == 0.02) == (name == "qwen_image")
+    shift = backbone.natural_shift(6)
+    assert (shift.terminal == 0.02) == (name == "qwen_image")
+    assert (shift.sigma_min is not None) == (name == "sd3")
+
+
+def test_the_published_grid_of_sd3(folders):
+    """The ten steps of Flow-GRPO. The lowest level is shifted twice, by the scheduler's design."""
+    backbone = load_backbone(config_of("sd3", folders / "sd3"), Dtypes())
+    shift = backbone.natural_shift(10)
+    assert (shift.shift, shift.terminal) == (3.0, None)
+    assert shift.sigma_min == pytest.approx(3e-3 / (1 + 2e-3))
+    expected = [1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.0089, 0]
+    torch.testing.assert_close(sigma_grid(10, *shift), torch.tensor(expected), atol=6e-4, rtol=0)
+    assert sigma_grid(1, *backbone.natural_shift(1)).tolist() == [1, 0]
 
 
 def test_cached_prompts_need_no_text_encoder(folders, tmp_path, monkeypatch, caplog):
@@ -212,6 +232,29 @@ def test_sd3_without_t5(folders):
     )
     both = load_backbone(config_of("sd3", folders / "sd3"), Dtypes()).encode(PROMPTS)
     assert not torch.equal(both["embeds"], without["embeds"])
+
+
+@pytest.mark.parametrize("prompt", ["a red cat", "a green bird and " * 20, ""])
+@torch.no_grad()
+def test_sd3_with_128_tokens_of_t5(folders, prompt):
+    """77 tokens of CLIP and 128 of T5, as `encode_prompt(max_sequence_length=128)` of the pipeline.
+
+    The second prompt is too long for both.
+    """
+    config = config_of("sd3", folders / "sd3", max_prompt_tokens=128, long_prompts="truncate")
+    backbone = load_backbone(config, Dtypes())
+    backbone.check([prompt])
+    encoded = backbone.encode([prompt])
+    pipe = PIPELINES["sd3"].from_pretrained(folders / "sd3")
+    embeds, unconditional, pooled, pooled_unconditional = pipe.encode_prompt(
+        prompt=prompt, prompt_2=None, prompt_3=None, max_sequence_length=128
+    )
+    assert encoded["embeds"].shape == (1, 77 + 128, 32)
+    assert torch.equal(encoded["embeds"], embeds)
+    assert torch.equal(encoded["pooled"], pooled)
+    free = backbone.encode([""])
+    assert torch.equal(free["embeds"], unconditional)
+    assert torch.equal(free["pooled"], pooled_unconditional)
 
 
 def test_moving_a_backbone_moves_its_text_encoders(folders):

@@ -8,11 +8,13 @@ from torch import nn
 from toy import Toy
 
 from flowgrain import SettingsError
+from flowgrain.core.sde import sigma_grid
 from flowgrain.models import (
     BACKBONES,
     Backbone,
     Dtypes,
     ModelConfig,
+    Shift,
     check_backbone,
     load_backbone,
     register_backbone,
@@ -168,6 +170,8 @@ def test_a_backbone_from_a_plugin_file(tmp_path):
     v = backbone.velocity(backbone.transformer, x, torch.ones(2), backbone.encode(["a", ""]))
     assert v.shape == x.shape
     assert torch.equal(backbone.decode(x), torch.full_like(x, 0.5))
+    # Its natural_shift returns a plain pair.
+    assert torch.equal(sigma_grid(4, *backbone.natural_shift(4)), sigma_grid(4, 1.0))
 
 
 def test_an_incomplete_backbone_from_a_plugin_file(tmp_path):
@@ -204,7 +208,7 @@ def test_settings_of_the_model():
     assert ModelConfig(name="new").name == "new"  # A plugin can be loaded later.
     for wrong in (
         {"height": 4},
-        {"vae_dtype": "float16"},
+        {"vae_dtype": "float64"},
         {"long_prompts": "cut"},
         {"weights": "x"},
     ):
@@ -215,7 +219,7 @@ def test_settings_of_the_model():
 def test_the_bundled_model(tmp_path):
     backbone = load_backbone(ModelConfig(), Dtypes())
     assert backbone.latent_shape == (4, 8, 8)
-    assert backbone.natural_shift(16) == (3.0, None)
+    assert backbone.natural_shift(16) == Shift(3.0, terminal=None, sigma_min=None)
     assert len(backbone.blocks) == 4
     texts = backbone.bundled_prompts("train")[:2]
     backbone.check(texts)

@@ -59,7 +59,7 @@ def test_memory_is_checked_before_the_model_is_loaded(tiny, tmp_path, monkeypatc
 
 def test_a_model_that_is_loaded_to_measure_its_size(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", type("Memory", (), {"total": 1000}))
-    monkeypatch.setattr(doctor, "model_size", lambda _: None)
+    monkeypatch.setattr(doctor, "model_size", lambda *_: None)
     memory = findings_of(tiny, tmp_path / "run")["memory"]
     assert not memory.ok
     assert "not loaded" not in memory.message

@@ -33,6 +33,8 @@ def test_published_flux():
     size = model_size(FLUX)
     assert size.transformer == 11_901_408_320
     assert 32 * size.adapter == 52_297_728  # peft's number at rank 32
+    targets = load_config("flux/flow_grpo").lora.target_modules
+    assert 64 * model_size(FLUX, targets).adapter == 179_306_496  # peft's number at rank 64
     assert size.vae == 83_819_683
     assert size.latent == image * 64
     assert 0.6 < size.quantizable / size.transformer < 0.9
@@ -45,8 +47,10 @@ def test_published_sd3():
     assert 2.2e9 < size.transformer < 2.6e9
     assert size.latent == 16 * 64 * 64
     assert not embeds_guidance(config)
+    assert 32 * size.adapter == 18_776_064  # peft's number at rank 32
+    # The pipeline appends zeros in place of the embeddings of T5.
     without_t5 = config.model_copy(update={"t5": False})
-    assert forward_flops(without_t5) < forward_flops(config)
+    assert forward_flops(without_t5) == forward_flops(config)
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden.comparison import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from twins import clip_tokenizer, siglip_tokenizer
 
 from flowgrain.data import as_prompts
 from flowgrain.rewards import RewardConfig, build_reward
-from flowgrain.rewards.open_clip import from_open_clip
+from flowgrain.rewards.open_clip import clip_config, from_open_clip
 from flowgrain.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess, fit, read_preprocess
 from flowgrain.settings import SettingsError
 
@@ -25,10 +29,8 @@ PROMPTS = as_prompts(TEXTS)
 HEADS, WIDTH, LAYERS, SIZE, PATCH = 2, 16, 2, 24, 8
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A directory with a tiny CLIP model."""
-    torch.manual_seed(0)
+def tiny_config(**text):
+    """The configuration of a tiny CLIP model. `text` changes the text model."""
     both = {
         "hidden_size": WIDTH,
         "intermediate_size": 32,
@@ -36,14 +38,50 @@ def folder(tmp_path_factory):
         "num_attention_heads": HEADS,
         "hidden_act": "gelu",
     }
-    text = {"vocab_size": 60, "max_position_embeddings": 20, "bos_token_id": 52, "eos_token_id": 53}
+    text = {
+        "vocab_size": 60,
+        "max_position_embeddings": 20,
+        "bos_token_id": 52,
+        "eos_token_id": 53,
+        **text,
+    }
     vision = {"image_size": SIZE, "patch_size": PATCH}
-    config = CLIPConfig(
+    return CLIPConfig(
         text_config={**both, **text}, vision_config={**both, **vision}, projection_dim=8
     )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory with a tiny CLIP model."""
+    torch.manual_seed(0)
     where = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(where)
+    CLIPModel(tiny_config()).save_pretrained(where)
     clip_tokenizer().save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def bytes_folder(tmp_path_factory):
+    """A directory with a tiny CLIP model and HPS checkpoint that read every byte of a prompt."""
+    torch.manual_seed(0)
+    where = tmp_path_factory.mktemp("bytes")
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77).save_pretrained(where)
+    model = CLIPModel(
+        tiny_config(
+            vocab_size=len(vocab),
+            max_position_embeddings=77,
+            bos_token_id=len(vocab) - 2,
+            eos_token_id=len(vocab) - 1,
+        )
+    )
+    with torch.no_grad():  # larger than by default, so that every token matters
+        model.text_model.embeddings.token_embedding.weight.normal_()
+    model.save_pretrained(where)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, where / "hps.safetensors")
     return where
 
 
@@ -72,6 +110,66 @@ def test_clip_score_is_the_cosine(folder, images):
     torch.testing.assert_close(
         scores, (out.image_embeds * out.text_embeds).sum(-1), atol=1e-6, rtol=1e-5
     )
+
+
+def text_embeds(name, folder, texts):
+    """Embeddings of texts by the reward `name`, with the same parameters for all names."""
+    options = {"checkpoint": str(folder / "hps.safetensors")} if name == "hps" else {}
+    return build(name, folder, **options).text_embeds(texts)
+
+
+DIRTY = {
+    "cats &amp; dogs": "cats & dogs",
+    "cats &amp;amp; dogs": "cats & dogs",
+    "caf\u00c3\u00a9 au lait": "caf\u00e9 au lait",
+    "a sign that says \u201copen\u201d": 'a sign that says "open"',
+    "it\u2019s late": "it's late",
+    "\ufb01ne \uff26\uff35\uff2c\uff2c": "fine full",
+    "&lt;b&gt;BOLD&lt;/b&gt;&nbsp;": "<b>bold</b>",
+}
+
+
+@pytest.mark.parametrize("name", ["clip", "hps"])
+def test_prompts_are_cleaned_as_in_open_clip(bytes_folder, name):
+    cleaned = text_embeds("pickscore", bytes_folder, [*DIRTY.values()])
+    assert torch.equal(text_embeds(name, bytes_folder, [*DIRTY]), cleaned)
+    raw = text_embeds("pickscore", bytes_folder, [*DIRTY])
+    assert ((raw - cleaned).abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize(("name", "key"), [("clip", "lower"), ("hps", "hps_lower")])
+def test_golden_texts_reach_the_model(bytes_folder, name, key):
+    cases = golden("text_cleaning")["cases"]
+    expected = text_embeds("pickscore", bytes_folder, [case[key] for case in cases])
+    assert torch.equal(text_embeds(name, bytes_folder, [case["text"] for case in cases]), expected)
+
+
+def test_pickscore_reads_prompts_as_transformers_does(bytes_folder):
+    tokenizer, model = CLIPTokenizer.from_pretrained(bytes_folder), CLIPModel
+    tokens = tokenizer([*DIRTY], padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        out = model.from_pretrained(bytes_folder).eval().get_text_features(**tokens).pooler_output
+    torch.testing.assert_close(
+        text_embeds("pickscore", bytes_folder, [*DIRTY]), F.normalize(out, dim=-1)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.text([chr(i) for i in range(32, 127) if i != ord("&")], max_size=50), min_size=1)
+)
+def test_plain_ascii_prompts_keep_their_scores(bytes_rewards, prompts):
+    """Runs with such prompts have the same rewards as before prompts were cleaned."""
+    clip, hps, raw = (reward.text_embeds(prompts) for reward in bytes_rewards)
+    assert torch.equal(clip, raw)
+    assert torch.equal(hps, raw)
+
+
+@pytest.fixture(scope="module")
+def bytes_rewards(bytes_folder):
+    """`clip`, `hps` and a reward that does not clean prompts, with the same parameters."""
+    hps = build("hps", bytes_folder, checkpoint=str(bytes_folder / "hps.safetensors"))
+    return build("clip", bytes_folder), hps, build("pickscore", bytes_folder)
 
 
 SHAPES = [(40, 56), (20, 24), (24, 24), (100, 31), (31, 100), (45, 40), (24, 27)]
@@ -226,7 +324,10 @@ def test_hps_pads_with_black(size):
 
 
 def test_siglip_score_is_the_cosine(tmp_path):
-    """With the tokenizer of SigLIP (lower case, no punctuation, no mask) and its processor."""
+    """With the tokenizer of SigLIP (lower case, no punctuation, no mask) and its processor.
+
+    The tokenizer keeps the letters of an HTML entity: prompts are not cleaned before.
+    """
     pytest.importorskip("sentencepiece")
     tokenizer = siglip_tokenizer(tmp_path)
     torch.manual_seed(0)
@@ -250,7 +351,7 @@ def test_siglip_score_is_the_cosine(tmp_path):
     processor = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
     processor.save_pretrained(tmp_path)
     images = [picture((40, 56)), picture((56, 40)), picture((30, 30))]
-    prompts = ["A red cat!", "two dogs", "a bird, on a tree, and a bird on a tree"]
+    prompts = ["A red &amp; cat!", "two dogs", "a bird, on a tree, and a bird on a tree"]
     batch = torch.cat([tensor(image.resize((48, 32))) for image in images])
     scores = build("clip", tmp_path)(batch, as_prompts(prompts))
     tokens = tokenizer(
@@ -318,7 +419,11 @@ def open_clip_state(seed: int) -> dict[str, torch.Tensor]:
     return state
 
 
-def open_clip_forward(state, pixels, tokens):
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def open_clip_forward(state, pixels, tokens, activation=F.gelu):
     """The ViT and the text model of open_clip, from their definition."""
 
     def norm(x, name):
@@ -336,7 +441,7 @@ def open_clip_forward(state, pixels, tokens):
                 attn_mask=mask, need_weights=False,
             )  # fmt: skip
             x = x + y.transpose(0, 1)
-            y = F.gelu(
+            y = activation(
                 F.linear(
                     norm(x, f"{b}.ln_2"), state[f"{b}.mlp.c_fc.weight"], state[f"{b}.mlp.c_fc.bias"]
                 )
@@ -380,6 +485,148 @@ def test_hps_reads_open_clips_checkpoints(folder, images, tmp_path, kind):
     ]
     image, text = open_clip_forward(state, pixels, tokens)
     torch.testing.assert_close(scores, (image * text).sum(-1), atol=1e-5, rtol=1e-4)
+
+
+OPEN_CLIP = {
+    "model_cfg": {
+        "embed_dim": 8,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": SIZE,
+            "layers": LAYERS,
+            "width": WIDTH,
+            "head_width": WIDTH // HEADS,
+            "patch_size": PATCH,
+            "mlp_ratio": 2.0,
+        },
+        "text_cfg": {
+            "context_length": 20,
+            "vocab_size": 60,
+            "width": WIDTH,
+            "heads": HEADS,
+            "layers": LAYERS,
+            "mlp_ratio": 2.0,
+        },
+    },
+    "preprocess_cfg": {
+        "mean": OPENAI_MEAN,
+        "std": OPENAI_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
+}
+
+
+@pytest.fixture
+def open_clip_folder(tmp_path):
+    """A function that saves an open_clip repository with a tokenizer, but no config.json."""
+
+    def save(name="open_clip", config=OPEN_CLIP):
+        where = tmp_path / name
+        clip_tokenizer().save_pretrained(where)
+        (where / "open_clip_config.json").write_text(json.dumps(config))
+        torch.save(open_clip_state(3), where / "open_clip_pytorch_model.bin")
+        return where
+
+    return save
+
+
+def build_open_clip(where, name="clip"):
+    checkpoint = str(where / "open_clip_pytorch_model.bin")
+    return build(name, where, checkpoint=checkpoint, allow_pickle=True)
+
+
+@pytest.mark.parametrize("transformers_files", [False, True])
+def test_clip_reads_open_clips_repositories(folder, images, open_clip_folder, transformers_files):
+    """The model and the preprocessing of open_clip_config.json, with or without config.json."""
+    where = open_clip_folder()
+    if transformers_files:  # its activation is gelu
+        shutil.copy(folder / "config.json", where)
+    scores = build_open_clip(where)(images, PROMPTS)
+    pixels = (
+        fit(images, SIZE, "squash") - torch.tensor(OPENAI_MEAN)[:, None, None]
+    ) / torch.tensor(OPENAI_STD)[:, None, None]
+    tokens = clip_tokenizer()(TEXTS, padding="max_length", max_length=20, return_tensors="pt")
+    expected = [
+        (image * text).sum(-1)
+        for activation in (quick_gelu, F.gelu)
+        for image, text in [
+            open_clip_forward(open_clip_state(3), pixels, tokens["input_ids"], activation)
+        ]
+    ]
+    torch.testing.assert_close(scores, expected[0], atol=1e-5, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3  # the activation matters
+
+
+def test_a_pickle_of_clip_must_be_allowed(open_clip_folder):
+    where = open_clip_folder()
+    with pytest.raises(SettingsError, match=r"rewards\[clip\]\.checkpoint=.*allow_pickle=true"):
+        build("clip", where, checkpoint=str(where / "open_clip_pytorch_model.bin"))
+
+
+def test_the_preprocessing_of_open_clip(open_clip_folder):
+    mean = [0.4, 0.5, 0.6]
+    changed = {"mean": mean, "interpolation": "bilinear", "resize_mode": "shortest"}
+    where = open_clip_folder(config=OPEN_CLIP | {"preprocess_cfg": changed})
+    expected = Preprocess(SIZE, "torchvision", resample="bilinear", mean=tuple(mean))
+    assert build_open_clip(where).preprocess == expected
+    CLIPImageProcessorPil(size=SIZE, crop_size=SIZE).save_pretrained(where)  # takes precedence
+    assert build_open_clip(where).preprocess == Preprocess(SIZE, "crop", SIZE)
+    defaults = open_clip_folder("defaults", {"model_cfg": OPEN_CLIP["model_cfg"]})
+    assert build_open_clip(defaults).preprocess == Preprocess(SIZE, "torchvision")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("preprocess_cfg", {"resize_mode": "longest"}, "resize_mode=longest is not supported"),
+        ("preprocess_cfg", {"interpolation": "random"}, "interpolation=random is not supported"),
+        ("model_cfg", {"vision_cfg": {"timm_model_name": "x"}}, "timm_model_name is not supported"),
+        ("model_cfg", {"text_cfg": {}}, "vocab_size is missing"),
+    ],
+)
+def test_an_unsupported_open_clip_config_is_an_error(open_clip_folder, section, change, message):
+    where = open_clip_folder(config=OPEN_CLIP | {section: OPEN_CLIP[section] | change})
+    with pytest.raises(
+        SettingsError, match=rf"rewards\[clip\]\.path=.*open_clip_config\.json: {message}"
+    ):
+        build_open_clip(where)
+
+
+def test_an_open_clip_config_that_is_not_json_is_an_error(open_clip_folder):
+    where = open_clip_folder()
+    (where / "open_clip_config.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"rewards\[clip\]\.path=.*cannot be loaded"):
+        build_open_clip(where)
+
+
+def test_the_model_of_g2rpo_has_the_size_of_vit_h_14():
+    """The model_cfg of apple/DFN5B-CLIP-ViT-H-14. open_clip lists ViT-H-14 with 986.11 M."""
+    config = clip_config(
+        {
+            "embed_dim": 1024,
+            "quick_gelu": True,
+            "vision_cfg": {
+                "image_size": 224,
+                "layers": 32,
+                "width": 1280,
+                "head_width": 80,
+                "patch_size": 14,
+            },
+            "text_cfg": {
+                "context_length": 77,
+                "vocab_size": 49408,
+                "width": 1024,
+                "heads": 16,
+                "layers": 24,
+            },
+        }
+    )
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(986.11e6, abs=5e3)
+    assert config.vision_config.num_attention_heads == 16
+    assert config.vision_config.hidden_act == config.text_config.hidden_act == "quick_gelu"
 
 
 def test_wrong_checkpoints_are_named(folder, tmp_path):

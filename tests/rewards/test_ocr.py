@@ -2,17 +2,19 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from golden.comparison import golden
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from flowgrain.data import as_prompts
 from flowgrain.rewards import RewardConfig, build_reward, score
-from flowgrain.rewards.ocr import OCR, quoted, text_score
+from flowgrain.rewards.ocr import OCR, joined, quoted, target_texts, text_score
 from flowgrain.settings import SettingsError
 
 pytest.importorskip("rapidfuzz")
@@ -76,6 +78,65 @@ def test_one_text_is_flow_grpos_formula(read, text):
     assert text_score(read, [text]) == pytest.approx(1 - distance / len(target))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "first"),
+    [
+        ('"One" and "two"', ["One"]),
+        ('\u201cone\u201d below "two"', ["two"]),  # the published code knows straight quotes
+        ("\u201cone\u201d below \u201ctwo\u201d", ["one"]),
+        ('one lonely " mark', [" mark"]),  # as in the published code
+        ('an empty "" and "two"', ["two"]),  # the published code divides by 0
+        ("no quotes", []),
+    ],
+)
+def test_the_first_quoted_text(prompt, first):
+    assert target_texts(prompt, "first") == first
+    assert target_texts(prompt, "all") == quoted(prompt)
+
+
+def test_lines_of_confidence_0_do_not_count():
+    assert joined([("Hello", 0.9), ("EXIT", 0), (" World", 0.1)]) == "Hello World"
+
+
+class Engine:
+    """A reader that returns the lines of golden cases, one after another, with their boxes."""
+
+    def __init__(self, **threads):
+        self.lines = iter([case["lines"] for case in golden("ocr_reward")["cases"]])
+
+    def __call__(self, image, use_det, use_cls, use_rec):
+        lines = [[[[0, 0]] * 4, *line] for line in next(self.lines)]
+        return lines or None, [0.1]
+
+
+@pytest.fixture
+def golden_scores(monkeypatch):
+    """Scores of all golden cases, by the options of the reward."""
+    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", SimpleNamespace(RapidOCR=Engine))
+    prompts = as_prompts([case["prompt"] for case in golden("ocr_reward")["cases"]])
+
+    def scores(**options):
+        reward = build_reward(RewardConfig(name="ocr", **options))
+        return reward(torch.zeros(len(prompts), 3, 8, 8), prompts)
+
+    return scores
+
+
+def test_first_is_the_published_reward(golden_scores):
+    published = torch.tensor([case["reward"] for case in golden("ocr_reward")["cases"]])
+    torch.testing.assert_close(golden_scores(texts="first"), published.float())
+
+
+def test_all_differs_for_prompts_with_two_texts_only(golden_scores):
+    cases = golden("ocr_reward")["cases"]
+    published = torch.tensor([case["reward"] for case in cases])
+    assert torch.equal(golden_scores(), golden_scores(texts="all"))
+    different = (golden_scores() - published).abs() > 1e-6
+    two = torch.tensor([case["prompt"].count('"') == 4 for case in cases])
+    assert not different[~two].any()
+    assert (int(different.sum()), int(two.sum())) == (12, 20)
+
+
 def drawn(
     lines: dict[str, tuple[int, int]], height: int, width: int, size: int = 32
 ) -> torch.Tensor:
@@ -129,6 +190,8 @@ def test_failures_are_named(monkeypatch):
     message = r"rewards\[ocr\]\.mode='words': Input should be 'detect' or 'line'\. Options: mode"
     with pytest.raises(SettingsError, match=message):
         build_reward(RewardConfig(name="ocr", mode="words"))
+    with pytest.raises(SettingsError, match=r"\.texts='last': Input should be 'first' or 'all'"):
+        build_reward(RewardConfig(name="ocr", texts="last"))
     monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
     with pytest.raises(SettingsError, match=r"RapidOCR cannot be .*pip install 'flowgrain\[ocr\]'"):
         OCR()

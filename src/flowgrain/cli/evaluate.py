@@ -107,7 +107,9 @@ def _description(request: "EvaluationRequest") -> str:
     if config.model.name == "shapes":
         return f"shapes: {prompts}"
     size = f"{config.model.height} x {config.model.width} pixels"
-    sampling = f"guidance {config.eval_guidance:g}, shift {config.sampling.shift}"
+    shifted = config.sampling.grid == "shifted"
+    grid = f"shift {config.sampling.shift or 3.0}" if shifted else "grid of the model"
+    sampling = f"guidance {config.eval_guidance:g}, {grid}"
     return f"{config.model.name}: {size}, {sampling}, {prompts}"
 
 

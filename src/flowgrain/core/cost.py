@@ -58,7 +58,7 @@ def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
     Args:
         tree: tree of all prompts.
         updates: number of updates, each with an equal share of the prompts, or "per_step" for one
-            update per grid step.
+            update per grid step. With fewer prompts than updates, an update has every n-th parent.
 
     Returns:
         The rows of each update.
@@ -69,5 +69,5 @@ def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
         return [parents[indices == index] for index in np.unique(indices)]
     shares = np.array_split(np.unique(tree.prompt[parents]), int(updates))
     if any(len(share) == 0 for share in shares):  # fewer prompts than updates
-        return [part for part in np.array_split(parents, int(updates)) if len(part)]
+        return [parents[start :: int(updates)] for start in range(min(int(updates), len(parents)))]
     return [parents[np.isin(tree.prompt[parents], share)] for share in shares]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from flowgrain.core.tree import ROOT, Ints, Tree
 
 Scope = Literal["group", "global"]
 RewardMix = Literal["advantage", "reward"]
-ComparisonGroup = Literal["step", "prompt"]
+ComparisonGroup = Literal["step", "prompt", "parent"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Normalization:
         unbiased: whether the std divides by n - 1 instead of n.
         epsilon: constant added to the std.
         comparison: "step" compares the edges of a prompt at the same grid step, "prompt" all edges
-            of a prompt (Stepwise-Flow-GRPO).
+            of a prompt (Stepwise-Flow-GRPO), "parent" the edges that start from the same state
+            (TempFlow-GRPO).
     """
 
     scope: Scope = "group"
@@ -38,8 +40,10 @@ class Normalization:
 
     def groups(self, tree: Tree) -> Tensor:
         """Comparison group [E] of every trained edge of `tree`."""
-        by_step = self.comparison == "step"
-        return torch.from_numpy(tree.comparison_groups if by_step else tree.prompt[tree.edges])
+        if self.comparison == "step":
+            return torch.from_numpy(tree.comparison_groups)
+        of_row = tree.prompt if self.comparison == "prompt" else tree.parent
+        return torch.from_numpy(np.unique(of_row[tree.edges], return_inverse=True)[1])
 
 
 def row_values(tree: Tree, rewards: Tensor) -> Tensor:

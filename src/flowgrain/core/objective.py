@@ -6,7 +6,7 @@ Shapes: E trained edges of a micro-batch, B rows, *L latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from flowgrain.core.sde import Gaussian, Step, per_row
 
 KLForm = Literal["gaussian", "published"]
+"""Exact Gaussian KL, or the form of Flow-GRPO's published code, which divides by s^2."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,28 @@ def _kl(edges: Edges, form: KLForm) -> Tensor:
     return kl * -edges.step.dt if form == "published" else kl
 
 
-def clipped(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussian") -> Objective:
+def clipped(
+    clip_range: float,
+    kl_weight: float = 0.0,
+    kl_form: KLForm = "gaussian",
+    step_weights: Sequence[float] | None = None,
+) -> Objective:
     """PPO's clipped surrogate plus `kl_weight` times the KL to the reference.
 
     Flow-GRPO eq. 5, G2RPO eq. 13.
+
+    Args:
+        clip_range: clip range of the ratio.
+        kl_weight: weight of the KL.
+        kl_form: see `KLForm`.
+        step_weights: factor of the surrogate, not of the KL, at every grid step (TempFlow-GRPO).
     """
 
     def objective(edges: Edges) -> EdgeLoss:
         ratio = edges.log_ratio.exp()
         loss, active = _surrogate(ratio, edges.advantage, clip_range)
+        if step_weights is not None:
+            loss = loss * torch.tensor(step_weights, device=loss.device)[edges.step.index]
         kl = _kl(edges, kl_form)
         return EdgeLoss(loss + kl_weight * kl, ratio, active, kl)
 
@@ -112,17 +126,6 @@ def guarded(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussi
         return EdgeLoss(loss / -edges.step.dt + kl_weight * kl, ratio, active, kl)
 
     return objective
-
-
-def weighted(objective: Objective, step_weights: Sequence[float]) -> Objective:
-    """`objective` with the loss at grid step i multiplied by step_weights[i] (TempFlow-GRPO)."""
-
-    def scaled(edges: Edges) -> EdgeLoss:
-        result = objective(edges)
-        weight = torch.tensor(step_weights, device=result.loss.device)[edges.step.index]
-        return replace(result, loss=result.loss * weight)
-
-    return scaled
 
 
 def nft_loss(

@@ -8,23 +8,46 @@ models or trees.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
-def sigma_grid(num_steps: int, shift: float = 3.0, terminal: float | None = None) -> Tensor:
+class Shift(NamedTuple):
+    """The grid of a model's own pipeline: arguments of `sigma_grid`.
+
+    Attributes:
+        shift: timestep shift.
+        terminal: last noise level above 0, to which the grid is stretched. None: not stretched.
+        sigma_min: last linear level before the shift. None: 1 / T.
+    """
+
+    shift: float
+    terminal: float | None = None
+    sigma_min: float | None = None
+
+
+def sigma_grid(
+    num_steps: int,
+    shift: float = 3.0,
+    terminal: float | None = None,
+    sigma_min: float | None = None,
+) -> Tensor:
     """Noise levels [T + 1] of a T-step sampler, from 1 to 0, in float32.
 
-    A linear grid is shifted: s -> shift s / (1 + (shift - 1) s).
+    A linear grid is shifted: s -> shift s / (1 + (shift - 1) s). The last level is 0.
 
     Args:
         num_steps: T.
         shift: timestep shift.
         terminal: last noise level above 0. The grid is stretched to it (Qwen-Image's scheduler).
+        sigma_min: the T levels above 0 are linspace(1, sigma_min, T) before the shift, as in the
+            scheduler of SD3. Default: linspace(1, 1 / T, T).
     """
     s = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    if sigma_min is not None:
+        s[:-1] = torch.linspace(1, sigma_min, num_steps, dtype=torch.float64)
     s = shift * s / (1 + (shift - 1) * s)
     if terminal is not None:
         s[:-1] = 1 - (1 - s[:-1]) * (1 - terminal) / (1 - s[-2])
@@ -41,10 +64,16 @@ class Gaussian:
     """Normal(mean, std^2 I) over the latent of each row: mean [B, *L], std [B] in float32.
 
     With std 0 the distribution is a point.
+
+    Attributes:
+        mean: [B, *L].
+        std: [B].
+        squared_error: `log_prob` is the negative squared error, without variance and constants.
     """
 
     mean: Tensor
     std: Tensor
+    squared_error: bool = False
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std noise, [B, *L]."""
@@ -53,8 +82,11 @@ class Gaussian:
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) [B] in float32, averaged over latent dimensions.
 
-        All methods average over latent dimensions. None of them sums.
+        All methods average over latent dimensions. None of them sums. With `squared_error`, it is
+        -||x - mean||^2, the published form of CPS.
         """
+        if self.squared_error:
+            return -(x.float() - self.mean).square().flatten(1).mean(1)
         z = (x.float() - self.mean) / per_row(self.std, self.mean)
         return -0.5 * z.square().flatten(1).mean(1) - self.std.log() - 0.5 * math.log(2 * math.pi)
 
@@ -179,9 +211,15 @@ class CPS:
     """Coefficients-preserving sampling (Flow-CPS).
 
     The total noise after the step is exactly sigma_next.
+
+    Attributes:
+        eta: noise strength in 0..1.
+        squared_error: form of the log-probability, see `Gaussian`. The published code uses the
+            squared error.
     """
 
     eta: float = 0.7
+    squared_error: bool = False
 
     def __call__(self, x: Tensor, v: Tensor, step: Step) -> Gaussian:
         x, v = x.float(), v.float()
@@ -190,7 +228,7 @@ class CPS:
         eps_hat = x + per_row(1 - step.sigma, x) * v
         kept = (step.sigma_next.square() - std.square()).clamp(min=0).sqrt()
         mean = per_row(1 - step.sigma_next, x) * x0_hat + per_row(kept, x) * eps_hat
-        return Gaussian(mean, std)
+        return Gaussian(mean, std, self.squared_error)
 
 
 @dataclass(frozen=True)

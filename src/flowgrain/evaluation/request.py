@@ -201,7 +201,8 @@ def _sampling_settings(config: Config) -> dict[str, Any]:
     model = {
         name: values["model"][name] for name in ("name", "path", "revision", "height", "width")
     }
-    sampling = {name: values["sampling"][name] for name in ("shift", "shift_terminal")}
+    grid = ("grid", "shift", "shift_terminal", "sigma_min")
+    sampling = {name: values["sampling"][name] for name in grid}
     return {
         "model": model,
         "sampling": {**sampling, "guidance_scale": config.eval_guidance},

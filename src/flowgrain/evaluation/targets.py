@@ -191,8 +191,7 @@ def load_target(
     model = given or load_model(config, train=False)
     if target.kind != "base":
         load_export(model, Path(target.path), target.kind)
-    if config.sampling.shift == "auto":
-        config = config.with_shift(*model.natural_shift(config.sampling.num_steps))
+    config = config.with_grid_of(model)
     return Policy.for_sampling(config, model, compute_device(config.runtime.device)), config
 
 

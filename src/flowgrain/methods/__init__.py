@@ -3,15 +3,10 @@
 import importlib
 import pkgutil
 
-from flowgrain.methods.base import (
-    METHODS,
-    ForwardProcess,
-    Method,
-    PolicyGradient,
-    build_method,
-    register,
-)
+from flowgrain.methods.base import METHODS, LearningRates, Method, build_method, register
 from flowgrain.methods.cost import plan_tree, price
+from flowgrain.methods.forward_process import ForwardProcess
+from flowgrain.methods.policy_gradient import PolicyGradient
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -19,6 +14,7 @@ for _module in pkgutil.iter_modules(__path__):
 __all__ = [
     "METHODS",
     "ForwardProcess",
+    "LearningRates",
     "Method",
     "PolicyGradient",
     "build_method",

@@ -1,10 +1,13 @@
 """BranchGRPO (arXiv 2509.06040)."""
 
+from typing import Literal
+
 from pydantic import field_validator
 
 from flowgrain.core.tree import Planner
-from flowgrain.methods.base import register
+from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.options import CompressedTail, StepChoice, distinct
+from flowgrain.methods.policy_gradient import SdeType
 from flowgrain.settings import IntTuple, Setting
 
 
@@ -24,8 +27,13 @@ class BranchGRPO(StepChoice, CompressedTail):
     )
     config_defaults = {"sampling": {"num_steps": 20}}  # section 5
 
+    learning_rates = LearningRates(full=1e-5)  # published script
+
     group_size: int = 16  # section 5: 2^4 leaves
-    std_epsilon: float = 1e-4  # own choice; published: 1e-8
+    sde_type: SdeType = "dance_sde"  # published code
+    eta: float = 0.3  # published script
+    clip_range: float = 1e-3  # published script
+    updates_per_rollout: int | Literal["per_step"] = 37  # published script, see the method's page
     split_steps: IntTuple = Setting(
         (0, 3, 6, 9), "Grid indices at which the tree splits.", unit="grid indices"
     )  # section 5

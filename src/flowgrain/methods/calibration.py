@@ -15,7 +15,8 @@ from flowgrain.core.cost import Cost, cost
 from flowgrain.core.credit import gains
 from flowgrain.core.sde import CalibratedSDE, Kernel
 from flowgrain.core.tree import Planner, Tree
-from flowgrain.methods.base import Method, PolicyGradient
+from flowgrain.methods.base import Method
+from flowgrain.methods.policy_gradient import PolicyGradient
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from flowgrain.core.cost import Cost, cost, split_updates
 from flowgrain.core.tree import Planner, Tree
-from flowgrain.methods.base import ForwardProcess, Method
+from flowgrain.methods.base import Method
+from flowgrain.methods.forward_process import ForwardProcess
 
 
 def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> Tree:

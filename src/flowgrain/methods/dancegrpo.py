@@ -1,11 +1,14 @@
 """DanceGRPO (arXiv 2505.07818)."""
 
+from typing import Literal
+
 import numpy as np
 
 from flowgrain.core.tree import Planner
-from flowgrain.methods.base import SdeType, register
+from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.options import CompressedTail, SharedNoise, StepChoice
 from flowgrain.methods.plans import trajectory
+from flowgrain.methods.policy_gradient import SdeType
 from flowgrain.settings import Setting
 
 
@@ -23,9 +26,11 @@ class DanceGRPO(StepChoice, SharedNoise, CompressedTail):
         "The trajectories of a group start from the same noise and are compared by their final "
         "images. Every trained step of a trajectory has the same advantage."
     )
+    learning_rates = LearningRates(full=1e-5, lora=3e-4)  # published scripts
 
     sde_type: SdeType = "dance_sde"  # section 3
     eta: float = 0.3  # section 4
+    updates_per_rollout: int | Literal["per_step"] = 3  # published code: every 4 of 12 samples
     shared_noise: bool = True  # section 3
     timestep_fraction: float = Setting(
         0.6, "Share of the stochastic steps to train on, drawn for every rollout.", gt=0, le=1

@@ -9,10 +9,11 @@ from torch import Tensor
 from flowgrain.core import credit
 from flowgrain.core.credit import Normalization, Scope
 from flowgrain.core.tree import Planner, Tree
-from flowgrain.methods.base import SdeType, register
+from flowgrain.methods.base import register
 from flowgrain.methods.flow_grpo import FlowGRPODefaults
 from flowgrain.methods.options import SharedNoise
 from flowgrain.methods.plans import completed_trajectory
+from flowgrain.methods.policy_gradient import SdeType
 from flowgrain.settings import Setting
 
 
@@ -34,7 +35,7 @@ class DenseGRPO(FlowGRPODefaults, SharedNoise):
     sde_type: SdeType = "calibrated_sde"  # section 4.2
     std_scope: Scope = "group"  # eq. 7
     std_unbiased: bool = True  # own choice
-    updates_per_rollout: int | Literal["per_step"] = 1  # own choice
+    updates_per_rollout: int | Literal["per_step"] = 1  # section 5.1: 8 batches of 144 accumulated
     completion_steps: int | Literal["all"] = Setting(
         "all", "ODE steps of a completion: all remaining grid steps, or a number.", unit="ODE steps"
     )  # section 4.1

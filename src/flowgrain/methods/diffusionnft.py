@@ -7,7 +7,9 @@ from torch import Tensor
 from flowgrain.core.credit import RewardMix, Scope
 from flowgrain.core.objective import nft_loss
 from flowgrain.core.tree import Planner
-from flowgrain.methods.base import ForwardProcess, register
+from flowgrain.methods.base import LearningRates, register
+from flowgrain.methods.flow_grpo import FLOW_GRPO_RUN
+from flowgrain.methods.forward_process import ForwardProcess
 from flowgrain.methods.options import CompressedTail
 from flowgrain.methods.plans import initial_noise
 from flowgrain.settings import Setting
@@ -26,7 +28,8 @@ class DiffusionNFT(ForwardProcess, CompressedTail):
     summary = (
         "The images of a group are compared with each other. No step of the sampler is trained."
     )
-    config_defaults = {"sampling": {"num_steps": 10}}  # section 5
+    config_defaults = FLOW_GRPO_RUN  # published code
+    learning_rates = LearningRates(lora=3e-4)  # published code
 
     group_size: int = 24  # section 5
     kl_weight: float = 1e-4  # published code
@@ -42,11 +45,17 @@ class DiffusionNFT(ForwardProcess, CompressedTail):
         1.0, "Scale of the difference between v+ or v- and the old velocity.", gt=0
     )  # published code
     max_decay: float = Setting(
-        0.5, "Largest share of its parameters that the old policy keeps per step.", ge=0, lt=1
-    )
+        0.5, "Largest share of its parameters that the old policy keeps per rollout.", ge=0, lt=1
+    )  # published code, decay type 1
     decay_rate: float = Setting(
-        0.001, "The old policy keeps the share min(decay_rate * step, max_decay).", ge=0
-    )
+        0.001, "Growth of the kept share per optimizer update, up to max_decay.", ge=0
+    )  # published code, decay type 1
+    decay_start: int = Setting(
+        0,
+        "Optimizer updates after which the kept share starts to grow. Before, it is 0.",
+        unit="updates",
+        ge=0,
+    )  # published code, decay type 1; type 2 (OCR): 75
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:
         for root in initial_noise(tree, self.group_size, shared=False):
@@ -60,8 +69,8 @@ class DiffusionNFT(ForwardProcess, CompressedTail):
     def num_levels(self, num_steps: int) -> int:
         return max(1, int(num_steps * self.timestep_fraction))
 
-    def decay(self, step: int) -> float:
-        return min(self.decay_rate * step, self.max_decay)
+    def decay(self, updates: int) -> float:
+        return min(self.decay_rate * max(updates - self.decay_start, 0), self.max_decay)
 
     def published_passes(self, num_steps: int) -> int:
         return num_steps * self.group_size

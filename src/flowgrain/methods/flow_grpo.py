@@ -1,12 +1,19 @@
 """Flow-GRPO (arXiv 2505.05470)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from flowgrain.core.credit import RewardMix, Scope
+from flowgrain.core.objective import KLForm
 from flowgrain.core.tree import Planner
-from flowgrain.methods.base import register
+from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.options import CompressedTail, SharedNoise, StepChoice
 from flowgrain.methods.plans import trajectory
+
+# Section 5: T = 10 in training, LoRA.
+FLOW_GRPO_RUN: dict[str, dict[str, Any]] = {
+    "sampling": {"num_steps": 10},
+    "lora": {"rank": 32, "alpha": 64.0},
+}
 
 
 class FlowGRPODefaults(StepChoice):
@@ -15,11 +22,13 @@ class FlowGRPODefaults(StepChoice):
     The source is section 5 of the paper, or its published code.
     """
 
-    config_defaults = {"sampling": {"num_steps": 10}}  # section 5: T = 10 in training
+    config_defaults = FLOW_GRPO_RUN
+    learning_rates = LearningRates(lora=3e-4)  # published code
 
     group_size: int = 24  # section 5
     updates_per_rollout: int | Literal["per_step"] = 2  # published code
     kl_weight: float = 0.04  # section 5, for GenEval and OCR
+    kl_form: KLForm = "published"  # published code, to which the weight belongs
     std_scope: Scope = "global"  # published code
     std_unbiased: bool = False  # published code
     std_epsilon: float = 1e-4  # published code

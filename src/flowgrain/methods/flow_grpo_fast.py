@@ -5,8 +5,10 @@ from typing import Literal
 from flowgrain.core.credit import RewardMix, Scope
 from flowgrain.core.tree import Planner
 from flowgrain.methods.base import register
+from flowgrain.methods.flow_grpo import FLOW_GRPO_RUN, FlowGRPODefaults
 from flowgrain.methods.options import CompressedTail, SharedNoise
 from flowgrain.methods.plans import trajectory
+from flowgrain.methods.policy_gradient import SdeType
 from flowgrain.methods.window import WindowChoice, WindowSchedule
 
 
@@ -21,16 +23,20 @@ class FlowGRPOFast(WindowChoice, SharedNoise, CompressedTail):
         "The trajectories of a group differ only in the noise of a short window. They are compared "
         "by their final images, and every step of the window has the same advantage."
     )
-    config_defaults = {"sampling": {"num_steps": 10}}  # section 5
+    config_defaults = FLOW_GRPO_RUN
+    learning_rates = FlowGRPODefaults.learning_rates
 
     group_size: int = 24  # section 5
+    sde_type: SdeType = "cps"  # published code
+    eta: float = 0.8  # published code
+    cps_log_prob: Literal["gaussian", "squared_error"] = "squared_error"  # published code
+    clip_range: float = 1e-5  # published code, for this log-probability
     updates_per_rollout: int | Literal["per_step"] = 2  # published code
-    kl_weight: float = 0.04  # section 5
     std_scope: Scope = "global"  # published code
     std_unbiased: bool = False  # published code
     std_epsilon: float = 1e-4  # published code
     reward_mix: RewardMix = "reward"  # published code
-    window_size: int = 2  # published code: 2 or 3
+    window_size: int = 3  # published code
     window_schedule: WindowSchedule = "random"  # published code
     window_region: Literal["all", "first_half"] = "first_half"  # published code
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from flowgrain.core import credit
 from flowgrain.core.credit import Normalization
 from flowgrain.core.tree import CoarseGrid, Planner, Tree
-from flowgrain.methods.base import register
+from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.options import StepChoice, distinct
 from flowgrain.settings import IntTuple, Setting
 
@@ -25,6 +25,8 @@ class G2RPO(StepChoice):
         "One ODE trajectory branches at every stochastic step. The branches of a step differ only "
         "in its noise. Each branch is finished at every granularity and scored."
     )
+
+    learning_rates = LearningRates(full=2e-6)  # section 5 and published scripts
 
     granularities: IntTuple = Setting(
         (1, 2, 3), "Strides of the ODE completions of every branch (Lambda).", unit="grid steps"

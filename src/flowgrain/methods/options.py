@@ -3,8 +3,9 @@
 from pydantic import field_validator
 
 from flowgrain.core.tree import Planner
-from flowgrain.methods.base import Method, PolicyGradient
+from flowgrain.methods.base import Method
 from flowgrain.methods.plans import completed_trajectory, initial_noise, tail_indices
+from flowgrain.methods.policy_gradient import PolicyGradient
 from flowgrain.settings import IntTuple, Setting
 
 

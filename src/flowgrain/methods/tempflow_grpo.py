@@ -1,53 +1,63 @@
 """TempFlow-GRPO (arXiv 2508.04324)."""
 
 from collections.abc import Collection
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from flowgrain.core import objective
-from flowgrain.core.credit import Scope
-from flowgrain.core.objective import Objective
+from flowgrain.core.credit import ComparisonGroup, Scope
+from flowgrain.core.objective import KLForm, Objective
 from flowgrain.core.sde import Kernel, Step
 from flowgrain.core.tree import Planner
 from flowgrain.methods.base import register
 from flowgrain.methods.flow_grpo import FlowGRPODefaults
 from flowgrain.methods.options import CompressedTail
+from flowgrain.settings import Setting
 
 
 @register
 class TempFlowGRPO(FlowGRPODefaults, CompressedTail):
-    """TempFlow-GRPO: branches from an ODE trajectory, with a loss weighted by the step's noise."""
+    """TempFlow-GRPO: branches from ODE trajectories, with a loss weighted by the step's noise."""
 
     name = "tempflow_grpo"
     title = "TempFlow-GRPO"
     paper = "2508.04324"
     summary = (
-        "One ODE trajectory branches at every step. "
-        "The branches of a step differ only in its noise."
+        "An ODE trajectory branches at every step. The branches of a step differ only in its noise."
     )
 
-    group_size: int = 6  # section 5: 6 branches
+    group_size: int = 6  # published code: branches per trajectory and step
+    seeds: int = Setting(
+        4,
+        "ODE trajectories per prompt, each from its own noise.",
+        unit="trajectories",
+        ge=1,
+    )  # published code
+    comparison: ComparisonGroup = "parent"  # published code: the branches of one trajectory
     std_scope: Scope = "group"  # std_g in the paper's advantage
-    updates_per_rollout: int | Literal["per_step"] = 1  # own choice; published: 2
+    kl_weight: float = 0.004  # published code, for GenEval
+    kl_form: KLForm = "gaussian"  # published code: the exact KL
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:
         steps = self.steps(tree.num_steps - 1)
-        trunk = tree.root()
+        for trunk in [tree.root() for _ in range(self.seeds)]:
+            self._branch(tree, trunk, steps)
+
+    def _branch(self, tree: Planner, trunk: int, steps: Collection[int]) -> None:
         for k in range(max(steps) + 1):
             for branch in tree.sde(trunk, fan=self.group_size) if k in steps else ():
                 self.finish(tree, branch, k + 1)
             trunk = tree.ode(trunk, to=k + 1)
 
     def objective(self, sigmas: Tensor) -> Objective:
-        steps = self.steps(len(sigmas) - 2)
-        weights = noise_weights(self.kernel(sigmas), sigmas, steps)
-        return objective.weighted(super().objective(sigmas), weights)
+        weights = noise_weights(self.kernel(sigmas), sigmas, self.steps(len(sigmas) - 2))
+        return objective.clipped(self.clip_range, self.kl_weight, self.kl_form, weights)
 
     def published_passes(self, num_steps: int) -> int:
         steps = self.steps(num_steps - 1)
-        return num_steps + self.group_size * sum(num_steps - k for k in steps)
+        tails = sum(num_steps - 1 - k for k in steps)
+        return self.seeds * (max(steps) + 1 + self.group_size * tails)
 
 
 def noise_weights(kernel: Kernel, sigmas: Tensor, steps: Collection[int]) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from flowgrain.methods.base import PolicyGradient
+from flowgrain.methods.policy_gradient import PolicyGradient
 from flowgrain.settings import Setting
 
 WindowSchedule = Literal["progressive", "random", "decay", "exp_decay", "frozen"]

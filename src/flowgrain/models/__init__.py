@@ -1,5 +1,6 @@
 """Backbones: encode prompts, predict velocities, decode latents into images."""
 
+from flowgrain.core.sde import Shift
 from flowgrain.models.base import (
     BACKBONES,
     Backbone,
@@ -23,6 +24,7 @@ __all__ = [
     "LoraFormat",
     "ModelConfig",
     "NoLora",
+    "Shift",
     "check_backbone",
     "load_backbone",
     "register_backbone",

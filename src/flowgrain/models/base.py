@@ -12,13 +12,14 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from flowgrain.core.sde import Shift
 from flowgrain.registry import Registry
 from flowgrain.settings import Section, Setting
 
 Conditioning = dict[str, Tensor]
 """Encoded prompts: named tensors with one row per prompt."""
 
-DtypeName = Literal["auto", "float32", "bfloat16"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class ModelConfig(Section):
@@ -69,7 +70,9 @@ class ModelConfig(Section):
         None,
         "Attention backend of diffusers, such as native or flash. Default: selected by diffusers.",
     )
-    vae_dtype: DtypeName = Setting("auto", "Dtype of the VAE. auto: float32.", keep=True)
+    vae_dtype: Literal["auto", "float32", "bfloat16"] = Setting(
+        "auto", "Dtype of the VAE. auto: float32.", keep=True
+    )
     encoder_dtype: DtypeName = Setting(
         "auto",
         "Dtype of the text encoders. auto: bfloat16 on a GPU, float32 on a CPU.",
@@ -151,7 +154,11 @@ class Backbone(Protocol):
 
     @property
     def lora_targets(self) -> list[str]:
-        """Names of the layers that take LoRA, as in `target_modules` of peft. Empty: no LoRA."""
+        """Names of the layers that take LoRA by default. Empty: no LoRA.
+
+        A name selects all layers whose full name is it, or ends with a dot and it, as in
+        `target_modules` of peft.
+        """
 
     @property
     def lora_format(self) -> LoraFormat:
@@ -172,15 +179,13 @@ class Backbone(Protocol):
     def load_lora(self, path: Path) -> None:
         """Load the LoRA weights of a directory or file into `transformer`, with scale 1."""
 
-    def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
-        """Return the timestep shift that the model's own pipeline uses at this image size.
+    def natural_shift(self, num_steps: int) -> Shift:
+        """Return the noise grid that the model's own pipeline uses at this image size.
+
+        `sigma_grid(num_steps, *shift)` is this grid. A plain tuple (shift, terminal) also works.
 
         Args:
             num_steps: number of sampling steps.
-
-        Returns:
-            The shift, and the noise level to which the start of the last step is stretched
-            (None: not stretched).
         """
 
     def to(self, device: torch.device) -> None:

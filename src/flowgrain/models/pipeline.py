@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from flowgrain.core.sde import Shift
 from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
 from flowgrain.models.embeddings import stack
 from flowgrain.models.loading import (
@@ -28,10 +29,12 @@ from flowgrain.models.tokens import check_lengths, token_counts
 from flowgrain.settings import SettingsError
 
 JOINT_ATTENTION = [
-    *("to_q", "to_k", "to_v", "to_out.0"),
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 ]
-"""Attention layers of joint blocks, for image and text tokens. Flow-GRPO adapts these layers."""
+"""Joint attention layers, for image and text tokens. The second attention of SD3.5-medium, `attn2`,
+only sees image tokens and is not included. On SD3.5-medium these are the 191 layers of Flow-GRPO.
+"""
 
 _PROMPTS_IN_MEMORY = 512
 """Number of prompts whose embeddings stay in memory: 2 GB for FLUX.1, at 4 MB each."""
@@ -106,7 +109,7 @@ class PipelineBackbone(ABC):
     @property
     @abstractmethod
     def lora_targets(self) -> list[str]:
-        """Names of the layers that take LoRA."""
+        """Names of the layers that take LoRA by default."""
 
     @property
     def lora_format(self) -> Any:
@@ -144,8 +147,8 @@ class PipelineBackbone(ABC):
         height, width = self.config.height // scale, self.config.width // scale
         return self.transformer.config.in_channels, height, width
 
-    def natural_shift(self, num_steps: int) -> tuple[float, float | None]:
-        """Return the timestep shift and the terminal noise level of the pipeline's scheduler."""
+    def natural_shift(self, num_steps: int) -> Shift:
+        """Return the noise grid of the pipeline, if it is called without `sigmas`."""
         return scheduler_shift(self.pipe.scheduler.config, self._mu(num_steps))
 
     def _mu(self, num_steps: int) -> float:  # noqa: ARG002

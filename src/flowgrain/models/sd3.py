@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from flowgrain.core.sde import Shift
 from flowgrain.models.base import Conditioning
 from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
 
@@ -39,6 +40,15 @@ class SD3Backbone(PipelineBackbone):
     @property
     def _encoder_limit(self) -> int | None:
         return None if self._has_t5 else _CLIP_TOKENS
+
+    def natural_shift(self, num_steps: int) -> Shift:
+        """Return the noise grid of the pipeline, if it is called without `sigmas`.
+
+        The pipeline gives no levels to its scheduler. They end at the scheduler's lowest level,
+        1/1000 after the shift, and are shifted again: at shift 3, the last step starts at .0089.
+        """
+        lowest = float(self.pipe.scheduler.sigma_min)
+        return super().natural_shift(num_steps)._replace(sigma_min=lowest)
 
     def _encode(self, pipe: Any, text: str) -> Conditioning:
         embeds, _, pooled, _ = pipe.encode_prompt(

@@ -13,6 +13,7 @@ from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flowgrain.core.sde import Shift
 from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
 from flowgrain.settings import SettingsError
 from flowgrain.shapes import grammar
@@ -132,9 +133,9 @@ class ShapesBackbone:
         state, metadata = self.lora_format.lora_state_dict(path, return_lora_metadata=True)
         self.lora_format.load_lora_into_transformer(state, self.transformer, metadata=metadata)
 
-    def natural_shift(self, num_steps: int) -> tuple[float, float | None]:  # noqa: ARG002
-        """Return shift 3, as in SD3, and no terminal noise level."""
-        return 3.0, None
+    def natural_shift(self, num_steps: int) -> Shift:  # noqa: ARG002
+        """Return shift 3, as in SD3. The last step starts at 1 / T before the shift."""
+        return Shift(3.0)
 
     def check(self, texts: Sequence[str]) -> None:
         """Check that the grammar contains all `texts`.

@@ -1,10 +1,12 @@
-"""Timestep shift of a pipeline's scheduler."""
+"""Noise grid of a pipeline's scheduler."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from flowgrain.core.sde import Shift
 
 
 def linear_mu(config: Mapping[str, Any], num_tokens: int) -> float:
@@ -24,8 +26,8 @@ def linear_mu(config: Mapping[str, Any], num_tokens: int) -> float:
     return mu
 
 
-def scheduler_shift(config: Mapping[str, Any], mu: float) -> tuple[float, float | None]:
-    """Return the timestep shift of a scheduler, and its terminal noise level or None.
+def scheduler_shift(config: Mapping[str, Any], mu: float) -> Shift:
+    """Return the noise grid of a scheduler to which a pipeline gives linspace(1, 1 / T, T).
 
     Args:
         config: config of a FlowMatchEulerDiscreteScheduler.
@@ -33,5 +35,5 @@ def scheduler_shift(config: Mapping[str, Any], mu: float) -> tuple[float, float 
     """
     terminal = config.get("shift_terminal") or None
     if not config.get("use_dynamic_shifting", False):
-        return float(config.get("shift", 1.0)), terminal
-    return mu if config.get("time_shift_type") == "linear" else math.exp(mu), terminal
+        return Shift(float(config.get("shift", 1.0)), terminal)
+    return Shift(mu if config.get("time_shift_type") == "linear" else math.exp(mu), terminal)

@@ -70,11 +70,11 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
     """
     out = out or Path("runs") / config.name
     device = compute_device(config.runtime.device)
-    size = model_size(config.model)
+    size = model_size(config.model, config.lora.target_modules)
     backbone = None
     if size is None:
         backbone = load_model(config)
-        size = size_of_loaded(backbone)
+        size = size_of_loaded(backbone, config.lora.target_modules)
     enough = check_memory(config, size, device, loaded=backbone is not None)
     before = [check_versions(), check_device(config, device), enough, check_disk(config, size, out)]
     if not enough.ok:

@@ -134,11 +134,7 @@ def _collectors(full: Config, cheap: Config) -> Sequence[RolloutCollector]:
     backbone = load_model(full, train=False)
     prompts = load_prompts(full, backbone, "train")
     policy = Policy.for_sampling(full, backbone, compute_device(full.runtime.device))
-    configs = []
-    for config in (full, cheap):
-        shift = backbone.natural_shift(config.sampling.num_steps)
-        automatic = config.sampling.shift == "auto"
-        configs.append(config.with_shift(*shift) if automatic else config)
+    configs = [config.with_grid_of(backbone) for config in (full, cheap)]
     return [RolloutCollector(c, c.method, policy, rewards, prompts) for c in configs]
 
 

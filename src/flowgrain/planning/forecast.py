@@ -85,7 +85,7 @@ def forecast(config: Config, gpus: int, gpu: str, utilization: float = UTILIZATI
     if gpu not in GPUS:
         raise SettingsError(f"--gpu {gpu}: there is no such GPU. {did_you_mean(gpu, GPUS)}")
     flops = forward_flops(config.model)
-    size = model_size(config.model)
+    size = model_size(config.model, config.lora.target_modules)
     if size is None:
         raise SettingsError(f"model.path={config.model.path}: the size of this model is not known.")
     passes = _passes(config, gpus)

@@ -78,20 +78,29 @@ class ModelSize:
     latent: int
 
 
-def size_of_loaded(backbone: Backbone) -> ModelSize:
-    """The size of a backbone that is loaded, before an adapter is added."""
+def size_of_loaded(backbone: Backbone, lora_targets: Sequence[str] | None = None) -> ModelSize:
+    """The size of a backbone that is loaded, before an adapter is added.
+
+    Args:
+        backbone: the backbone.
+        lora_targets: layers that take LoRA. Default: those of the backbone.
+    """
     block_names = names_of_blocks(backbone.transformer, backbone.blocks)
     latent = math.prod(backbone.latent_shape)
-    targets = backbone.lora_targets
+    targets = lora_targets or backbone.lora_targets
     return _count(backbone.transformer, block_names, targets, backbone.vae, latent)
 
 
 @lru_cache(maxsize=4)
-def model_size(model: ModelConfig) -> ModelSize | None:
+def model_size(model: ModelConfig, lora_targets: tuple[str, ...] | None = None) -> ModelSize | None:
     """The size of the model that `model` names, without loading it.
 
     The configuration files are read if `model.path` is a local directory. The configurations of
     FLUX.1-dev and SD3.5-medium on the Hub are built in.
+
+    Args:
+        model: settings of the model.
+        lora_targets: layers that take LoRA. Default: those of the backbone.
 
     Returns:
         The size, or None if no configuration of the model is known.
@@ -106,7 +115,8 @@ def model_size(model: ModelConfig) -> ModelSize | None:
         if isinstance(child, nn.ModuleList)
         for index in range(len(child))
     ]
-    return _count(transformer, names, _lora_targets(model.name), vae, _latent_size(model, vae))
+    targets = lora_targets or _lora_targets(model.name)
+    return _count(transformer, names, targets, vae, _latent_size(model, vae))
 
 
 @lru_cache(maxsize=4)
@@ -253,7 +263,8 @@ def _flux_inputs(model: ModelConfig, config: Mapping[str, Any], scale: int) -> d
 
 def _sd3_inputs(model: ModelConfig, config: Mapping[str, Any], scale: int) -> dict[str, Tensor]:
     """Inputs of one row of SD3 and SD3.5. The tokens of CLIP come before the tokens of T5."""
-    text_tokens = _CLIP_TOKENS + model.max_prompt_tokens * model.t5
+    # Without T5, the pipeline appends zeros in place of its embeddings.
+    text_tokens = _CLIP_TOKENS + model.max_prompt_tokens
     height, width = model.height // scale, model.width // scale
     return {
         "hidden_states": torch.empty(1, config["in_channels"], height, width),

@@ -1,138 +1,72 @@
 """GenEval (Ghosh et al. 2023): checks objects, counts, colors and positions in an image.
 
-Letters: I images. The requirements of a prompt are a line of GenEval's prompt file: `include`, a
-list of {class, count, optional color, optional position: [relation, index of another entry]}, and
-optionally `exclude`, a list of {class, count}: the image must show fewer than `count` objects.
+Letters: I images.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from flowgrain.data import Prompt
 from flowgrain.rewards.base import Explanation
-from flowgrain.rewards.detection import Box, Detector, TransformersDetector
+from flowgrain.rewards.colors import ClipColors, ColorClassifier
+from flowgrain.rewards.detection import Box, Detector, load_detector
+from flowgrain.rewards.geneval_rules import (
+    check_requirements,
+    colored_boxes,
+    graded_credit,
+    kept_boxes,
+    read_requirements,
+    strict_verdict,
+)
 from flowgrain.rewards.options import OptionError
 
-MARGIN = 0.1
-"""Centers are apart if they differ by more than this fraction of the sum of the box sizes."""
+Score = Literal["graded", "strict"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Result of a check.
-
-    Attributes:
-        correct: all requirements are met.
-        fraction: fraction of the requirements that are met.
-        errors: descriptions of the requirements that are not met.
-    """
-
-    correct: bool
-    fraction: float
-    errors: tuple[str, ...]
-
-
-def relations(a: Box, b: Box) -> set[str]:
-    """The positions of `a` relative to `b`: left of, right of, above, below; empty if not apart."""
-    offset = np.array([(a.x0 + a.x1 - b.x0 - b.x1) / 2, (a.y0 + a.y1 - b.y0 - b.y1) / 2])
-    size = np.array([a.x1 - a.x0 + b.x1 - b.x0, a.y1 - a.y0 + b.y1 - b.y0])
-    apart = np.maximum(np.abs(offset) - MARGIN * size, 0) * np.sign(offset)
-    if np.all(np.abs(apart) < 1e-3):
-        return set()
-    x, y = apart / np.linalg.norm(offset)
-    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {name for name in holds if holds[name]}
-
-
-def check_boxes(requirements: Mapping[str, Any], boxes: Sequence[Box]) -> Verdict:
-    """Check the objects of an image against the requirements of its prompt.
-
-    Args:
-        requirements: a line of GenEval's prompt file.
-        boxes: detected objects in descending order of their scores.
-    """
-    include, exclude = requirements.get("include", ()), requirements.get("exclude") or ()
-    errors: list[str] = []
-    matched: list[list[Box] | None] = []
-    for entry in include:
-        error, used = _check_entry(entry, include, boxes, matched)
-        matched.append(None if error else used)
-        errors += [error] if error else []
-    for entry in exclude:
-        count = sum(box.name == entry["class"] for box in boxes)
-        if count >= entry["count"]:
-            errors.append(f"{entry['class']}: {count}, but fewer than {entry['count']} expected")
-    total = len(include) + len(exclude)
-    return Verdict(not errors, 1 - len(errors) / max(total, 1), tuple(errors))
-
-
-def _check_entry(
-    entry: Mapping[str, Any],
-    include: Sequence[Mapping[str, Any]],
-    boxes: Sequence[Box],
-    matched: Sequence[list[Box] | None],
-) -> tuple[str | None, list[Box]]:
-    """The error of an entry of `include`, or None, and the boxes that the entry uses."""
-    name, count = entry["class"], entry["count"]
-    used = [box for box in boxes if box.name == name][:count]
-    if len(used) < count:
-        return f"{name}: {len(used)} of {count}", used
-    if entry.get("color") is not None and any(box.color != entry["color"] for box in used):
-        return f"{name}: not {entry['color']}", used
-    if entry.get("position") is not None:
-        relation, index = entry["position"]
-        others = matched[index] if index < len(matched) else None
-        if others is None or not all(
-            relation in relations(box, other) for box in used for other in others
-        ):
-            return f"{name}: not {relation} {include[index]['class']}", used
-    return None, used
-
-
-def read_requirements(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of GenEval's prompt file (JSON lines) by prompt.
-
-    Raises:
-        ValueError: a line does not have this format. The message names the line.
-    """
-    requirements = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
-        try:
-            line = json.loads(text)
-            requirements[line["prompt"]] = line
-            for entry in line["include"]:
-                if not isinstance(entry["class"], str) or int(entry["count"]) <= 0:
-                    raise ValueError("an entry of `include` needs a class and a positive count")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: line {number} is not a line of a GenEval file ({error})"
-            ) from None
-    return requirements
+_COUNTING = "counting"
+_NO_TASK = "no task"
 
 
 class DetectionReward:
-    """The GenEval score from the boxes of any detector.
+    """The GenEval score from the boxes of any detector and the colors of any classifier.
 
     The requirements are fields of the prompts if GenEval's file is the prompt file. Otherwise they
     are read from `prompt_file`. A prompt without requirements has no score (NaN).
 
     Args:
         detector: the detector.
+        colors: the classifier of colors.
         prompt_file: GenEval's prompt file, for prompts that have only a text.
+        score: "graded" or "strict", see `GenEval`.
+        threshold: a box counts if its score is higher.
+        counting_threshold: the same for prompts of the task `counting`.
+        max_boxes: number of boxes of a class that count, from the highest score.
+
+    Raises:
+        OptionError: the prompt file cannot be used.
     """
 
     mean_of_parts = True
 
-    def __init__(self, detector: Detector, prompt_file: str | None = None) -> None:
-        self.detector = detector
+    def __init__(
+        self,
+        detector: Detector,
+        colors: ColorClassifier,
+        prompt_file: str | None = None,
+        score: Score = "graded",
+        threshold: float = 0.3,
+        counting_threshold: float = 0.9,
+        max_boxes: int = 16,
+    ) -> None:
+        self.detector, self.colors, self.score = detector, colors, score
+        self.threshold, self.counting_threshold = threshold, counting_threshold
+        self.max_boxes = max_boxes
         self.requirements: dict[str, dict[str, Any]] = {}
         if prompt_file is not None:
             path = Path(prompt_file).expanduser()
@@ -142,59 +76,106 @@ class DetectionReward:
                     "Give the path of GenEval's prompt file."
                 )
             try:
-                self.requirements = read_requirements(path)
+                self.requirements = read_requirements(path, detector.classes)
             except ValueError as error:
                 raise OptionError(f"prompt_file={error}.") from error
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Fractions [I] of the requirements that are met, for images [I, 3, H, W] in 0..1."""
+        """Scores [I] of images [I, 3, H, W] in 0..1.
+
+        Raises:
+            ValueError: the requirements of a prompt are invalid, or have a class that the detector
+                does not know.
+        """
         return torch.as_tensor(self.explain(images, prompts).scores)
 
     def explain(self, images: Tensor, prompts: Sequence[Prompt]) -> Explanation:
-        """The scores. By task (`tag`): 1 if an image meets all requirements, otherwise 0."""
-        lines = [
-            prompt.fields if "include" in prompt.fields else self.requirements.get(prompt.text)
-            for prompt in prompts
-        ]
-        verdicts = [self._check(image, line) for image, line in zip(images, lines, strict=True)]
-        tasks = [line.get("tag", "") if line is not None else "" for line in lines]
-        parts = {task: torch.full((len(images),), torch.nan) for task in tasks if task}
-        for i, (task, verdict) in enumerate(zip(tasks, verdicts, strict=True)):
-            if task and verdict is not None:
-                parts[task][i] = float(verdict.correct)
-        scores = [torch.nan if verdict is None else verdict.fraction for verdict in verdicts]
-        return Explanation(torch.tensor(scores), parts)
+        """The scores. By task (`tag`): the verdict of the benchmark, 1 or 0, for every `score`."""
+        lines = [self._requirements(prompt) for prompt in prompts]
+        scores = torch.full((len(images),), torch.nan)
+        parts: dict[str, Tensor] = {}
+        for i, (image, line) in enumerate(zip(images, lines, strict=True)):
+            if line is None:
+                continue
+            objects = self._objects(image, line)
+            correct = float(strict_verdict(line, objects).correct)
+            task = str(line.get("tag") or _NO_TASK)
+            parts.setdefault(task, torch.full_like(scores, torch.nan))[i] = correct
+            scores[i] = correct if self.score == "strict" else graded_credit(line, objects).value
+        return Explanation(scores, parts)
 
-    def _check(self, image: Tensor, requirements: Mapping[str, Any] | None) -> Verdict | None:
-        if requirements is None:
-            return None
-        include = requirements["include"]
-        colored = [entry["class"] for entry in include if entry.get("color") is not None]
-        return check_boxes(requirements, self.detector(image, colored))
+    def _requirements(self, prompt: Prompt) -> Mapping[str, Any] | None:
+        """The requirements of a prompt, or None.
+
+        Raises:
+            ValueError: they are invalid.
+        """
+        if "include" not in prompt.fields:
+            return self.requirements.get(prompt.text)
+        try:
+            check_requirements(prompt.fields, self.detector.classes)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.text!r}: {error}") from None
+        return prompt.fields
+
+    def _objects(self, image: Tensor, requirements: Mapping[str, Any]) -> dict[str, list[Box]]:
+        """The boxes that count by class, with colors where they matter."""
+        counting = requirements.get("tag") == _COUNTING
+        threshold = self.counting_threshold if counting else self.threshold
+        image = (image.clamp(0, 1) * 255).round() / 255  # the benchmark reads 8-bit images
+        objects = kept_boxes(self.detector(image, threshold), threshold, self.max_boxes)
+        for name, number in colored_boxes(requirements, objects).items():
+            named = self.colors(image, objects[name][:number], name)
+            for i, color in enumerate(named):
+                objects[name][i] = replace(objects[name][i], color=color)
+        return objects
 
 
 class GenEval(DetectionReward):
-    """GenEval (Ghosh et al. 2023, arXiv:2310.11513) with an object detection model of transformers.
+    """GenEval (Ghosh et al. 2023, arXiv:2310.11513) with Mask2Former and CLIP of transformers.
 
-    Range: 0..1, the fraction of the requirements that are met. By task, as in the benchmark, the
-    fraction of images that meet all requirements. License of the rules: MIT. The license and the
-    input size of the model depend on the detector.
+    `score="graded"` is the training reward of Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): the
+    mean over all counts, colors and positions of a prompt. A count or a color earns
+    1 - |found - wanted| / wanted, a position earns 1 or 0. Range: at most 1. It is negative if far
+    too many objects are found. `score="strict"` is 1 if the image meets all requirements by the
+    rules of the benchmark, otherwise 0. With both, the results by task are those of the benchmark,
+    and their mean is its overall score.
 
     The requirements are fields of the prompts if GenEval's file is the prompt file. Otherwise they
     are read from `prompt_file`. A prompt without requirements has no score (NaN).
 
+    Licenses: rules and CLIP MIT. The license of the detector depends on the model.
+
     Args:
-        path: directory or Hugging Face repository of the detector, such as facebook/detr-resnet-50.
+        path: directory or Hugging Face repository of the detector. Mask2Former models have masks.
+            Object detection models such as facebook/detr-resnet-101 have only boxes. The
+            background is then visible in the crops from which colors are read.
         prompt_file: GenEval's prompt file, for prompts that have only a text.
         device: "cpu", "cuda" or "cuda:INDEX".
-        threshold: lowest score of a detected object, 0..1.
+        score: "graded" (partial credit) or "strict" (verdict of the benchmark).
+        threshold: a box counts if its score is higher, 0..1.
+        counting_threshold: the same for prompts of the task `counting`, 0..1.
+        max_boxes: number of boxes of a class that count, from the highest score.
+        color_model: directory or Hugging Face repository of the CLIP model that names colors.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str = "facebook/mask2former-swin-small-coco-instance",
         prompt_file: str | None = None,
         device: str = "cpu",
-        threshold: Annotated[float, Field(ge=0, le=1)] = 0.5,
+        score: Score = "graded",
+        threshold: Fraction = 0.3,
+        counting_threshold: Fraction = 0.9,
+        max_boxes: Annotated[int, Field(ge=1)] = 16,
+        color_model: str = "openai/clip-vit-large-patch14",
     ) -> None:
-        super().__init__(TransformersDetector(path, device, threshold), prompt_file)
+        super().__init__(
+            load_detector(path, device),
+            ClipColors(color_model, device),
+            prompt_file,
+            score,
+            threshold,
+            counting_threshold,
+            max_boxes,
+        )

@@ -3,13 +3,15 @@
 from flowgrain.rewards.clip import ClipReward
 from flowgrain.rewards.open_clip import load_open_clip
 from flowgrain.rewards.options import check_device
+from flowgrain.rewards.text import lower
 
 
 class HPS(ClipReward):
     """HPS v2 and v2.1 (Wu et al. 2023, arXiv:2306.09341): a CLIP-H fine-tuned on HPDv2.
 
     Range: cosine similarity in -1..1, about 0.25 to 0.4. License of the checkpoint: Apache-2.0.
-    Input: 224 x 224 pixels, the longer side resized (bicubic), the rest black.
+    Input: 224 x 224 pixels, the longer side resized (bicubic), the rest black. Prompts are cleaned
+    by `flowgrain.rewards.text.lower`, as in HPSv2.
 
     The published checkpoints are pickle files and need `allow_pickle=True`.
 
@@ -31,4 +33,4 @@ class HPS(ClipReward):
     ) -> None:
         check_device(device)
         model = load_open_clip(path, checkpoint, allow_pickle)
-        super().__init__(path, device, model=model, mode="pad")
+        super().__init__(path, device, model=model, mode="pad", clean=lower)

@@ -4,7 +4,7 @@ Letters: I images. The reader is RapidOCR: PP-OCRv4 on onnxruntime. Its package 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,29 @@ def quoted(prompt: str) -> list[str]:
     """The texts in straight or curly double quotes, in order, without blank texts."""
     texts = (straight or curly for straight, curly in _QUOTED.findall(prompt))
     return [text for text in texts if text.strip()]
+
+
+def target_texts(prompt: str, texts: Literal["first", "all"]) -> list[str]:
+    """The quoted texts of a prompt that an image should contain.
+
+    Args:
+        prompt: the prompt.
+        texts: "all" takes all texts in straight or curly double quotes. "first" takes the text
+            after the first straight double quote, as the code of Flow-GRPO, even if there is no
+            closing quote. Without such a text, it takes the first text in curly quotes.
+    """
+    if texts == "all":
+        return quoted(prompt)
+    first = prompt.split('"')[1:2]
+    return first if "".join(first).strip() else quoted(prompt)[:1]
+
+
+def joined(lines: Iterable[tuple[str, float]]) -> str:
+    """The texts of recognized lines (text, confidence), concatenated without a separator.
+
+    Lines of confidence 0 do not count, as in the code of Flow-GRPO.
+    """
+    return "".join(text for text, confidence in lines if confidence > 0)
 
 
 def text_score(read: str, texts: list[str]) -> float:
@@ -65,10 +88,17 @@ class OCR:
     Args:
         mode: "detect" finds lines of text and reads them from top to bottom. "line" reads the image
             as a single line of text, in a tenth of the time.
+        texts: "all" scores all quoted texts of a prompt. "first" scores only the first one, as in
+            the published code of Flow-GRPO.
     """
 
-    def __init__(self, mode: Literal["detect", "line"] = "detect") -> None:
+    def __init__(
+        self,
+        mode: Literal["detect", "line"] = "detect",
+        texts: Literal["first", "all"] = "all",
+    ) -> None:
         self.detect = mode == "detect"
+        self.texts: Literal["first", "all"] = texts
         try:
             import rapidfuzz  # noqa: F401
             from rapidocr_onnxruntime import RapidOCR
@@ -86,7 +116,7 @@ class OCR:
         """Scores [I] of images [I, 3, H, W] in 0..1. NaN for prompts without quoted text."""
         scores = []
         for image, prompt in zip(images, prompts, strict=True):
-            texts = quoted(prompt.text)
+            texts = target_texts(prompt.text, self.texts)
             scores.append(text_score(self.read(image), texts) if texts else float("nan"))
         return torch.tensor(scores)
 
@@ -96,4 +126,4 @@ class OCR:
         bgr = np.ascontiguousarray(pixels[..., ::-1])
         lines, _ = self.engine(bgr, use_det=self.detect, use_cls=False, use_rec=True)
         # A line is [box, text, confidence], or [text, confidence] without detection.
-        return "".join(line[-2] for line in lines or [])
+        return joined((line[-2], float(line[-1])) for line in lines or [])

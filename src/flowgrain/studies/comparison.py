@@ -14,7 +14,7 @@ from flowgrain.config.load import (
     read_yaml,
     with_absolute_plugins,
 )
-from flowgrain.config.schema import Rewards
+from flowgrain.config.sections import Rewards
 from flowgrain.methods import METHODS
 from flowgrain.registry import load_plugin
 from flowgrain.settings import IntTuple, Section, Setting, SettingsError, did_you_mean

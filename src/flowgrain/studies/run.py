@@ -185,7 +185,7 @@ def _totals(trainer: Trainer) -> Result:
     lines = [line for line in trainer.recorder.read_metrics() if line["step"] > 0]
     calibration = calibration_cost(config.method, config.sampling.num_steps, num_rewards)
     return {
-        "learning_rate": config.optimizer.learning_rate,
+        "learning_rate": config.learning_rate,
         "units": calibration.units + sum(units_of_step(line, num_rewards) for line in lines),
         "rollouts": len(lines),
         "updates": sum(line["updates"] for line in lines),

@@ -71,7 +71,7 @@ class RolloutCollector:
         self.sigmas = config.sigmas().to(policy.device)
         self.tails = Tails(policy, config.sampling)
         weights = config.reward_weights
-        self.reward_weights = {name: weights.get(name, 1.0) for name in rewards}
+        self.reward_weights = method.mix_weights({name: weights.get(name, 1.0) for name in rewards})
 
     def collect(self, step: int) -> RolloutBatch:
         """The rollout batch of training step `step`."""

@@ -101,7 +101,7 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
     """Add a LoRA adapter with float32 parameters to the backbone's transformer.
 
     Raises:
-        SettingsError: the backbone does not support LoRA.
+        SettingsError: the backbone does not support LoRA, or lora.target_modules names no layer.
     """
     if not backbone.lora_targets:
         raise SettingsError(
@@ -113,12 +113,21 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
         r=config.lora.rank,
         lora_alpha=config.lora.alpha or 2 * config.lora.rank,  # type: ignore[arg-type]
         init_lora_weights="gaussian",
-        target_modules=backbone.lora_targets,
+        target_modules=list(config.lora.target_modules or backbone.lora_targets),
     )
     transformer = backbone.transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        transformer.add_adapter(adapter)  # type: ignore[operator]
+        try:
+            transformer.add_adapter(adapter)  # type: ignore[operator]
+        except ValueError as error:
+            targets = config.lora.target_modules
+            if targets is None:
+                raise
+            raise SettingsError(
+                f"lora.target_modules={list(targets)}: no layer of the model has such a name "
+                f"({error}). Remove it to use {list(backbone.lora_targets)}."
+            ) from error
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

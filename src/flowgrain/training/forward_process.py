@@ -91,7 +91,7 @@ class ForwardProcessLoss:
 
     def finish(self) -> None:
         """Move the old policy toward the trained policy."""
-        self.policy.move_old(self.method.decay(self.batch.step))
+        self.policy.move_old(self.method.decay(self.policy.updates))
 
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002
         """Loss, distance to the reference, and forward passes of the step."""

@@ -11,6 +11,8 @@ from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.rewards import Reward, build_reward
 from flowgrain.settings import SettingsError
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def compute_device(setting: str) -> torch.device:
     """The device for a value of runtime.device.
@@ -32,7 +34,7 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     """
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if setting == "bfloat16" else torch.float32
+    return _DTYPES[setting]
 
 
 def load_dtypes(config: Config, train: bool = True) -> Dtypes:

@@ -79,7 +79,7 @@ def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
 def _divergence(trainer: Trainer) -> str:
     """The message of a run that diverged."""
     settings, skipped = trainer.config.optimizer, trainer.optimizer.skipped_in_a_row
-    rate = settings.learning_rate
+    rate = trainer.config.learning_rate
     return (
         f"{skipped} updates in a row had a non-finite loss or gradient and were skipped "
         f"(optimizer.max_skipped_updates={settings.max_skipped_updates}). "

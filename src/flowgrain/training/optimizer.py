@@ -1,11 +1,14 @@
-"""AdamW on the trained parameters with gradient clipping. Non-finite updates are skipped."""
+"""AdamW on the trained parameters with gradient clipping. Non-finite updates are skipped.
+
+In float16, losses are scaled, because small gradients would round to 0.
+"""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from flowgrain.config.schema import OptimizerConfig
+from flowgrain.config.schema import Config
 from flowgrain.distributed import World
 from flowgrain.distributed.sharding import full_tensor
 from flowgrain.training.policy import Policy
@@ -16,19 +19,26 @@ class PolicyOptimizer:
 
     Attributes:
         adamw: torch's optimizer.
+        scaler: loss scaling for float16. Otherwise disabled.
         skipped_in_a_row: skipped updates since the last successful update.
     """
 
-    def __init__(self, policy: Policy, settings: OptimizerConfig, world: World) -> None:
-        self.policy, self.settings, self.world = policy, settings, world
+    def __init__(self, policy: Policy, config: Config, world: World) -> None:
+        self.policy, self.settings, self.world = policy, config.optimizer, world
         self.adamw = torch.optim.AdamW(
             policy.parameters.values(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
+            lr=config.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
             fused=True,  # makes no temporary copies of the parameters
         )
+        float16 = policy.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=float16)
         self.skipped_in_a_row = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, scaled in float16."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, losses: Sequence[Tensor]) -> tuple[Tensor, bool]:
         """Take an optimizer step, unless a gradient or one of `losses` is not finite on any rank.
@@ -38,16 +48,35 @@ class PolicyOptimizer:
         """
         parameters = list(self.policy.parameters.values())
         self.world.sum_gradients(parameters)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         norm = full_tensor(norm)
-        finite = bool(torch.isfinite(norm)) and all(bool(loss.isfinite().all()) for loss in losses)
-        skipped = self.world.any(not finite)
+        finite_loss = all(bool(loss.isfinite().all()) for loss in losses)
+        skipped = self.world.any(not (bool(torch.isfinite(norm)) and finite_loss))
         if not skipped:
             self.adamw.step()
             self.policy.after_update()
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        overflow = self._rescale(skipped)
+        if not overflow:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.adamw.zero_grad(set_to_none=True)
         return norm, skipped
+
+    def _rescale(self, skipped: bool) -> bool:
+        """Adapt the scale of float16 losses.
+
+        The scale is the same on all ranks, because `skipped` is.
+
+        Returns:
+            Whether the update was skipped because the scale was too large. This is normal in the
+            first steps, and does not count as a sign of divergence.
+        """
+        if not self.scaler.is_enabled():
+            return False
+        scale = self.scaler.get_scale()
+        self.scaler.update(scale * self.scaler.get_backoff_factor() if skipped else None)
+        return skipped and scale > 1
 
     @property
     def diverged(self) -> bool:

@@ -7,6 +7,7 @@ Shapes: B parents, E edges, *L latent.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class PolicyGradientLoss:
         if self._old[number]:
             old = self._old[number][place]
         else:
-            old = Gaussian(transition.mean.detach(), transition.std)
+            old = replace(transition, mean=transition.mean.detach())
         result = self.objective(Edges(transition, old, x_next, advantage, step, reference))
         return {
             "loss": result.loss * edge_weight,

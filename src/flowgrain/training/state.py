@@ -30,6 +30,7 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         "policy": policy.state_dict(),
         "stepped": optimizer.stepped(),
         "skipped_in_a_row": optimizer.skipped_in_a_row,
+        "scaler": optimizer.scaler.state_dict(),
     }
     return checkpoint.save(
         trainer.out / "checkpoints",
@@ -60,6 +61,8 @@ def restore(trainer: Trainer) -> list[str]:
     policy.load_state_dict(state["policy"])
     trainer.method.load_state_dict(state["method"])
     trainer.steps_done = state["step"]
+    if optimizer.scaler.is_enabled():
+        optimizer.scaler.load_state_dict(state["scaler"])
     skipped = state["skipped_in_a_row"]
     # A run that stopped because it diverged may be resumed with other settings.
     limit = trainer.config.optimizer.max_skipped_updates

@@ -65,7 +65,7 @@ def update(
             set_gradient_sync(policy.model, place == last)
             terms = losses.terms(number, place)
             loss = terms["loss"].sum() * micro_batch.counts / share.count
-            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.backward(loss)
             if micro_batch.counts:
                 record.add(terms, number)
                 finite_losses.append(terms["loss"].detach())

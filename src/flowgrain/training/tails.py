@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from flowgrain.config.schema import SamplingConfig
+from flowgrain.config.sections import SamplingConfig
 from flowgrain.models import Conditioning
 from flowgrain.models.acceleration import QuantizedCopy, check_tails, feature_cache
 from flowgrain.training.policy import Policy

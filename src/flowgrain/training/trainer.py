@@ -81,17 +81,14 @@ class Trainer:
             self.backbone = check_backbone(backbone) if backbone else load_model(config)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        if config.sampling.shift == "auto":  # run.yaml records the number
-            natural = self.backbone.natural_shift(config.sampling.num_steps)
-            config = config.with_shift(*natural)
-        self.config = config
+        self.config = config = config.resolved(self.backbone)  # run.yaml records the numbers
         self.method = config.method.model_copy(deep=True)  # state of this run only
         self.prompts = load_prompts(
             config, self.backbone, "train", prompts, hold_out=eval_prompts is None
         )
         self.eval_prompts = load_prompts(config, self.backbone, "eval", eval_prompts)
         self.policy = Policy.for_training(config, self.backbone, self.device, self.world)
-        self.optimizer = PolicyOptimizer(self.policy, config.optimizer, self.world)
+        self.optimizer = PolicyOptimizer(self.policy, config, self.world)
         self.timer = StageTimer(self.device)
         self.collector = RolloutCollector(
             config, self.method, self.policy, self.rewards, self.prompts, self.world, self.timer

@@ -1,0 +1,232 @@
+"""Sections of the configuration that belong to no other package.
+
+The packages models, methods and rewards define the sections of their own settings.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from flowgrain.rewards.base import RewardConfig
+from flowgrain.settings import Section, Setting, StrTuple
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Rewards = Annotated[tuple[RewardConfig, ...], Strict(False)]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA). Rank 0 is a full fine-tune."""
+
+    rank: int = Setting(0, "Rank of the adapters. 0: train all parameters.", keep=True, ge=0)
+    alpha: float | None = Setting(
+        None, "Scale of the adapters. Default: twice the rank.", keep=True, gt=0
+    )
+    target_modules: StrTuple | None = Setting(
+        None,
+        "Layers that take adapters, as ends of their names. Default: the attention layers of the "
+        "model.",
+        keep=True,
+        min_length=1,
+    )
+
+
+class SamplingConfig(Section):
+    """How images are sampled during training."""
+
+    num_steps: int = Setting(
+        16,
+        "Sampling steps during training (T). The default depends on the method.",
+        unit="steps",
+        keep=True,
+        ge=2,
+        le=1000,
+    )
+    grid: Literal["shifted", "model"] = Setting(
+        "shifted",
+        "Noise grid: evenly spaced levels with sampling.shift (shifted), or the grid of the "
+        "model's own pipeline (model).",
+        keep=True,
+    )
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Setting(
+        None,
+        "Timestep shift of the noise grid. auto: the shift of the model's own pipeline. "
+        "Default: 3, or the model's with sampling.grid=model.",
+        keep=True,
+    )
+    shift_terminal: float | None = Setting(
+        None,
+        "Stretch the grid so that its last step starts at this noise level (Qwen-Image). "
+        "Default: not stretched.",
+        keep=True,
+        gt=0,
+        lt=1,
+    )
+    sigma_min: float | None = Setting(
+        None,
+        "Last noise level above 0, before the shift. Default: 1 / num_steps.",
+        keep=True,
+        gt=0,
+        lt=1,
+    )
+    guidance_scale: float = Setting(
+        1.0,
+        "Guidance scale during training: true CFG, or embedded guidance for FLUX.1. "
+        "1 disables true CFG.",
+        ge=0,
+    )
+    batch_size: int = Setting(128, "Rows in one model call.", unit="rows", ge=1)
+    prompts_per_chunk: int | None = Setting(
+        None,
+        "Prompts that are sampled together. The rewards of a chunk are computed while the next "
+        "chunk is sampled. Default: all prompts.",
+        unit="prompts",
+        ge=1,
+    )
+    tail_cache: str = Setting(
+        "none",
+        "Feature cache for the tail, the steps after the last stochastic step: none, "
+        "first_block:THRESHOLD or taylorseer:INTERVAL.",
+        pattern=r"^(none|first_block:0?\.\d+|taylorseer:[2-9])$",
+    )
+    tail_weights: Literal["same", "int8", "float8"] = Setting(
+        "same",
+        "Model weights for the tail: the same as for other steps, or a copy quantized by torchao.",
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and gradient clipping."""
+
+    learning_rate: float | None = Setting(
+        None,
+        "Learning rate. Default: the published rate of the method for a full fine-tune or a LoRA.",
+        gt=0,
+    )
+    weight_decay: float = Setting(1e-4, "Decoupled weight decay.", ge=0)
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = Setting(
+        (0.9, 0.999), "Decay rates of the moment estimates."
+    )
+    max_grad_norm: float = Setting(1.0, "Gradients are clipped to this norm.", gt=0)
+    max_skipped_updates: int = Setting(
+        3,
+        "Stop after this many updates in a row with a non-finite loss or gradient.",
+        unit="updates",
+        ge=1,
+    )
+
+
+class TrainingConfig(Section):
+    """Length of the run, batch sizes, EMA and checkpoints."""
+
+    max_steps: int = Setting(
+        100, "Training steps. A step is one rollout and its updates.", unit="steps", ge=1
+    )
+    max_seconds: float | None = Setting(
+        None,
+        "Stop after the step in which the training time exceeds this limit. Default: no limit.",
+        unit="seconds",
+        gt=0,
+    )
+    prompts_per_step: int = Setting(
+        24, "Prompts per training step, over all ranks.", unit="prompts", ge=1
+    )
+    micro_batch_size: int | None = Setting(
+        None,
+        "Rows in one forward pass with gradient. Default: sampling.batch_size.",
+        unit="rows",
+        ge=1,
+    )
+    ema_decay: float = Setting(
+        0.0,
+        "Decay of the EMA of the parameters. Evaluation and export use the EMA. 0: no EMA.",
+        ge=0,
+        lt=1,
+    )
+    ema_every: int = Setting(1, "Optimizer updates between two EMA updates.", unit="updates", ge=1)
+    max_failed_rewards: float = Setting(
+        0.2, "Stop if more than this share of a step's images could not be scored.", ge=0, le=1
+    )
+    checkpoint_every: int = Setting(
+        10, "Steps between checkpoints. 0: only the last step.", unit="steps", ge=0
+    )
+    keep_checkpoints: int = Setting(
+        2,
+        "Latest checkpoints to keep, in addition to the best checkpoint.",
+        unit="checkpoints",
+        ge=1,
+    )
+
+
+class EvaluationConfig(Section):
+    """Evaluation on held-out prompts."""
+
+    every: int = Setting(0, "Steps between evaluations. 0: never.", unit="steps", ge=0)
+    num_steps: int = Setting(16, "ODE steps of an evaluation image.", unit="steps", ge=1)
+    num_prompts: int = Setting(
+        256,
+        "Images per evaluation. If there are fewer prompts, they are repeated with other noise.",
+        unit="images",
+        ge=1,
+    )
+    split: Literal["held-out", "validation"] = Setting(
+        "held-out",
+        "Bundled prompts of the model to evaluate. Choose settings on validation, and report "
+        "results on held-out.",
+    )
+    guidance_scale: float | None = Setting(
+        None, "Guidance scale of evaluation. Default: sampling.guidance_scale.", ge=0
+    )
+    rewards: Rewards = Setting(
+        (), "Additional rewards to evaluate. The trained rewards are always evaluated."
+    )
+
+
+class DataConfig(Section):
+    """Prompt files."""
+
+    prompts: str | None = Setting(
+        None,
+        "File with training prompts: .txt, .json, .jsonl, .csv or .parquet. "
+        "Default: the model's bundled prompts.",
+        keep=True,
+    )
+    eval_prompts: str | None = Setting(
+        None,
+        "File with evaluation prompts. Default: the model's bundled prompts, or the last tenth of "
+        "data.prompts, which is then not used for training.",
+    )
+
+
+class RuntimeConfig(Section):
+    """Seed, device and process settings."""
+
+    seed: int = Setting(0, "Seed of all randomness.", keep=True, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = Setting(
+        "auto", "Compute device. auto: cuda if available."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Setting(
+        "auto",
+        "Compute dtype. auto: bfloat16 on a GPU, float32 on a CPU. float16 scales the loss.",
+        keep=True,
+    )
+    threads: int = Setting(
+        0,
+        "CPU threads per process. 0: torch's default, or with several processes an equal share of "
+        "the cores.",
+        unit="threads",
+        ge=0,
+    )
+    compile: Literal["inductor", "aot_eager"] | None = Setting(
+        None,
+        "Backend of torch.compile for the repeated blocks. Batches are padded to a fixed size. "
+        "Default: no compilation.",
+    )
+    rollout_weights: Literal["auto", "replica", "sharded"] = Setting(
+        "auto",
+        "With several ranks: sample with a full copy per rank (replica), or with sharded "
+        "parameters. auto: replica if it fits into the free memory.",
+    )
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Strict(False)] = Setting(
+        (), "Loggers to which metrics are also written: tensorboard, wandb."
+    )
+    plugins: StrTuple = Setting((), "Python files that register methods, rewards or backbones.")
