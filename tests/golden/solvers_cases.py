@@ -145,9 +145,9 @@ def mixgrpo_grid() -> Cases:
     "sampler_mixgrpo",
     MIXGRPO,
     1e-6,
-    deviation="The published tail has int((T - last) ratio) points of a rebuilt grid, here one step "
-    "fewer than flowgrain's. With a single point the sampler stops above sigma = 0. flowgrain's tail "
-    "consists of levels of the sampling grid and always ends at sigma = 0.",
+    deviation="The published tail has int((T - last) ratio) points of a rebuilt grid, which is one "
+    "step fewer in these cases. With a single point the sampler stops above sigma = 0. The tail of "
+    "flowgrain consists of levels of the sampling grid and always ends at sigma = 0.",
 )
 def flash_levels() -> Cases:
     for name, case in _mixgrpo_cases(complete=False):

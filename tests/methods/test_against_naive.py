@@ -62,7 +62,10 @@ CASES = {
         "mixgrpo_flash_star", naive_plans.mixgrpo, {"window_size": 2, "tail_ratio": 0.5}, 9
     ),
     "mixgrpo_flash-first-step": Case(
-        "mixgrpo_flash", naive_plans.mixgrpo, {"window_size": 1, "tail_ratio": 0.8}, 6
+        "mixgrpo_flash",
+        naive_plans.mixgrpo,
+        {"window_size": 1, "tail_ratio": 0.8, "updates_per_rollout": 1},
+        6,
     ),
     "densegrpo": Case("densegrpo", naive_plans.densegrpo, {"psi": PSI}),
     "densegrpo-state-jump": Case(

@@ -64,8 +64,9 @@ def test_every_changed_default_has_a_source(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_papers_values_can_be_used(name):
     """A method's name alone is a valid configuration, with the defaults of its class."""
-    config = load_config(name)
+    config = load_config(name, {"model.name": "sd3"})
     assert config.method == BUILT_IN[name]()
+    assert load_config(name).method == config.method  # the bundled model, which has no LoRA
     for section, values in BUILT_IN[name].config_defaults.items():
         for key, value in values.items():
             assert getattr(getattr(config, section), key) == value
@@ -81,11 +82,17 @@ PAPER_VALUES = {
         "reward_mix": "reward",
         "updates_per_rollout": 2,
         "kl_weight": 0.04,
+        "kl_form": "published",
     },
     "flow_grpo_fast": {
         "group_size": 24,
         "updates_per_rollout": 2,
-        "window_size": 2,
+        "sde_type": "cps",
+        "eta": 0.8,
+        "cps_log_prob": "squared_error",
+        "clip_range": 1e-5,
+        "kl_weight": 0.0,
+        "window_size": 3,
         "window_schedule": "random",
         "window_region": "first_half",
     },
@@ -95,30 +102,63 @@ PAPER_VALUES = {
         "std_scope": "group",
         "std_unbiased": True,
         "updates_per_rollout": 1,
+        "kl_weight": 0.04,
+        "kl_form": "published",
     },
     "dancegrpo": {
         "sde_type": "dance_sde",
         "eta": 0.3,
         "shared_noise": True,
         "timestep_fraction": 0.6,
+        "updates_per_rollout": 3,
+        "reward_weights": "as_given",
     },
-    "mixgrpo": {"shared_noise": True, "window_size": 4, "tail_ratio": 1.0, "tail_order": 1},
+    "mixgrpo": {
+        "shared_noise": True,
+        "window_size": 4,
+        "window_interval": 25,
+        "tail_ratio": 1.0,
+        "tail_order": 1,
+        "updates_per_rollout": 4,
+        "reward_weights": "sum_to_one",
+    },
     "mixgrpo_flash": {"window_size": 4, "tail_order": 2, "tail_ratio": 0.4},
     "mixgrpo_flash_star": {"tail_order": 2, "tail_ratio": 0.2, "window_schedule": "frozen"},
     "tempflow_grpo": {
         "group_size": 6,
+        "seeds": 4,
+        "comparison": "parent",
         "std_scope": "group",
-        "updates_per_rollout": 1,
-        "kl_weight": 0.04,
+        "updates_per_rollout": 2,
+        "kl_weight": 0.004,
+        "kl_form": "gaussian",
     },
-    "grpo_guard": {"group_size": 24, "updates_per_rollout": 2, "kl_weight": 0.04},
-    "branchgrpo": {"group_size": 16, "std_epsilon": 1e-4, "split_steps": (0, 3, 6, 9)},
+    "grpo_guard": {
+        "group_size": 24,
+        "updates_per_rollout": 2,
+        "clip_range": 2e-6,
+        "kl_weight": 0.0,
+        "std_scope": "group",
+    },
+    "branchgrpo": {
+        "group_size": 16,
+        "sde_type": "dance_sde",
+        "eta": 0.3,
+        "clip_range": 1e-3,
+        "std_epsilon": 1e-8,
+        "split_steps": (0, 3, 6, 9),
+        "updates_per_rollout": 37,
+    },
     "diffusionnft": {
         "group_size": 24,
         "updates_per_rollout": 1,
         "kl_weight": 1e-4,
         "tail_order": 2,
         "timestep_fraction": 0.99,
+        "beta": 1.0,
+        "decay_rate": 0.001,
+        "decay_start": 0,
+        "max_decay": 0.5,
         "std_scope": "global",
         "reward_mix": "reward",
     },

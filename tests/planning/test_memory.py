@@ -83,8 +83,9 @@ def test_layouts():
     assert layout(1) == Layout(lora=False, replica=False, shards=1)
     assert layout(4) == Layout(lora=False, replica=True, shards=4)
     assert layout(16) == Layout(lora=False, replica=True, shards=8)
-    assert layout(8, lora__rank=32) == Layout(lora=True, replica=True, shards=1)
-    sharded = layout(8, lora__rank=32, runtime__rollout_weights="sharded")
+    lora = {"lora__rank": 32, "optimizer__learning_rate": 1e-4}
+    assert layout(8, **lora) == Layout(lora=True, replica=True, shards=1)
+    sharded = layout(8, **lora, runtime__rollout_weights="sharded")
     assert sharded == Layout(lora=True, replica=False, shards=8)
 
 

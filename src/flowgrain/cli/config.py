@@ -18,15 +18,15 @@ _COLUMNS = {
     "name": "name",
     "paper": "paper (arXiv)",
     "task": "task",
-    "hardware": "hardware",
+    "source": "source of the settings",
     "published": "published result",
 }
-"""Facts of a recipe in the table, and their titles. JSON has all facts."""
+"""Facts of a recipe in the table, and their titles. JSON also has title, hardware and cost."""
 
 
 @app.command()
 def recipes(as_json: Json = False) -> None:
-    """List the bundled recipes with their paper, task, hardware and published result.
+    """List the bundled recipes with their paper, task, source and published result.
 
     Examples:
     * `flowgrain recipes`
@@ -41,12 +41,14 @@ def recipes(as_json: Json = False) -> None:
     table = Table(*_COLUMNS.values(), show_lines=True)
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for recipe in facts:
-        table.add_row(*(escape(_first_sentence(recipe.get(column))) for column in _COLUMNS))
+        table.add_row(*(escape(_cell(column, recipe.get(column))) for column in _COLUMNS))
     out.print(table)
 
 
-def _first_sentence(fact: Any) -> str:
-    return "" if fact is None else str(fact).split(". ")[0]
+def _cell(column: str, fact: Any) -> str:
+    """The text of a fact: the first sentence of a published result, and other facts in full."""
+    text = "" if fact is None else str(fact)
+    return text.split(". ")[0] if column == "published" else text
 
 
 @config_app.command()

@@ -248,11 +248,18 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def with_absolute_plugins(values: Values, folder: Path) -> Values:
-    """`values` with the paths in runtime.plugins resolved from `folder`."""
+    """`values` with the paths in runtime.plugins resolved from `folder`.
+
+    Raises:
+        SettingsError: an entry cannot be a path.
+    """
     paths = _plugins_of(values)
     if not paths:
         return values
-    files = [str((folder / Path(path).expanduser()).resolve()) for path in paths]
+    try:
+        files = [str((folder / Path(path).expanduser()).resolve()) for path in paths]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SettingsError(f"runtime.plugins={paths}: not a list of files ({error}).") from error
     return merge(values, {"runtime": {"plugins": files}})
 
 

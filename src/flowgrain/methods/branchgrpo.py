@@ -27,13 +27,13 @@ class BranchGRPO(StepChoice, CompressedTail):
     )
     config_defaults = {"sampling": {"num_steps": 20}}  # section 5
 
-    learning_rates = LearningRates(full=1e-5)  # published script
+    learning_rates = LearningRates(full=1e-5)  # published code
 
     group_size: int = 16  # section 5: 2^4 leaves
     sde_type: SdeType = "dance_sde"  # published code
-    eta: float = 0.3  # published script
-    clip_range: float = 1e-3  # published script
-    updates_per_rollout: int | Literal["per_step"] = 37  # published script, see the method's page
+    eta: float = 0.3  # published code
+    clip_range: float = 1e-3  # published code
+    updates_per_rollout: int | Literal["per_step"] = 37  # published code, see the method's page
     split_steps: IntTuple = Setting(
         (0, 3, 6, 9), "Grid indices at which the tree splits.", unit="grid indices"
     )  # section 5

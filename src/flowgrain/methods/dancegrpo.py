@@ -26,7 +26,7 @@ class DanceGRPO(StepChoice, SharedNoise, CompressedTail):
         "The trajectories of a group start from the same noise and are compared by their final "
         "images. Every trained step of a trajectory has the same advantage."
     )
-    learning_rates = LearningRates(full=1e-5, lora=3e-4)  # published scripts
+    learning_rates = LearningRates(full=1e-5, lora=3e-4)  # published code
 
     sde_type: SdeType = "dance_sde"  # section 3
     eta: float = 0.3  # section 4

@@ -22,7 +22,7 @@ class FlowGRPODefaults(StepChoice):
     The source is section 5 of the paper, or its published code.
     """
 
-    config_defaults = FLOW_GRPO_RUN
+    config_defaults = FLOW_GRPO_RUN  # section 5
     learning_rates = LearningRates(lora=3e-4)  # published code
 
     group_size: int = 24  # section 5

@@ -23,7 +23,7 @@ class FlowGRPOFast(WindowChoice, SharedNoise, CompressedTail):
         "The trajectories of a group differ only in the noise of a short window. They are compared "
         "by their final images, and every step of the window has the same advantage."
     )
-    config_defaults = FLOW_GRPO_RUN
+    config_defaults = FLOW_GRPO_RUN  # section 5
     learning_rates = FlowGRPODefaults.learning_rates
 
     group_size: int = 24  # section 5

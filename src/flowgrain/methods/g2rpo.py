@@ -26,7 +26,7 @@ class G2RPO(StepChoice):
         "in its noise. Each branch is finished at every granularity and scored."
     )
 
-    learning_rates = LearningRates(full=2e-6)  # section 5 and published scripts
+    learning_rates = LearningRates(full=2e-6)  # appendix and published code
 
     granularities: IntTuple = Setting(
         (1, 2, 3), "Strides of the ODE completions of every branch (Lambda).", unit="grid steps"

@@ -22,7 +22,7 @@ class MixGRPO(WindowChoice, SharedNoise, CompressedTail):
     )
     config_defaults = {"sampling": {"num_steps": 25}}  # section 4
 
-    learning_rates = LearningRates(full=1e-5)  # published script
+    learning_rates = LearningRates(full=1e-5)  # published code
 
     shared_noise: bool = True  # published code
     updates_per_rollout: int | Literal["per_step"] = 4  # published code: every 3 of 12 samples

@@ -16,6 +16,7 @@ class MixGRPOFlash(MixGRPO):
 
     tail_order: Literal[1, 2] = 2  # section 3.3
     tail_ratio: float = 0.4  # section 4
+    window_interval: int = 20  # published code
 
 
 @register
