@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -126,7 +127,7 @@ def load_plugin(path: str | Path) -> None:
         SettingsError: the file does not exist, is not a Python file, or raises an error.
     """
     file = Path(path).expanduser().resolve()
-    if not file.is_file():
+    if not os.path.isfile(file):  # False also for a name that is too long
         raise SettingsError(
             f"plugin {path}: there is no such file. Give the path of a Python file."
         )

@@ -14,10 +14,18 @@ from flowgrain.methods import METHODS
 def test_recipes():
     recipes = json.loads(succeeded("recipes", "--json"))
     assert [recipe["name"] for recipe in recipes] == recipe_names()
-    assert all(recipe[key] for recipe in recipes for key in ("title", "paper", "task", "hardware"))
-    table = succeeded("recipes")
-    assert all(name in table for name in recipe_names())
-    assert "published" in table
+    keys = ("title", "paper", "source", "task", "hardware", "cost", "published")
+    assert all(recipe[key] for recipe in recipes for key in keys)
+    shown = "".join(succeeded("recipes").split())
+    for recipe in recipes:
+        for key in ("name", "title", "paper", "source", "task", "published"):
+            assert "".join(recipe[key].split()) in shown, (recipe["name"], key)
+    one = succeeded("recipes", "flux/g2rpo")
+    assert "hardware" in one
+    assert "flux/g2rpo_hps" not in one
+    some = json.loads(succeeded("recipes", "sd3/", "--json"))
+    assert [recipe["name"] for recipe in some] == [n for n in recipe_names() if n[:4] == "sd3/"]
+    assert "Did you mean 'flux/g2rpo'?" in refused("recipes", "flux/g2rpoo")
 
 
 @pytest.mark.parametrize("source", [*recipe_names(), *METHODS])

@@ -54,7 +54,7 @@ def test_a_recipe_states_its_facts(name):
     if "/" in name:
         assert config.model.name == name.split("/")[0]
         assert "--preset one-gpu" in facts["hardware"]
-        assert " -> " in facts["published"] or facts["published"].startswith("Not listed")
+        assert " -> " in facts["published"] or facts["published"].startswith("No result")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -79,7 +79,9 @@ def test_every_method_is_the_same_run(tmp_path, pool, single, size, machines):
             torch.testing.assert_close(
                 many["weights"][key],
                 value,
-                atol=1e-6,
+                # The gradient of a squared-error log-probability is smaller by 2 std^2, and AdamW
+                # divides by it: rounding is larger.
+                atol=5e-6 if "flow_grpo_fast" in name else 1e-6,
                 rtol=0,
                 msg=lambda message, place=f"{name} {key}": f"{place} {message}",
             )

@@ -28,7 +28,10 @@ RUNS = {
     "backbone": (
         80,
         "pixels.py",
-        ["flow_grpo", "model.name=pixels", "rewards=[brightness]", *SMALL],
+        [
+            *("flow_grpo", "model.name=pixels", "rewards=[brightness]"),
+            *("lora.rank=0", "optimizer.learning_rate=1e-3", *SMALL),
+        ],
     ),
 }
 

@@ -91,7 +91,6 @@ def test_fields_are_checked(wrong):
         ({"name": "judge", "url": "http://h"}, r"rewards\[judge\]\.model: this option is required"),
         ({"name": "judge", "urll": "http://h"}, r"Did you mean 'url'"),
         ({"name": "aesthetic"}, r"rewards\[aesthetic\]\.checkpoint: .* required\. Options: check"),
-        ({"name": "geneval"}, r"rewards\[geneval\]\.path: this option is required"),
         ({"name": "oracle", "path": "x"}, r"\[oracle\]\.path='x': .*This reward has no options"),
         (
             {"name": "oracle", "weigth": 2},

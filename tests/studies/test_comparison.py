@@ -20,7 +20,7 @@ SMALL = {
     "seeds": [1, 2],
     "budget": 300,
     "common": {
-        "method": {"group_size": 3},
+        "method": {"group_size": 3, "updates_per_rollout": 1},
         "sampling": {"num_steps": 4},
         "training": {"prompts_per_step": 2},
         "evaluation": {"num_prompts": 4, "num_steps": 2},

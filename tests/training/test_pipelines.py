@@ -72,8 +72,12 @@ def noise_of(trainer, count):
 
 @pytest.mark.parametrize(("name", "folder", "guidance"), PARITY_CASES)
 def test_images_match_the_pipeline(folders, tmp_path, name, folder, guidance):
-    """With the pipeline's own timestep shift. Within 1e-4: the pipeline rounds timesteps."""
-    changes = {"sampling.shift": "auto", "sampling.guidance_scale": guidance}
+    """On the pipeline's own grid. Within 1e-4: the pipeline rounds timesteps."""
+    changes = {
+        "sampling.grid": "model",
+        "sampling.shift": None,
+        "sampling.guidance_scale": guidance,
+    }
     changes |= {"sampling.num_steps": 5, "model.long_prompts": "truncate"}
     trainer = trainer_of(name, folders / folder, tmp_path, changes)
     noise = noise_of(trainer, 2)
@@ -81,7 +85,7 @@ def test_images_match_the_pipeline(folders, tmp_path, name, folder, guidance):
     images = sample(trainer.policy, prompts, noise, trainer.sigmas, guidance, 8)
     absent = {"text_encoder_3": None, "tokenizer_3": None} if folder == "sd3-no-t5" else {}
     pipe = PIPELINES[name].from_pretrained(folders / folder, **absent)
-    expected = pipeline_images(pipe, noise, 5, guidance, prompts)
+    expected = pipeline_images(pipe, noise, 5, guidance, prompts, own_grid=True)
     assert images.shape == expected.shape == (2, 3, 32, 48)
     assert images.std() > 0.01
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)

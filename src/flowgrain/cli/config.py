@@ -1,7 +1,7 @@
 """The commands `recipes`, `config show` and `config diff`."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -14,41 +14,46 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 
-_COLUMNS = {
-    "name": "name",
-    "paper": "paper (arXiv)",
-    "task": "task",
-    "source": "source of the settings",
-    "published": "published result",
-}
-"""Facts of a recipe in the table, and their titles. JSON also has title, hardware and cost."""
+_SHOWN = ("task", "source", "published")
+"""Facts that the list of all recipes shows. A single recipe shows all its facts."""
 
 
 @app.command()
-def recipes(as_json: Json = False) -> None:
-    """List the bundled recipes with their paper, task, source and published result.
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Recipe, or the start of names, such as sd3/.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the bundled recipes with their task, the source of their settings and published result.
 
     Examples:
     * `flowgrain recipes`
+    * `flowgrain recipes sd3/`
+    * `flowgrain recipes flux/g2rpo`: all facts of a recipe
     * `flowgrain recipes --json`
     """
     from flowgrain.config.load import recipe_facts, recipe_names
+    from flowgrain.settings import SettingsError, did_you_mean
 
-    facts = [recipe_facts(name) for name in recipe_names()]
+    known = recipe_names()
+    names = [name] if name in known else [n for n in known if n.startswith(name or "")]
+    if not names:
+        raise SettingsError(f"There is no recipe {name!r}. {did_you_mean(str(name), known)}")
+    facts = [recipe_facts(each) for each in names]
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    table = Table(*_COLUMNS.values(), show_lines=True)
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for recipe in facts:
-        table.add_row(*(escape(_cell(column, recipe.get(column))) for column in _COLUMNS))
-    out.print(table)
-
-
-def _cell(column: str, fact: Any) -> str:
-    """The text of a fact: the first sentence of a published result, and other facts in full."""
-    text = "" if fact is None else str(fact)
-    return text.split(". ")[0] if column == "published" else text
+        shown = (*_SHOWN[:2], "hardware", "cost", _SHOWN[2]) if len(facts) == 1 else _SHOWN
+        heading = f"[bold]{escape(recipe['name'])}[/bold]  {escape(recipe['title'])}"
+        out.print(f"{heading} (arXiv {recipe['paper']})", soft_wrap=True)
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(no_wrap=True)
+        lines.add_column(overflow="fold")
+        for fact in shown:
+            lines.add_row(f"    {fact}", escape(recipe[fact]))
+        out.print(lines)
 
 
 @config_app.command()
