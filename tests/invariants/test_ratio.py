@@ -1,14 +1,17 @@
 """The ratio is exactly 1 before the first update, for every kernel; updates and batch sizes."""
 
+import numpy as np
 import pytest
 import torch
 
+from flowgrain import load_config
 from flowgrain.core.cost import split_updates
 from flowgrain.training import Trainer
 from flowgrain.training.policy_gradient import PolicyGradientLoss
 from flowgrain.training.step import update
 
 KERNELS = [
+    {"method.sde_type": "cps", "method.eta": 0.7, "method.cps_log_prob": "squared_error"},
     {"method.sde_type": "flow_sde", "method.eta": 0.7},
     {"method.sde_type": "dance_sde", "method.eta": 0.3},
     {"method.sde_type": "cps", "method.eta": 0.7},
@@ -56,6 +59,19 @@ def test_every_trained_parent_is_in_exactly_one_update(tiny, updates, number):
     shares = split_updates(tree, updates)
     assert len(shares) == number
     assert sorted(row for share in shares for row in share) == tree.trained_parents.tolist()
+
+
+def test_more_updates_than_prompts_mix_prompts_and_steps():
+    tree = load_config("branchgrpo").tree().repeat(4)
+    shares = split_updates(tree, 37)
+    assert [len(share) for share in shares] == [21] * 8 + [20] * 29  # 4 x 187 parents
+    together = np.concatenate(shares)
+    assert sorted(together.tolist()) == tree.trained_parents.tolist()
+    for share in shares:
+        assert set(tree.prompt[share]) == set(range(4))
+        assert len(set(tree.grid_index[share])) > 5
+    few = split_updates(load_config("g2rpo", {"method.sde_steps": [0, 1]}).tree(), 5)
+    assert [len(share) for share in few] == [1, 1]
 
 
 def test_batch_size_does_not_matter(tiny, tmp_path):

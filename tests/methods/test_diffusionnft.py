@@ -74,6 +74,16 @@ def naive_losses(trainer, naive: Naive, samples, advantage) -> list[torch.Tensor
     return losses
 
 
+def test_the_old_policy_moves_once_per_rollout_by_the_number_of_updates(tmp_path, monkeypatch):
+    changes = {"method.updates_per_rollout": 2, "method.decay_rate": 0.1}
+    trainer = toy_trainer(toy_config("diffusionnft", changes), tmp_path)
+    kept = []
+    monkeypatch.setattr(trainer.policy, "move_old", kept.append)
+    trainer.step(1)
+    trainer.step(2)
+    assert kept == [0.2, 0.4]
+
+
 def test_diffusionnft_against_the_naive_version(tmp_path, monkeypatch):
     trainer = moved_trainer(tmp_path)
     naive = Naive(trainer)

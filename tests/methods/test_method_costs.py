@@ -33,6 +33,11 @@ PASSES = {  # sampling forward passes per prompt with the papers' values: ours, 
     "flow_grpo": (10, 240, 240),
     "dancegrpo": (16, 181, 192),
     "mixgrpo": (25, 289, 300),
+    "mixgrpo_flash": (25, 133, 132),  # the published tail is one step shorter
+    "mixgrpo_flash_star": (25, 85, 84),
+    "tempflow_grpo": (10, 4 * 279, 4 * 279),  # of four initial noises
+    "grpo_guard": (10, 240, 240),
+    "diffusionnft": (10, 240, 240),
 }
 
 

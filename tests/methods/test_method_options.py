@@ -208,6 +208,13 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
     ("g2rpo", ["psi=[0.5]"], "method.psi", "sde_type=calibrated_sde"),
     ("g2rpo", ["sde_type=calibrated_sde", "psi=[0.5]"], "method.psi", "16"),
     ("g2rpo", ["calibration.rounds=3"], "method.calibration", "sde_type=calibrated_sde"),
+    ("g2rpo", ["cps_log_prob=squared_error"], "method.cps_log_prob=squared_error", "sde_type=cps"),
+    (
+        "grpo_guard",
+        ["sde_type=cps", "cps_log_prob=squared_error"],
+        "method.cps_log_prob=squared_error",
+        "method.cps_log_prob=gaussian",
+    ),
     ("densegrpo", ["sde_type=cps", "sde_steps=[9]"], "method.sde_steps=[9]", "0 to 8"),
     ("densegrpo", ["completion_steps=0"], "method.completion_steps=0", "at least 1, or all"),
     ("mixgrpo", ["window_size=25"], "method.window_size=25", "1 to 24"),
@@ -281,3 +288,38 @@ def test_best_of_trains_the_extremes(tmp_path):
         assert edge_weight.mean() == 1
         trained = set(advantage[edge_weight > 0].tolist())
         assert trained == {advantage.min().item(), advantage.max().item()}
+
+
+def test_weights_of_rewards_that_are_divided_by_their_sum():
+    rewards = [{"name": "oracle", "weight": 3.0}, {"name": "towers", "weight": 1.0}]
+    config = load_config("mixgrpo", {"rewards": rewards})
+    assert config.method.mix_weights(config.reward_weights) == {"oracle": 0.75, "towers": 0.25}
+    as_given = config.with_changes({"method.reward_weights": "as_given"})
+    assert as_given.method.mix_weights(config.reward_weights) == {"oracle": 3.0, "towers": 1.0}
+    rewards[0]["weight"] = -1.0
+    with pytest.raises(SettingsError, match=r"method\.reward_weights=sum_to_one: .* the sum 0"):
+        load_config("mixgrpo", {"rewards": rewards})
+    assert load_config("g2rpo", {"rewards": rewards}).reward_weights == {
+        "oracle": -1.0,
+        "towers": 1,
+    }
+
+
+def test_the_default_form_of_the_log_probability_needs_no_change_with_another_kernel():
+    config = load_config("flow_grpo_fast", {"method.sde_type": "flow_sde", "method.eta": 0.7})
+    assert config.method.cps_log_prob == "squared_error"  # has no effect
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        ({}, {1: 0.001, 400: 0.4, 500: 0.5, 900: 0.5}),  # GenEval and PickScore
+        (
+            {"decay_rate": 0.0075, "decay_start": 75, "max_decay": 0.999},  # OCR
+            {2: 0.0, 75: 0.0, 76: 0.0075, 175: 0.75, 300: 0.999},
+        ),
+    ],
+)
+def test_the_decay_of_the_old_policy_counts_updates(options, shares):
+    method = METHODS.get("diffusionnft")(**options)
+    assert {n: method.decay(n) for n in shares} == pytest.approx(shares)

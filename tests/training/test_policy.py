@@ -57,6 +57,55 @@ def test_bfloat16_sampling_keeps_float32_master_parameters(tiny, tmp_path):
     assert all(torch.equal(a, b.bfloat16()) for a, b in pairs)
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 4, "training.checkpoint_every": 1}])
+def test_float16_scales_the_loss(tiny, tmp_path, changes):
+    """The gradient is that of float32 training, up to rounding: within 10%."""
+    config = tiny.with_changes({"runtime.dtype": "float16", **changes})
+    trainer = Trainer(config, tmp_path / "whole")
+    metrics = trainer.step(1)
+    assert metrics["ratio/max"] == 1
+    assert metrics["updates/skipped"] == 0
+    assert metrics["grad_norm"] > 0
+    parameters = trainer.policy.parameters
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    stored = {p.dtype for p in trainer.policy.sampler.parameters() if not p.requires_grad}
+    assert stored == {torch.float16}
+    scaler = trainer.optimizer.scaler
+    assert scaler.get_scale() == 65536
+    exact = Trainer(tiny.with_changes(changes), tmp_path / "exact")
+    assert metrics["grad_norm"] == pytest.approx(exact.step(1)["grad_norm"], rel=0.1)
+
+
+def test_float16_lowers_the_scale_when_gradients_overflow(tiny, tmp_path):
+    config = tiny.with_changes({"runtime.dtype": "float16", "lora.rank": 2})
+    trainer = Trainer(config, tmp_path)
+    optimizer = trainer.optimizer
+    before = [p.detach().clone() for p in trainer.policy.parameters.values()]
+    for _ in range(20):
+        optimizer.backward(sum(p.sum() for p in trainer.policy.parameters.values()) * 1e38)
+        assert optimizer.step([torch.zeros(())])[1]
+    # 65536 is halved 16 times before it counts as a sign of divergence.
+    assert optimizer.scaler.get_scale() == 65536 / 2**20
+    assert optimizer.skipped_in_a_row == 4
+    after = trainer.policy.parameters.values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    trainer.save(None)
+    again = Trainer(config, tmp_path)
+    again.restore()
+    assert again.optimizer.scaler.get_scale() == 65536 / 2**20
+
+
+def test_layers_that_take_lora(tiny):
+    targets = ["attn.to_q", "attn.to_v"]
+    policy = Trainer(tiny.with_changes({"lora.rank": 2, "lora.target_modules": targets})).policy
+    assert {".".join(name.split(".")[2:4]) for name in policy.parameters} == set(targets)
+    with pytest.raises(SettingsError) as error:
+        Trainer(tiny.with_changes({"lora.rank": 2, "lora.target_modules": ["to_z"]}))
+    message = str(error.value)
+    assert message.startswith("lora.target_modules=['to_z']: no layer of the model")
+    assert "Remove it to use ['to_q', " in message
+
+
 def test_an_ema_swap_restores_the_trained_parameters(tiny, tmp_path):
     changes = {"training.ema_decay": 0.9, "optimizer.learning_rate": 1e-2}
     trainer = Trainer(tiny.with_changes(changes), tmp_path)

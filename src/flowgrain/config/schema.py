@@ -163,6 +163,7 @@ class Config(Section):
         """
         try:
             self.method.check(self.sampling.num_steps)
+            self.method.mix_weights(self.reward_weights)
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
         self._check_grid()

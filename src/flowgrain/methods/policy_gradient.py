@@ -157,7 +157,8 @@ class PolicyGradient(Method):
                 "calibration: has no effect, because psi is not calibrated. "
                 "Remove it, or use method.sde_type=calibrated_sde without method.psi."
             )
-        if self.sde_type != "cps" and self.cps_log_prob != "gaussian":
+        own_form = self.cps_log_prob != type(self).model_fields["cps_log_prob"].default
+        if self.sde_type != "cps" and own_form:
             raise ValueError(
                 f"cps_log_prob={self.cps_log_prob}: has no effect with "
                 f"method.sde_type={self.sde_type}. Remove it, or use method.sde_type=cps."
