@@ -37,7 +37,7 @@ faithfulness: .venv/ready  ## Compare with golden numbers, and write the tables 
 # Kernels of other CPUs: AVX2 without VNNI, and SSE 4.1.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 SSE41 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
-NUMERICAL := tests/core tests/methods tests/models/test_acceleration.py tests/training/test_tails.py \
+NUMERICAL := tests/core tests/golden tests/methods tests/models/test_acceleration.py tests/training/test_tails.py \
 	tests/invariants/test_ratio.py tests/distributed/test_processes.py::test_approximate_tails_of_two
 
 test-portable: .venv/ready

@@ -130,7 +130,9 @@ def test_the_ema_is_updated_every_few_updates(tiny, tmp_path):
     for step in (1, 2, 3):
         trainer.step(step)
         seen.append(ema.optimization_step)
-    assert seen == [0, 1, 2]  # after 2, 4 and 6 updates
+    assert seen == [0, 3, 6]  # after 2, 4 and 6 updates
+    # Flow-GRPO's code: min((1 + n) / (10 + n), decay), with n updates before this one.
+    assert [ema.get_decay(updates) for updates in (3, 6)] == [3 / 12, 6 / 15]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

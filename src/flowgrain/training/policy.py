@@ -99,6 +99,8 @@ class Policy(Velocities):
         """Update the EMA and the sampler after an optimizer step."""
         self.updates += 1
         if self.ema is not None and self.updates % self.ema_every == 0:
+            # The decay grows with the number of optimizer updates, not of EMA updates.
+            self.ema.optimization_step = self.updates - 1
             self.ema.step(self.parameters.values())
         self.refresh()
 
