@@ -47,6 +47,16 @@ def test_the_page_shows_the_comparisons(name: str) -> None:
     assert stable(read(PAGE.read_text(encoding="utf-8"), name)) == stable(sections(ROWS)[name])
 
 
+def test_the_readme_states_the_number_of_comparisons() -> None:
+    agreeing = [row for row in ROWS if not row.deviation]
+    cases = sum(run(row).cases for row in agreeing)
+    root = PAGE.parents[1]
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(agreeing)} quantities in {cases:,} cases agree" in readme
+    assert f"{len(ROWS) - len(agreeing)} differ on purpose" in readme
+    assert f"[{len(agreeing)} quantities]" in (root / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("ours", "expected", "value"),
     [
