@@ -13,7 +13,7 @@ LARGE = [name for name in recipe_names() if "/" in name]
 @pytest.mark.parametrize("name", LARGE)
 def test_one_gpu_is_a_lora_in_small_batches(name):
     plain, config = load_config(name), load_config(name, preset="one-gpu")
-    lora = plain.lora if plain.lora.rank else LoraConfig(rank=32, alpha=64.0)
+    lora = plain.lora if plain.lora.rank else LoraConfig(rank=32)
     assert config.lora == lora
     assert config.training.micro_batch_size == 1
     assert config.sampling.batch_size == (4 if config.model.name == "flux" else 16)

@@ -46,6 +46,8 @@ def effective(config, name):
     if name == "stochastic_steps":
         tree = config.tree()
         return sorted({int(k) - 1 for k in tree.grid_index[tree.edges]})
+    if name == "lora_alpha":
+        return config.lora.alpha or 2.0 * config.lora.rank
     if name == "published_passes":
         return config.method.published_passes(config.sampling.num_steps)
     assert name == "lora_layers"

@@ -194,12 +194,28 @@ def test_the_grid():
 def test_the_grid_of_the_model():
     backbone = SimpleNamespace(natural_shift=lambda num_steps: (2.0, None, 0.01))
     config = load_config("g2rpo", {"sampling.grid": "model", "sampling.num_steps": 5})
+    assert not config.grid_is_known
     resolved = config.with_grid_of(backbone)
+    assert resolved.grid_is_known
     assert torch.equal(resolved.sigmas(), sigma_grid(5, 2.0, None, 0.01))
-    assert resolved.sampling.grid == "shifted"  # run.yaml has the numbers
-    for name, value in (("shift", 2.0), ("sigma_min", 0.1), ("shift_terminal", 0.1)):
-        with pytest.raises(SettingsError, match=rf"sampling\.{name}={value}: has no effect"):
-            config.with_changes({f"sampling.{name}": value})
+    # run.yaml has the numbers. A resumed run may repeat the setting.
+    again = resolved.with_changes({"sampling.grid": "model"})
+    assert again.with_grid_of(backbone) == resolved
+    for name, value in (("shift", 3.0), ("sigma_min", 0.1), ("shift_terminal", 0.1)):
+        other = config.with_changes({f"sampling.{name}": value})
+        with pytest.raises(
+            SettingsError, match=rf"sampling\.{name}={value}: the grid of the model"
+        ):
+            other.with_grid_of(backbone)
+    assert not load_config("g2rpo", {"sampling.shift": "auto"}).grid_is_known
+
+
+def test_settings_of_adapters_need_adapters():
+    for name, value in (("alpha", 8.0), ("target_modules", ["attn.to_q"])):
+        with pytest.raises(
+            SettingsError, match=rf"lora\.{name}=.*: has no effect without adapters"
+        ):
+            load_config("g2rpo", {f"lora.{name}": value})
 
 
 def test_the_learning_rate_is_the_published_one():

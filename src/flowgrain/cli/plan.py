@@ -11,6 +11,7 @@ from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, ou
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
+    from flowgrain.config.schema import Config
     from flowgrain.planning.forecast import Forecast
     from flowgrain.planning.plan import RunPlan
 
@@ -79,6 +80,15 @@ def _show_plan(run: "RunPlan", numbers: dict[str, Any]) -> None:
         f"{training.prompts_per_step} prompts per step, {training.max_steps} steps: "
         f"{run.total_forward_passes:,} sampling forward passes in total"
     )
+    published = "" if config.optimizer.learning_rate else ", the published rate of the method"
+    say(f"learning rate {config.learning_rate:g} ({_kind(config)}{published})")
+    if not config.grid_is_known:
+        say("The noise levels are those of the model's own grid. They are known after loading.")
+
+
+def _kind(config: "Config") -> str:
+    """What is trained."""
+    return f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full fine-tune"
 
 
 _LABELS = {

@@ -25,7 +25,7 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     changed = dict(values)
     if not values.get("lora", {}).get("rank"):
-        changed["lora"] = {**values.get("lora", {}), "rank": 32, "alpha": 64.0}
+        changed["lora"] = {**values.get("lora", {}), "rank": 32}
         rate = _published_rate(values.get("method", {})) or 1e-4
         changed["optimizer"] = {**values.get("optimizer", {}), "learning_rate": rate}
     model = values.get("model", {}).get("name", "shapes")
@@ -47,7 +47,7 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _published_rate(method: Any) -> float | None:
     """The published learning rate of a LoRA, if there is one."""
     name = method.get("name") if isinstance(method, Mapping) else None
-    return METHODS.get(name).learning_rates.lora if name in METHODS else None
+    return METHODS.get(str(name)).learning_rates.lora if name in METHODS else None
 
 
 def _on_cpu(reward: Any) -> Any:

@@ -22,7 +22,7 @@ from flowgrain.core.tree import Tree, tail_length
 from flowgrain.methods import Method, build_method, plan_tree
 from flowgrain.models.base import Backbone, ModelConfig
 from flowgrain.rewards.base import RewardConfig
-from flowgrain.settings import Section, Setting
+from flowgrain.settings import Section, Setting, SettingsError
 
 
 class Config(Section):
@@ -53,23 +53,40 @@ class Config(Section):
         steps = num_steps or sampling.num_steps
         return sigma_grid(steps, shift, sampling.shift_terminal, sampling.sigma_min)
 
-    def with_grid_of(self, backbone: Backbone) -> "Config":
-        """This configuration with numbers in place of sampling.grid=model or sampling.shift=auto.
+    @property
+    def grid_is_known(self) -> bool:
+        """Whether the grid does not depend on the model, or `with_grid_of` has resolved it."""
+        sampling = self.sampling
+        return isinstance(sampling.shift, float) or (sampling.shift, sampling.grid) == (
+            None,
+            "shifted",
+        )
 
-        sampling.shift_terminal and sampling.sigma_min are kept if they are set. Without one of the
-        two settings, nothing changes.
+    def with_grid_of(self, backbone: Backbone) -> "Config":
+        """This configuration with the numbers of sampling.grid=model or sampling.shift=auto.
+
+        Without one of the two settings, nothing changes. sampling.shift_terminal is kept if it is
+        set.
+
+        Raises:
+            SettingsError: sampling.grid=model, and a number of the grid is set to another value.
         """
         sampling = self.sampling
         if sampling.grid != "model" and sampling.shift != "auto":
             return self
         natural = Shift(*backbone.natural_shift(sampling.num_steps))
-        sigma_min = natural.sigma_min if sampling.grid == "model" else sampling.sigma_min
-        numbers = {
-            "shift": float(natural.shift),
-            "shift_terminal": sampling.shift_terminal or natural.terminal,
-            "sigma_min": sigma_min,
-            "grid": "shifted",
-        }
+        numbers = {"shift": float(natural.shift), "shift_terminal": natural.terminal}
+        if sampling.grid == "model":
+            numbers["sigma_min"] = natural.sigma_min
+            for name, value in numbers.items():
+                given = getattr(sampling, name)
+                if given not in (None, "auto", value):
+                    raise SettingsError(
+                        f"sampling.{name}={given}: the grid of the model has {value}. "
+                        f"Use sampling.{name}=null, or sampling.grid=shifted."
+                    )
+        elif sampling.shift_terminal is not None:
+            del numbers["shift_terminal"]
         return self.model_copy(update={"sampling": sampling.model_copy(update=numbers)})
 
     def resolved(self, backbone: Backbone) -> "Config":
@@ -166,7 +183,7 @@ class Config(Section):
             self.method.mix_weights(self.reward_weights)
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
-        self._check_grid()
+        self._check_lora()
         try:
             _ = self.learning_rate
         except ValueError as error:
@@ -192,23 +209,18 @@ class Config(Section):
                     "steps follow."
                 )
 
-    def _check_grid(self) -> None:
-        """Check that the grid of the model is not also given as numbers.
+    def _check_lora(self) -> None:
+        """Check that there are adapters for the settings of adapters.
 
         Raises:
-            ValueError: it is.
+            ValueError: there are none.
         """
-        sampling = self.sampling
-        given = {
-            "shift": None if sampling.shift == "auto" else sampling.shift,
-            "shift_terminal": sampling.shift_terminal,
-            "sigma_min": sampling.sigma_min,
-        }
-        for name, value in given.items():
-            if sampling.grid == "model" and value is not None:
+        for name in ("alpha", "target_modules"):
+            value = getattr(self.lora, name)
+            if self.lora.rank == 0 and value is not None:
                 raise ValueError(
-                    f"sampling.{name}={value}: has no effect with sampling.grid=model. "
-                    f"Use sampling.{name}=null, or sampling.grid=shifted."
+                    f"lora.{name}={value}: has no effect without adapters. "
+                    f"Set lora.rank, or use lora.{name}=null."
                 )
 
     @model_validator(mode="after")

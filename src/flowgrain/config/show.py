@@ -34,6 +34,9 @@ def to_yaml(config: Config) -> str:
         if isinstance(section, Section):
             lines += [f"# {field.description}", f"{name}:"]
             lines += _section_lines(section, values[name], "  ")
+            if section is config.optimizer and section.learning_rate is None:
+                place = lines.index("  learning_rate: null")
+                lines.insert(place, f"  # Here: {config.learning_rate:g}.")
         else:
             lines += _setting_lines(name, values[name], _comment(field), "")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ from flowgrain.methods.plans import trajectory
 # Section 5: T = 10 in training, LoRA.
 FLOW_GRPO_RUN: dict[str, dict[str, Any]] = {
     "sampling": {"num_steps": 10},
-    "lora": {"rank": 32, "alpha": 64.0},
+    "lora": {"rank": 32},  # alpha 64: twice the rank
 }
 
 

@@ -48,7 +48,7 @@ def draw_tree(tree: Tree, config: Config) -> Drawing:
     )
     for root, count in _counted([subtrees[row] for row in children[ROOT]]):
         node = drawing.add(f"initial noise{_times(count)}")
-        _add(node, root, "0", config.sigmas().tolist())
+        _add(node, root, "0", config.sigmas().tolist() if config.grid_is_known else None)
     return drawing
 
 
@@ -64,7 +64,7 @@ def _times(count: int) -> str:
     return f" x{count}" if count > 1 else ""
 
 
-def _add(drawing: Drawing, subtree: _Subtree, line: str, sigmas: list[float]) -> None:
+def _add(drawing: Drawing, subtree: _Subtree, line: str, sigmas: list[float] | None) -> None:
     """Draw a subtree. Its longest ODE continuation, or its only child, extends `line`."""
     while True:
         if not subtree.below:
@@ -88,8 +88,9 @@ def _add(drawing: Drawing, subtree: _Subtree, line: str, sigmas: list[float]) ->
         subtree = next_row
 
 
-def _label(branch: _Subtree, start: int, count: int, sigmas: list[float]) -> str:
+def _label(branch: _Subtree, start: int, count: int, sigmas: list[float] | None) -> str:
     mark = "~" if branch.stochastic else "-"
     kind = "trained" if branch.trained else "not trained"
     suffix = f" [green]{kind}[/]" if branch.stochastic else ""
-    return f"at {start} (sigma {sigmas[start]:.3f}) {mark}{_times(count)}{suffix}"
+    level = f" (sigma {sigmas[start]:.3f})" if sigmas else ""
+    return f"at {start}{level} {mark}{_times(count)}{suffix}"
