@@ -89,7 +89,8 @@ def test_the_kept_settings_of_every_method(method):
 
 @pytest.mark.parametrize("path", OTHER_VALUES)
 def test_a_kept_setting_is_refused(tmp_path, path):
-    config = load_config("g2rpo")
+    adapters = {"lora.rank": 1} if path.startswith("lora.") else {}
+    config = load_config("g2rpo", adapters)
     changed = config.with_changes({path: OTHER_VALUES[path]})
     with pytest.raises(SettingsError) as error:
         check_kept(changed, config.to_dict(), tmp_path)

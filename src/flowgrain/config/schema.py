@@ -183,7 +183,7 @@ class Config(Section):
             self.method.mix_weights(self.reward_weights)
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
-        self._check_lora()
+        self.lora.check()
         try:
             _ = self.learning_rate
         except ValueError as error:
@@ -207,20 +207,6 @@ class Config(Section):
                     f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
                     f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
                     "steps follow."
-                )
-
-    def _check_lora(self) -> None:
-        """Check that there are adapters for the settings of adapters.
-
-        Raises:
-            ValueError: there are none.
-        """
-        for name in ("alpha", "target_modules"):
-            value = getattr(self.lora, name)
-            if self.lora.rank == 0 and value is not None:
-                raise ValueError(
-                    f"lora.{name}={value}: has no effect without adapters. "
-                    f"Set lora.rank, or use lora.{name}=null."
                 )
 
     @model_validator(mode="after")

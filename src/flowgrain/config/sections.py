@@ -29,6 +29,20 @@ class LoraConfig(Section):
         min_length=1,
     )
 
+    def check(self) -> None:
+        """Check that there are adapters for the settings of adapters.
+
+        Raises:
+            ValueError: there are none.
+        """
+        for name in ("alpha", "target_modules"):
+            value = getattr(self, name)
+            if self.rank == 0 and value is not None:
+                raise ValueError(
+                    f"lora.{name}={value}: has no effect without adapters. "
+                    f"Set lora.rank, or use lora.{name}=null."
+                )
+
 
 class SamplingConfig(Section):
     """How images are sampled during training."""
