@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from naive import Naive, NaiveEdge
-from toy_trainer import STEP, P, compare_gradients, toy_config, toy_trainer
+from toy_trainer import STEP, compare_gradients, toy_config, toy_trainer
 
+from flowgrain.core.cost import split_updates
 from flowgrain.methods import METHODS
 from flowgrain.training.policy_gradient import PolicyGradientLoss
 from flowgrain.training.step import update
@@ -99,7 +100,7 @@ CASES = {
 
 
 def case_trainer(case: Case, out):
-    # With 2 prompts, 1 or 2 updates can be told apart from the shares of the prompts.
+    # Many updates of few samples would be empty.
     updates = min(METHODS.get(case.method)().updates_per_rollout, 2)
     values = {"updates_per_rollout": updates, **case.options}
     options = {f"method.{name}": value for name, value in values.items()}
@@ -155,7 +156,12 @@ def test_against_the_naive_version(case, tmp_path, monkeypatch):
     torch.testing.assert_close(batch.advantage, expected, atol=2e-3, rtol=2e-3)
 
     updates = trainer.method.updates_per_rollout
-    shares = [[e for e in edges if e.prompt == p] for p in range(P)] if updates == 2 else [edges]
+    tree = batch.tree
+    parents = tree.parent[tree.edges]
+    shares = [
+        [edge for edge, parent in zip(edges, parents, strict=True) if parent in rows]
+        for rows in split_updates(tree, updates)
+    ]
     weights = step_weights(naive) if case.method == "tempflow_grpo" else None
 
     def naive_loss(number: int):

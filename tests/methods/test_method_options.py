@@ -208,6 +208,7 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
     ("g2rpo", ["psi=[0.5]"], "method.psi", "sde_type=calibrated_sde"),
     ("g2rpo", ["sde_type=calibrated_sde", "psi=[0.5]"], "method.psi", "16"),
     ("g2rpo", ["calibration.rounds=3"], "method.calibration", "sde_type=calibrated_sde"),
+    ("flow_grpo", ["comparison=parent"], "method.comparison=parent", "method.comparison=step"),
     ("g2rpo", ["cps_log_prob=squared_error"], "method.cps_log_prob=squared_error", "sde_type=cps"),
     (
         "grpo_guard",

@@ -15,6 +15,7 @@ KEPT = {
     *("sampling.shift_terminal", "sampling.sigma_min"),
     "data.prompts",
     *("runtime.seed", "runtime.dtype"),
+    "method.reward_weights",
 }
 OF_POLICY_GRADIENTS = {"method.sde_type", "method.psi"}
 
@@ -40,6 +41,7 @@ OTHER_VALUES = {
     "runtime.seed": 3,
     "runtime.dtype": "bfloat16",
     "method.sde_type": "dance_sde",
+    "method.reward_weights": "sum_to_one",
 }
 MAY_CHANGE = {
     "training.max_steps": 7,
@@ -97,6 +99,18 @@ def test_a_kept_setting_is_refused(tmp_path, path):
     message = str(error.value)
     assert message.startswith(f"{path}={OTHER_VALUES[path]}: the run in {tmp_path} was started")
     assert message.endswith("must keep it. Start a new run.")
+
+
+def test_a_run_from_before_a_setting_existed_can_be_resumed(tmp_path):
+    config = load_config("g2rpo")
+    saved = config.to_dict()
+    for name in ("grid", "sigma_min"):
+        del saved["sampling"][name]
+    del saved["lora"]["target_modules"], saved["method"]["reward_weights"]
+    check_kept(config, saved, tmp_path)
+    changed = config.with_changes({"method.reward_weights": "sum_to_one"})
+    with pytest.raises(SettingsError, match=r"started with as_given and must keep it"):
+        check_kept(changed, saved, tmp_path)
 
 
 def test_other_noise_strengths_are_refused(tmp_path):

@@ -89,10 +89,22 @@ def test_float16_lowers_the_scale_when_gradients_overflow(tiny, tmp_path):
     assert optimizer.skipped_in_a_row == 4
     after = trainer.policy.parameters.values()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert optimizer.scaler.state_dict()["_growth_tracker"] == 0
     trainer.save(None)
     again = Trainer(config, tmp_path)
     again.restore()
     assert again.optimizer.scaler.get_scale() == 65536 / 2**20
+
+
+def test_float16_counts_updates_with_a_broken_loss(tiny, tmp_path):
+    """The scale is not the reason for a NaN loss."""
+    trainer = Trainer(tiny.with_changes({"runtime.dtype": "float16"}), tmp_path)
+    optimizer = trainer.optimizer
+    for _ in range(3):
+        optimizer.backward(sum(p.sum() for p in trainer.policy.parameters.values()))
+        assert optimizer.step([torch.tensor(float("nan"))])[1]
+    assert optimizer.diverged
+    assert optimizer.scaler.get_scale() == 65536
 
 
 def test_layers_that_take_lora(tiny):
@@ -102,8 +114,11 @@ def test_layers_that_take_lora(tiny):
     with pytest.raises(SettingsError) as error:
         Trainer(tiny.with_changes({"lora.rank": 2, "lora.target_modules": ["to_z"]}))
     message = str(error.value)
-    assert message.startswith("lora.target_modules=['to_z']: no layer of the model")
-    assert "Remove it to use ['to_q', " in message
+    assert message.startswith("lora.target_modules=to_z: no linear layer of the model")
+    assert "Did you mean 'to_out.0'?" in message
+    partly = {"lora.rank": 2, "lora.target_modules": ["attn.to_q", "attn.to_kk"]}
+    with pytest.raises(SettingsError, match=r"target_modules=attn\.to_kk: .*'attn\.to_k'"):
+        Trainer(tiny.with_changes(partly))
 
 
 def test_an_ema_swap_restores_the_trained_parameters(tiny, tmp_path):

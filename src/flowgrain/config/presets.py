@@ -13,8 +13,8 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with the changes of a preset.
 
     "one-gpu" replaces a full fine-tune by a LoRA of rank 32. The learning rate of a full fine-tune
-    is too small for a LoRA, so the preset sets the published rate of the method for a LoRA. If none
-    was published, it sets 1e-4, which was not tuned.
+    is too small for a LoRA, so the preset sets the published rate of the method for a LoRA, which
+    may belong to another rank. If none was published, it sets 1e-4, which was not tuned.
 
     Raises:
         SettingsError: there is no such preset.

@@ -22,7 +22,7 @@ from flowgrain.core.tree import Tree, tail_length
 from flowgrain.methods import Method, build_method, plan_tree
 from flowgrain.models.base import Backbone, ModelConfig
 from flowgrain.rewards.base import RewardConfig
-from flowgrain.settings import Section, Setting, SettingsError
+from flowgrain.settings import Section, Setting
 
 
 class Config(Section):
@@ -56,37 +56,25 @@ class Config(Section):
     @property
     def grid_is_known(self) -> bool:
         """Whether the grid does not depend on the model, or `with_grid_of` has resolved it."""
-        sampling = self.sampling
-        return isinstance(sampling.shift, float) or (sampling.shift, sampling.grid) == (
-            None,
-            "shifted",
-        )
+        return self.sampling.grid == "shifted" and self.sampling.shift != "auto"
 
     def with_grid_of(self, backbone: Backbone) -> "Config":
-        """This configuration with the numbers of sampling.grid=model or sampling.shift=auto.
+        """This configuration with numbers in place of sampling.grid=model or sampling.shift=auto.
 
-        Without one of the two settings, nothing changes. sampling.shift_terminal is kept if it is
-        set.
-
-        Raises:
-            SettingsError: sampling.grid=model, and a number of the grid is set to another value.
+        The grid of the result is "shifted". sampling.shift_terminal and sampling.sigma_min are kept
+        if they are set.
         """
-        sampling = self.sampling
-        if sampling.grid != "model" and sampling.shift != "auto":
+        if self.grid_is_known:
             return self
+        sampling = self.sampling
         natural = Shift(*backbone.natural_shift(sampling.num_steps))
-        numbers = {"shift": float(natural.shift), "shift_terminal": natural.terminal}
-        if sampling.grid == "model":
-            numbers["sigma_min"] = natural.sigma_min
-            for name, value in numbers.items():
-                given = getattr(sampling, name)
-                if given not in (None, "auto", value):
-                    raise SettingsError(
-                        f"sampling.{name}={given}: the grid of the model has {value}. "
-                        f"Use sampling.{name}=null, or sampling.grid=shifted."
-                    )
-        elif sampling.shift_terminal is not None:
-            del numbers["shift_terminal"]
+        sigma_min = natural.sigma_min if sampling.grid == "model" else sampling.sigma_min
+        numbers = {
+            "shift": float(natural.shift),
+            "shift_terminal": sampling.shift_terminal or natural.terminal,
+            "sigma_min": sigma_min,
+            "grid": "shifted",
+        }
         return self.model_copy(update={"sampling": sampling.model_copy(update=numbers)})
 
     def resolved(self, backbone: Backbone) -> "Config":
@@ -184,6 +172,7 @@ class Config(Section):
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
         self.lora.check()
+        self.sampling.check()
         try:
             _ = self.learning_rate
         except ValueError as error:

@@ -107,6 +107,21 @@ class SamplingConfig(Section):
         "Model weights for the tail: the same as for other steps, or a copy quantized by torchao.",
     )
 
+    def check(self) -> None:
+        """Check that the grid of the model is not also given as numbers.
+
+        Raises:
+            ValueError: it is.
+        """
+        for name in ("shift", "shift_terminal", "sigma_min"):
+            value = getattr(self, name)
+            if self.grid == "model" and value not in (None, "auto"):
+                raise ValueError(
+                    f"sampling.{name}={value}: has no effect with sampling.grid=model. Use "
+                    f"sampling.{name}=null. The settings of a run contain the numbers of the "
+                    "model's grid already: leave out sampling.grid=model to resume it."
+                )
+
 
 class OptimizerConfig(Section):
     """AdamW and gradient clipping."""

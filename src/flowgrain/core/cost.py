@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowgrain.core.tree import Ints, Tree
+from flowgrain.core.tree import ROOT, Ints, Tree
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,43 @@ def cost(tree: Tree, num_rewards: int = 1) -> Cost:
 def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
     """Divide the trained parents of `tree` among the optimizer updates of a rollout.
 
+    Every update has an equal share of the samples of every prompt, so that all ranks work on all
+    updates. A parent belongs to the sample of its first image. With fewer samples than updates, an
+    update has every n-th parent of a prompt.
+
     Args:
         tree: tree of all prompts.
-        updates: number of updates, each with an equal share of the prompts, or "per_step" for one
-            update per grid step. With fewer prompts than updates, an update has every n-th parent.
+        updates: number of updates, or "per_step" for one update per grid step.
 
     Returns:
         The rows of each update.
     """
     parents = tree.trained_parents
     if updates == "per_step":
-        indices = tree.grid_index[parents]
-        return [parents[indices == index] for index in np.unique(indices)]
-    shares = np.array_split(np.unique(tree.prompt[parents]), int(updates))
-    if any(len(share) == 0 for share in shares):  # fewer prompts than updates
-        return [parents[start :: int(updates)] for start in range(min(int(updates), len(parents)))]
-    return [parents[np.isin(tree.prompt[parents], share)] for share in shares]
+        update = tree.grid_index[parents]
+    else:
+        update = np.zeros(len(parents), dtype=np.int64)
+        first_image = _first_images(tree)[parents]
+        for prompt in np.unique(tree.prompt[parents]):
+            of_prompt = tree.prompt[parents] == prompt
+            update[of_prompt] = _shares(first_image[of_prompt], int(updates), int(prompt))
+    return [parents[update == number] for number in np.unique(update)]
+
+
+def _shares(sample: Ints, updates: int, prompt: int) -> Ints:
+    """Update of each parent of a prompt. `sample` [parents] is the sample of each parent."""
+    samples, number = np.unique(sample, return_inverse=True)
+    if len(samples) >= updates:
+        shares: Ints = number * updates // len(samples)
+        return shares
+    return (np.arange(len(sample)) + prompt) % updates
+
+
+def _first_images(tree: Tree) -> Ints:
+    """Number of the first image at or below each row."""
+    first = np.full(len(tree), len(tree.leaves), dtype=np.int64)
+    first[tree.leaves] = np.arange(len(tree.leaves))
+    for index in range(tree.num_steps, 0, -1):  # a child always has a larger index than its parent
+        rows = np.flatnonzero((tree.grid_index == index) & (tree.parent != ROOT))
+        np.minimum.at(first, tree.parent[rows], first[rows])
+    return first

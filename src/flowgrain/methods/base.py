@@ -86,7 +86,9 @@ class Method(Section, ABC):
         "rewards (reward).",
     )
     reward_weights: Literal["as_given", "sum_to_one"] = Setting(
-        "as_given", "Weights of several rewards: as given, or divided by their sum (sum_to_one)."
+        "as_given",
+        "Weights of several rewards: as given, or divided by their sum (sum_to_one).",
+        keep=True,
     )
     std_scope: Scope = Setting(
         "group",

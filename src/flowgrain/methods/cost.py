@@ -18,7 +18,7 @@ def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> T
 def num_updates(method: Method, tree: Tree, prompts_per_step: int) -> int:
     """Optimizer updates of a rollout of `tree` for `prompts_per_step` prompts."""
     if isinstance(method, ForwardProcess):
-        return int(method.updates_per_rollout)
+        return min(int(method.updates_per_rollout), len(tree.leaves))
     return len(split_updates(tree.repeat(prompts_per_step), method.updates_per_rollout))
 
 

@@ -31,4 +31,4 @@ class GRPOGuard(FlowGRPO):
             )
 
     def objective(self, sigmas: Tensor) -> Objective:
-        return objective.guarded(self.clip_range, self.kl_weight, self.kl_form)
+        return objective.guarded(self.clip_range, self.kl_weight, self.kl_form_of_kernel)

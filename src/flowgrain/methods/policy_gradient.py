@@ -101,7 +101,12 @@ class PolicyGradient(Method):
 
         Default: PPO's clipped surrogate and the KL to the reference.
         """
-        return objective.clipped(self.clip_range, self.kl_weight, self.kl_form)
+        return objective.clipped(self.clip_range, self.kl_weight, self.kl_form_of_kernel)
+
+    @property
+    def kl_form_of_kernel(self) -> KLForm:
+        """`kl_form`. With CPS, both forms are the same: the published code divides by std^2."""
+        return "gaussian" if self.sde_type == "cps" else self.kl_form
 
     def initial_psi(self, sigmas: Tensor) -> tuple[float, ...]:
         """Noise strengths [T] at the start of the calibration, equal to Flow-SDE(eta)."""
@@ -141,6 +146,15 @@ class PolicyGradient(Method):
                 f"best_of={self.best_of}: not an even number up to method.group_size="
                 f"{self.group_size}. Use such a number, or 0 for all samples."
             )
+        if self.comparison == "parent":
+            planner = Planner(num_steps)
+            self.plan(planner, 1, 0)
+            tree = planner.tree()
+            if len(tree.trained_parents) == len(tree.edges):
+                raise ValueError(
+                    "comparison=parent: no state of this method has several trained steps, so "
+                    "there is nothing to compare. Use method.comparison=step."
+                )
         if self.psi is not None and self.sde_type != "calibrated_sde":
             raise ValueError(
                 f"psi={list(self.psi)}: has no effect with method.sde_type={self.sde_type}. "

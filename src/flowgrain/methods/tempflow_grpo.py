@@ -52,7 +52,7 @@ class TempFlowGRPO(FlowGRPODefaults, CompressedTail):
 
     def objective(self, sigmas: Tensor) -> Objective:
         weights = noise_weights(self.kernel(sigmas), sigmas, self.steps(len(sigmas) - 2))
-        return objective.clipped(self.clip_range, self.kl_weight, self.kl_form, weights)
+        return objective.clipped(self.clip_range, self.kl_weight, self.kl_form_of_kernel, weights)
 
     def published_passes(self, num_steps: int) -> int:
         steps = self.steps(num_steps - 1)

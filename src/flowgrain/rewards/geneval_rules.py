@@ -138,7 +138,8 @@ def graded_credit(requirements: Requirements, objects: Objects) -> Credit:
     nothing if the count is not equal. `exclude` has no part, because counts must be equal.
 
     For a position that does not hold, the server adds two parts, 0 and 1. This is a mistake of the
-    server. Here, the position has one part, 0.
+    server. Here, the position has one part, 0. An entry with a color and a position has a part for
+    each, while the server leaves some of them out after a failure. GenEval has no such entry.
     """
     parts: list[float] = []
     groups: list[Sequence[Box] | None] = []

@@ -21,7 +21,7 @@ from flowgrain.distributed import World, local_world_size
 from flowgrain.distributed.sharding import shard
 from flowgrain.methods import ForwardProcess
 from flowgrain.models import Backbone
-from flowgrain.settings import SettingsError
+from flowgrain.settings import SettingsError, did_you_mean
 
 
 @dataclass
@@ -107,6 +107,7 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
         raise SettingsError(
             f"lora.rank={config.lora.rank}: this backbone does not support LoRA. Use lora.rank=0."
         )
+    check_target_modules(config, backbone)
     from peft import LoraConfig  # takes seconds to import
 
     adapter = LoraConfig(
@@ -118,19 +119,26 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
     transformer = backbone.transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        try:
-            transformer.add_adapter(adapter)  # type: ignore[operator]
-        except ValueError as error:
-            targets = config.lora.target_modules
-            if targets is None:
-                raise
-            raise SettingsError(
-                f"lora.target_modules={list(targets)}: no layer of the model has such a name "
-                f"({error}). Remove it to use {list(backbone.lora_targets)}."
-            ) from error
+        transformer.add_adapter(adapter)  # type: ignore[operator]
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def check_target_modules(config: Config, backbone: Backbone) -> None:
+    """Check that every entry of lora.target_modules names a linear layer of the transformer.
+
+    Raises:
+        SettingsError: an entry names none.
+    """
+    layers = [n for n, m in backbone.transformer.named_modules() if isinstance(m, nn.Linear)]
+    for target in config.lora.target_modules or ():
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            ends = {".".join(layer.split(".")[-2:]) for layer in layers}
+            raise SettingsError(
+                f"lora.target_modules={target}: no linear layer of the model has a name with this "
+                f"end. {did_you_mean(target, sorted(ends))} Default: {backbone.lora_targets}."
+            )
 
 
 def reference_copy(model: nn.Module) -> nn.Module:

@@ -46,11 +46,13 @@ class ForwardProcessLoss:
         ]
 
     def _shares(self) -> list[np.ndarray]:
-        """The leaves of every optimizer update: equal shares of the prompts."""
+        """The leaves of every optimizer update: equal shares of the images of every prompt."""
         prompt = self.batch.tree.prompt[self.leaves]
         updates = int(self.method.updates_per_rollout)
-        shares = [part for part in np.array_split(np.unique(prompt), updates) if len(part)]
-        return [self.leaves[np.isin(prompt, part)] for part in shares]
+        of_prompt = [self.leaves[prompt == p] for p in np.unique(prompt)]
+        parts = zip(*(np.array_split(leaves, updates) for leaves in of_prompt), strict=True)
+        shares = [np.sort(np.concatenate(part)) for part in parts]
+        return [share for share in shares if len(share)]
 
     def _update(self, leaves: np.ndarray, size: int) -> Update:
         # A row is one level of one image.

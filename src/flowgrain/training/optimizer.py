@@ -52,31 +52,32 @@ class PolicyOptimizer:
             self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         norm = full_tensor(norm)
-        finite_loss = all(bool(loss.isfinite().all()) for loss in losses)
-        skipped = self.world.any(not (bool(torch.isfinite(norm)) and finite_loss))
+        broken_loss = self.world.any(not all(bool(loss.isfinite().all()) for loss in losses))
+        skipped = self.world.any(not bool(torch.isfinite(norm))) or broken_loss
         if not skipped:
             self.adamw.step()
             self.policy.after_update()
-        overflow = self._rescale(skipped)
-        if not overflow:
+        overflow = self.scaler.is_enabled() and skipped and not broken_loss
+        counts = not (overflow and self.scaler.get_scale() > 1)
+        if self.scaler.is_enabled():
+            self._rescale(skipped, overflow)
+        if counts:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.adamw.zero_grad(set_to_none=True)
         return norm, skipped
 
-    def _rescale(self, skipped: bool) -> bool:
-        """Adapt the scale of float16 losses.
+    def _rescale(self, skipped: bool, overflow: bool) -> None:
+        """Adapt the scale of float16 losses: the same scale on all ranks.
 
-        The scale is the same on all ranks, because `skipped` is.
-
-        Returns:
-            Whether the update was skipped because the scale was too large. This is normal in the
-            first steps, and does not count as a sign of divergence.
+        An overflow is normal in the first steps. It only counts as a sign of divergence once the
+        scale is 1. A loss that is not finite does not depend on the scale.
         """
-        if not self.scaler.is_enabled():
-            return False
-        scale = self.scaler.get_scale()
-        self.scaler.update(scale * self.scaler.get_backoff_factor() if skipped else None)
-        return skipped and scale > 1
+        if not skipped:
+            self.scaler.update()
+            return
+        factor = self.scaler.get_backoff_factor() if overflow else 1.0
+        self.scaler.update(self.scaler.get_scale() * factor)
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
 
     @property
     def diverged(self) -> bool:

@@ -150,14 +150,11 @@ class Policy(Velocities):
 
     def state_dict(self) -> dict[str, int]:
         """Counters for a checkpoint."""
-        ema_steps = self.ema.optimization_step if self.ema is not None else 0
-        return {"updates": self.updates, "ema_steps": ema_steps}
+        return {"updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore the counters, after the checkpoint was read into `tensors`."""
         self.updates = state["updates"]
-        if self.ema is not None:
-            self.ema.optimization_step = state["ema_steps"]
         self.refresh()
 
     @torch.no_grad()

@@ -111,6 +111,10 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(texts.encode()).hexdigest()
 
 
+_EARLIER = {"sampling.grid": "shifted", "method.reward_weights": "as_given"}
+"""Values of settings in runs that were started before the settings existed."""
+
+
 def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:
     """Check that every setting that a run must keep has the value of the checkpoint.
 
@@ -120,6 +124,8 @@ def check_kept(config: Config, saved: Mapping[str, Any], folder: Path) -> None:
     now = config.to_dict()
     for path in kept_settings(config):
         old, new = _at(saved, path), _at(now, path)
+        if old is None:
+            old = _EARLIER.get(path)
         if old != new:
             raise SettingsError(
                 f"{path}={new}: the run in {folder} was started with {old} and must keep it. "
