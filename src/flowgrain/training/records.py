@@ -1,6 +1,7 @@
 """Reading of a run's records, and what to do with damaged records: they never stop a run."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,8 @@ def _check_tree(values: Any) -> None:
         raise ValueError("not a JSON object")
 
 
+_OF_STEP = re.compile(r"-\d{6,}\.json$")
+"""End of a file name of the run."""
 _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "evaluations/step-*.json": _check_evaluation,
     "images/tree-*.json": _check_tree,
@@ -137,7 +140,7 @@ def set_damaged_files_aside(folder: Path) -> list[str]:
     """
     messages = []
     for pattern, check in _CHECKS.items():
-        for path in sorted(folder.glob(pattern)):
+        for path in sorted(p for p in folder.glob(pattern) if _OF_STEP.search(p.name)):
             try:
                 check(_parse(path.read_bytes()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
