@@ -234,7 +234,7 @@ def test_damaged_metrics_are_set_aside_and_restored_from_the_checkpoint(trained,
         assert reason in message
         assert message.endswith("moved to metrics.damaged.jsonl")
         good = before.splitlines()
-        assert [line for line in damaged.splitlines() if line not in good][0] in aside.read_bytes()
+        assert next(line for line in damaged.splitlines() if line not in good) in aside.read_bytes()
     assert [line["step"] for line in again.train()] == [0, 1, 2, 3, 4]
     assert toy(longer, run).resume() == []  # reported once
 

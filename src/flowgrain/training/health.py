@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from flowgrain.distributed import World
+from flowgrain.distributed.sharding import local_tensor
 from flowgrain.training import checkpoint
 from flowgrain.training.errors import Diverged, RunStopped
 from flowgrain.training.evaluate import Evaluation
@@ -29,8 +29,7 @@ def first_not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
     Only the floating-point tensors are checked.
     """
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in floating.values()]
-    flags = [t.isfinite().all() for t in local]
+    flags = [local_tensor(t).isfinite().all() for t in floating.values()]
     # A single transfer from the device.
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     own = next((name for name, good in zip(floating, finite, strict=True) if not good), None)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flowgrain.training.errors import Diverged, Interrupted
+from flowgrain.training.errors import Diverged, Interrupted, RunStopped
 from flowgrain.training.health import EvaluationFailed, check_evaluation, check_weights
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.signals import StopSignal
@@ -49,8 +49,8 @@ def run_steps(
         seconds += ranks[0][0]
         stop = next((number for _, number in ranks if number is not None), None)
         diverged = trainer.optimizer.diverged
+        failure: RunStopped | None = Diverged(_divergence(trainer)) if diverged else None
         last = step == config.training.max_steps or (limit is not None and seconds >= limit)
-        failure: EvaluationFailed | None = None
         if every and (step % every == 0 or last) and not diverged:
             try:
                 metrics |= evaluate_and_record(trainer, step)
@@ -60,12 +60,10 @@ def run_steps(
             trainer.recorder.write_metrics(metrics)
         interval = config.training.checkpoint_every
         due = bool(interval) and step % interval == 0
-        if last or stop is not None or diverged or due or failure:
+        if last or stop is not None or failure or due:
             trainer.save(metrics)
         if progress is not None:
             progress(metrics)
-        if diverged:
-            raise Diverged(_divergence(trainer))
         if failure is not None:
             raise failure
         if last:

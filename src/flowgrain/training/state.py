@@ -170,6 +170,17 @@ def ensure_saved(trainer: Trainer) -> str:
         return f"the last steps could not be saved ({error})"
 
 
+def stopped_by_disk(trainer: Trainer, error: OSError) -> RunStopped:
+    """The error of a run whose files cannot be written. Saves the run if possible."""
+    # Writing a checkpoint needs all ranks, but the error is only raised on this rank.
+    several = trainer.world.size > 1
+    saved = "the last checkpoint is unchanged" if several else ensure_saved(trainer)
+    return RunStopped(
+        f"{error}; {saved}. Free some disk space or repair the disk, "
+        f"then resume with {trainer.resume_command}"
+    )
+
+
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash of the training prompts and their order."""
     texts = "\0".join(prompt.text for prompt in prompts)

@@ -127,13 +127,7 @@ class Trainer:
                 run_steps(self, self._stop, progress)
             self.export()
         except OSError as error:
-            # Writing a checkpoint needs all ranks, but the error is only raised on this rank.
-            several = self.world.size > 1
-            saved = "the last checkpoint is unchanged" if several else state.ensure_saved(self)
-            raise RunStopped(
-                f"{error}; {saved}. Free some disk space or repair the disk, "
-                f"then resume with {self.resume_command}"
-            ) from error
+            raise state.stopped_by_disk(self, error) from error
         finally:
             self.lock.release()
         return self.recorder.read_metrics()
@@ -190,15 +184,11 @@ class Trainer:
     def resume(self) -> list[str]:
         """Like `restore`, but also delete the files of later steps, so that `train` can continue.
 
-        The directory stays locked until `train` ends or the trainer is deleted. Metrics are those
-        of the checkpoint. Damaged records are set aside.
-
-        Returns:
-            Messages about damaged checkpoints and records, and about a lock that was taken over.
+        The directory is locked until `train` ends. Metrics are those of the checkpoint. Damaged
+        records are set aside, and a message for each is returned.
 
         Raises:
-            SettingsError: another process trains in this directory, a setting that the run must
-                keep has changed, or the checkpoints are gone.
+            SettingsError: the directory is locked, or its checkpoints are gone.
             RunStopped: the directory cannot be written. Nothing is lost.
         """
         return state.resume(self)
