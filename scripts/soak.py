@@ -17,6 +17,8 @@ Faults:
     server    the reward server is killed and started again
     disk      files may not grow beyond a limit, as on a full disk
     truncate  SIGKILL, and the last checkpoint is truncated
+    lock      a second resume in the same directory, which must be refused
+    metrics   SIGKILL, and the last line of metrics.jsonl is truncated
 """
 
 import argparse
@@ -31,12 +33,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from soak_run import FINISHED, INTERRUPTED, SETTINGS, STOPPED, Processes, Run, Server
+from soak_run import FINISHED, INTERRUPTED, REFUSED, SETTINGS, STOPPED, Processes, Run, Server
 from torch import Tensor
 
 from flowgrain.config import load_config
 
-FAULTS = ("kill", "rank", "stop", "raise", "nan", "stall", "server", "disk", "truncate")
+FAULTS = (
+    *("kill", "rank", "stop", "raise", "nan", "stall", "server", "disk", "truncate"),
+    *("lock", "metrics"),
+)
+KILLS = ("kill", "truncate", "lock", "metrics")
+"""Faults that end with SIGKILL to all processes."""
 PRELOAD = ("soak_run", "flowgrain.models.shapes", "diffusers.training_utils", "uvicorn", "fastapi")
 """Slow imports that the fork server does once for all processes."""
 
@@ -46,6 +53,8 @@ EXPECTED = {
     "kill": (-signal.SIGKILL,),
     "rank": (-signal.SIGKILL,),
     "truncate": (-signal.SIGKILL,),
+    "lock": (-signal.SIGKILL,),
+    "metrics": (-signal.SIGKILL,),
     "stop": (INTERRUPTED,),
     "raise": (STOPPED,),
     "nan": (STOPPED,),
@@ -81,12 +90,14 @@ class Soak:
         faulty = int(self.chance.random() * self.processes)
         port = self.server.port
         processes = Processes(self.context, run, port, self.processes, fault, at_call, faulty)
-        if fault in ("kill", "rank", "stop", "truncate", "server"):
+        if fault in (*KILLS, "rank", "stop", "server"):
             too_late = self._interrupt(run, fault, steps, processes)
         code = processes.wait()
         if fault == "truncate" and len(run.checkpoints()) > 1:
             file = next(run.checkpoints()[-1].glob("*.safetensors"))
             os.truncate(file, file.stat().st_size // 2)
+        if fault == "metrics":
+            run.cut_last_line()
         after = run.messages.stat().st_size if run.messages.exists() else 0
         check_exit(fault, code, too_late, after > before)
         return "finished" if code == FINISHED else "stopped"
@@ -103,10 +114,23 @@ class Soak:
         too_late = not processes.alive()
         if fault == "server":
             too_late = self._restart_server(run, processes)
+        if fault == "lock" and not too_late:
+            self._second_resume(run)
+            too_late = not processes.alive()
         gentle = fault in ("stop", "server")
         number = signal.SIGTERM if gentle else signal.SIGKILL
-        processes.signal(number, everyone=fault in ("kill", "truncate"))
+        processes.signal(number, everyone=fault in KILLS)
         return too_late
+
+    def _second_resume(self, run: Run) -> None:
+        """Resume the run while it trains.
+
+        Raises:
+            AssertionError: the second resume was not refused, although the run still trained.
+        """
+        second = Processes(self.context, run, self.server.port)
+        code = second.wait()
+        assert code == REFUSED or run.finished, f"lock: the second resume ended with {code}"
 
     def _restart_server(self, run: Run, processes: Processes) -> bool:
         """Kill the server for up to 6 s, possibly longer than the client retries.

@@ -24,6 +24,7 @@ from flowgrain.models.quiet import quiet_libraries
 from flowgrain.rewards.remote import Remote
 from flowgrain.rewards.server import reward_app
 from flowgrain.rewards.shapes import Oracle
+from flowgrain.settings import SettingsError
 from flowgrain.training import Interrupted, RunStopped, Trainer
 from flowgrain.training.checkpoint import CheckpointError, checkpoints
 
@@ -43,7 +44,7 @@ SETTINGS = {
     "evaluation.rewards": [],
     "runtime.threads": 1,
 }
-FINISHED, STOPPED, INTERRUPTED = 0, 3, 4
+FINISHED, STOPPED, INTERRUPTED, REFUSED = 0, 3, 4, 5
 """Exit codes of a process of the run."""
 
 
@@ -152,6 +153,20 @@ class Run:
     def last_step(self) -> int:
         return max((line["step"] for line in self.metrics()), default=0)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was trained and saved."""
+        last = self.config.training.max_steps
+        return any(path.name == f"step-{last:06d}" for path in self.checkpoints())
+
+    def cut_last_line(self) -> None:
+        """Remove the second half of the last line of metrics.jsonl."""
+        file = self.folder / "metrics.jsonl"
+        content = file.read_bytes() if file.exists() else b""
+        start = content.rstrip(b"\n").rfind(b"\n") + 1
+        if content:
+            os.truncate(file, start + (len(content) - start) // 2)
+
     def checkpoints(self) -> list[Path]:
         return checkpoints(self.folder / "checkpoints")
 
@@ -177,6 +192,9 @@ def train(run: Run, port: int, fault: str, at_call: int, environment: dict[str, 
     try:
         trainer.resume()
         trainer.train()
+    except SettingsError as error:
+        locked = "another process trains in this directory" in str(error)
+        os._exit(REFUSED if locked else 1)
     except Interrupted:
         os._exit(INTERRUPTED)
     except (RunStopped, CheckpointError) as error:

@@ -266,6 +266,25 @@ def stopped(folder, how):
     return None
 
 
+def refused(folder):
+    """The message of every rank for a directory that another process has locked."""
+    trainer = make(folder)
+    try:
+        trainer.resume()
+    except SettingsError as error:
+        return trainer.world.gather((str(error), trainer.lock.held))
+    return None
+
+
+def held_locks(folder):
+    """Which ranks have the lock after a resume, and after training."""
+    trainer = make(folder, {"training.max_steps": 1})
+    trainer.resume()
+    during = trainer.world.gather(trainer.lock.held)
+    trainer.train()
+    return during, trainer.world.gather(trainer.lock.held)
+
+
 def world_sums(count):
     """Assigned items, gathered and interleaved values, and a summed gradient of every rank."""
     trainer = make("unused")

@@ -18,6 +18,7 @@ from rank_work import make, train
 from flowgrain import METHODS
 from flowgrain.distributed import SINGLE, env_rank, local_world_size
 from flowgrain.distributed.threads import available_cores, set_threads
+from flowgrain.training.run_lock import RunLock
 
 SHARDED = {"runtime.rollout_weights": "sharded"}
 FULL = {f"{method}-full": (method, {}) for method in METHODS}
@@ -194,6 +195,17 @@ def test_a_reason_to_stop_on_one_rank_stops_all_after_the_same_step(
     assert [rank[:2] for rank in found] == [(error, step)] * 2
     assert found[0][2] == found[1][2]
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+
+
+def test_the_main_rank_locks_the_directory_and_all_ranks_learn_the_outcome(tmp_path, pool):
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    found = pool.run(2, rank_work.refused, tmp_path / "run")
+    assert found[0] == found[1]
+    assert "another process trains in this directory" in found[0][0]
+    assert not found[0][1]
+    lock.release()
+    assert pool.run(2, rank_work.held_locks, tmp_path / "run") == ([True, False], [False, False])
 
 
 def test_the_export_of_sharded_parameters(tmp_path, pool):

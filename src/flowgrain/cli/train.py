@@ -88,6 +88,7 @@ def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) ->
     messages = trainer.resume()
     steps = trainer.config.training.max_steps
     if trainer.steps_done > steps:
+        trainer.lock.release()
         raise SettingsError(
             f"training.max_steps={steps}: the run in {folder} is already at step "
             f"{trainer.steps_done}. Use a larger value."

@@ -173,7 +173,10 @@ class TrainingConfig(Section):
     )
     ema_every: int = Setting(1, "Optimizer updates between two EMA updates.", unit="updates", ge=1)
     max_failed_rewards: float = Setting(
-        0.2, "Stop if more than this share of a step's images could not be scored.", ge=0, le=1
+        0.2,
+        "Stop if more than this share of the images of a step or evaluation have no score.",
+        ge=0,
+        le=1,
     )
     checkpoint_every: int = Setting(
         10, "Steps between checkpoints. 0: only the last step.", unit="steps", ge=0

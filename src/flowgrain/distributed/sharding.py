@@ -44,6 +44,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def copy_into(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
     """Copy `sources` into `targets`, tensor by tensor.

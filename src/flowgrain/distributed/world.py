@@ -5,7 +5,7 @@ metrics as small objects on the CPU, a few times per step.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -59,6 +59,19 @@ class World:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """The result of `work` on the main rank, on all ranks. An error is raised on all ranks."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, failure = self.gather(outcome)[0]
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
 
     def interleave(self, parts: Sequence[Tensor], count: int) -> Tensor:
         """Results [count, ...] of all items, from the results parts[r] of each rank r."""

@@ -10,6 +10,8 @@ from huggingface_hub import save_torch_state_dict
 from flowgrain.distributed.sharding import class_name, full_state_dict, full_tensor
 from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError
+from flowgrain.training.errors import RunStopped
+from flowgrain.training.health import first_not_finite
 from flowgrain.training.policy import Policy
 
 _LORA_METADATA = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora")
@@ -21,12 +23,18 @@ def export_policy(policy: Policy, folder: Path) -> None:
 
     A full fine-tune is written to `folder`/transformer, for from_pretrained of diffusers. A LoRA is
     written to `folder`/lora, for load_lora_weights. An existing export is replaced at the end.
+
+    Raises:
+        RunStopped: a parameter is not finite. Nothing was written.
     """
     temporary = folder.with_name(f".{folder.name}.new")
     main = policy.world.is_main
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
     with policy.averaged():
+        broken = first_not_finite(policy.parameters, policy.world)
+        if broken is not None:
+            raise RunStopped(f"{folder}: not written, because {broken} contains NaN or infinity")
         if policy.lora:
             _export_lora(policy, temporary / "lora")
         elif policy.world.size == 1:

@@ -6,7 +6,8 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flowgrain.training.errors import Diverged, Interrupted
+from flowgrain.training.errors import Diverged, Interrupted, RunStopped
+from flowgrain.training.health import EvaluationFailed, check_evaluation, check_weights
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.signals import StopSignal
 
@@ -25,7 +26,9 @@ def run_steps(
         progress: called with the metrics of every step.
 
     Raises:
-        Diverged: too many updates in a row were skipped. The run is saved.
+        Diverged: too many updates in a row were skipped. The run is saved. Or the parameters or
+            the evaluation images are not finite. The last step is not saved.
+        EvaluationFailed: a reward failed on too many images of an evaluation. The run is saved.
         Interrupted: a signal arrived. The current step is finished and saved.
     """
     config, main = trainer.config, trainer.world.is_main
@@ -40,24 +43,29 @@ def run_steps(
         if limit is not None and seconds >= limit:
             break  # the run reached the limit before it was resumed
         metrics = {"step": step, **trainer.step(step)}
+        check_weights(trainer, step)
         # All ranks stop after the same step: by the clock of rank 0, or by a signal to any rank.
         ranks = trainer.world.gather((metrics["seconds"], signals.number))
         seconds += ranks[0][0]
         stop = next((number for _, number in ranks if number is not None), None)
         diverged = trainer.optimizer.diverged
+        failure: RunStopped | None = Diverged(_divergence(trainer)) if diverged else None
         last = step == config.training.max_steps or (limit is not None and seconds >= limit)
         if every and (step % every == 0 or last) and not diverged:
-            metrics |= evaluate_and_record(trainer, step)
+            try:
+                metrics |= evaluate_and_record(trainer, step)
+            except EvaluationFailed as error:
+                failure = error
         if main:
             trainer.recorder.write_metrics(metrics)
         interval = config.training.checkpoint_every
         due = bool(interval) and step % interval == 0
-        if last or stop is not None or diverged or due:
+        if last or stop is not None or failure or due:
             trainer.save(metrics)
         if progress is not None:
             progress(metrics)
-        if diverged:
-            raise Diverged(_divergence(trainer))
+        if failure is not None:
+            raise failure
         if last:
             break
         if stop is not None:
@@ -70,6 +78,7 @@ def run_steps(
 def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
     """Evaluate the policy after training step `step`. Returns the metrics "eval/NAME"."""
     evaluation = trainer.evaluate()
+    check_evaluation(trainer, step, evaluation)
     if trainer.world.is_main:
         trainer.recorder.write_evaluation(step, evaluation)
     values = evaluation.means() | evaluation.part_means()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from flowgrain.settings import SettingsError
 from flowgrain.training.evaluate import Evaluation
 from flowgrain.training.files import write_atomically
 from flowgrain.training.pictures import contact_sheet, enlarge, to_pixels
+from flowgrain.training.records import set_damaged_files_aside, set_damaged_lines_aside
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
-from flowgrain.training.run_files import read_metrics, write_run
+from flowgrain.training.run_files import read_metrics, record_settings, write_run
 
 EVALUATION_IMAGES = 24
 """Number of images of an evaluation that are recorded."""
@@ -22,6 +24,8 @@ EVALUATION_COLUMNS = 8
 """Columns of the contact sheet of an evaluation."""
 TREE_COLUMNS = 16
 """Columns of the contact sheet of a tree."""
+_OF_STEP = re.compile(r"[a-z-]+-(\d{6,})\.(?:json|png)")
+"""Name of a file of a step in evaluations/ or images/, also of a damaged file."""
 
 
 class Recorder:
@@ -36,34 +40,45 @@ class Recorder:
     def __init__(self, folder: Path, config: Config, given: Sequence[str] = ()) -> None:
         self.folder, self.config, self.given = folder, config, list(given)
         self._resumed = False
+        self._recorded = False
         self._loggers: list[Callable[[Metrics], None]] = []
 
-    def start(self) -> None:
-        """Create the directory.
+    def check(self) -> None:
+        """Check that the directory contains no other run.
 
         Raises:
-            SettingsError: the directory contains a run that is not being resumed, or it cannot be
-                created.
+            SettingsError: the directory contains a run that is not being resumed.
         """
         if not self._resumed and (self.folder / "metrics.jsonl").exists():
             raise SettingsError(
                 f"{self.folder} already contains a run. "
                 f"Resume it with --resume {self.folder}, or set another --out."
             )
-        try:
-            for part in ("checkpoints", "images", "evaluations"):
-                (self.folder / part).mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise SettingsError(
-                f"--out {self.folder}: cannot be created ({error}). Set another directory."
-            ) from error
+
+    def start(self) -> None:
+        """Create the files. A resumed run keeps its run.yaml until it has trained a step.
+
+        Raises:
+            SettingsError: the directory contains a run that is not being resumed, or a logger is
+                not installed.
+        """
+        self.check()
+        for part in ("checkpoints", "images", "evaluations"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
         loggers = self.config.runtime.loggers
         self._loggers = [_open_logger(kind, self.folder, self.config) for kind in loggers]
-        write_run(self.folder, self.config, self.given)
+        if not (self._resumed and (self.folder / "run.yaml").exists()):
+            write_run(self.folder, self.config, self.given)
         (self.folder / "metrics.jsonl").touch()
 
     def write_metrics(self, line: Metrics) -> None:
-        """Append a line to metrics.jsonl and flush it to the disk."""
+        """Append a line to metrics.jsonl and flush it to the disk.
+
+        The first training step records the settings in run.yaml.
+        """
+        if not self._recorded and line["step"] > 0:
+            record_settings(self.folder, self.config, self.given, line["step"])
+            self._recorded = True
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json(line) + "\n")
             file.flush()
@@ -72,28 +87,42 @@ class Recorder:
             log(line)
 
     def read_metrics(self) -> list[Metrics]:
-        """All lines of metrics.jsonl, without a last line that a kill truncated."""
+        """All lines of metrics.jsonl, without damaged lines."""
         return read_metrics(self.folder)
 
-    def discard_after(self, step: int) -> None:
+    def metrics_text(self) -> str:
+        """The lines of metrics.jsonl, for a checkpoint."""
+        return "".join(_json(line) + "\n" for line in self.read_metrics())
+
+    def discard_after(self, step: int, metrics: str | None = None) -> list[str]:
         """Delete the records of steps after `step`, which the resumed run writes again.
 
-        Step 0 deletes all records.
+        Damaged records are set aside. Step 0 deletes all records.
+
+        Args:
+            step: step of the checkpoint from which the run is resumed.
+            metrics: lines of metrics.jsonl in the checkpoint. None: lines of the file are kept.
+
+        Returns:
+            A message for each file with damaged records.
         """
         self._resumed = True
-        if (self.folder / "metrics.jsonl").exists():
-            kept = [
-                m for m in self.read_metrics() if m["step"] <= step and (m["step"] > 0 or step > 0)
-            ]
-            text = "".join(_json(line) + "\n" for line in kept)
-            write_atomically(self.folder / "metrics.jsonl", text)
+        file = self.folder / "metrics.jsonl"
+        messages = set_damaged_lines_aside(file)
+        if metrics is None:
+            kept = [line for line in self.read_metrics() if line["step"] <= step]
+            metrics = "".join(_json(line) + "\n" for line in kept)
+        if file.exists() or metrics:
+            write_atomically(file, metrics if step > 0 else "")
         for part in ("", "evaluations", "images"):
             for path in (self.folder / part).glob(".*.tmp"):  # incomplete files
                 path.unlink()
         for part in ("evaluations", "images"):
             for path in (self.folder / part).glob("*-[0-9]*"):
-                if int(path.stem.split("-")[-1]) > (step or -1):
+                of_step = _OF_STEP.fullmatch(path.name)  # other files are not of the run
+                if of_step and int(of_step[1]) > (step or -1):
                     path.unlink()
+        return messages + set_damaged_files_aside(self.folder)
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Write the scores of all images, and a contact sheet of the first images."""

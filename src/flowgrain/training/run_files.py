@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.metadata
-import json
+import logging
 import math
 import platform
 import subprocess
@@ -17,20 +17,65 @@ from flowgrain.config.load import load_config, read_yaml
 from flowgrain.config.schema import Config
 from flowgrain.settings import SettingsError
 from flowgrain.training.files import write_atomically
+from flowgrain.training.records import describe_lines, parse_metrics
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("flowgrain", "torch", "diffusers", "transformers", "peft", "numpy")
 
 
 def write_run(folder: Path, config: Config, given: Sequence[str]) -> None:
-    """Write `folder`/run.yaml.
+    """Write `folder`/run.yaml for a run that starts.
 
     Args:
         folder: directory of the run.
         config: settings.
         given: names of the Trainer's arguments that replace settings, such as "rewards".
     """
-    values = {"config": config.to_dict(), "given": list(given), **describe_environment()}
+    _write(folder, _record(config, given), [])
+
+
+def record_settings(folder: Path, config: Config, given: Sequence[str], first_step: int) -> None:
+    """Record in `folder`/run.yaml that the steps from `first_step` on use these settings.
+
+    `history` of the file lists what changed, and the first step with the change:
+    {"first_step": 41, "changed": {"config.optimizer.learning_rate": [1e-4, 5e-5]}}. Changes for
+    steps that a resumed run trains again are dropped. The file is only written if it changes.
+    """
+    new, history = _record(config, given), []
+    saved = read_run(folder) if (folder / "run.yaml").exists() else {}
+    if first_step > 1 and saved:
+        history = list(saved.get("history", []))
+        old = _flat({key: value for key, value in saved.items() if key != "history"})
+        while history and history[-1]["first_step"] >= first_step:
+            old |= {path: values[0] for path, values in history.pop()["changed"].items()}
+        now = _flat(new)
+        paths = dict.fromkeys([*old, *now])
+        changed = {p: [old.get(p), now.get(p)] for p in paths if old.get(p) != now.get(p)}
+        if changed:
+            history.append({"first_step": first_step, "changed": changed})
+    if saved != {**new, "history": history}:
+        _write(folder, new, history)
+
+
+def _record(config: Config, given: Sequence[str]) -> dict[str, Any]:
+    return {"config": config.to_dict(), "given": list(given), **describe_environment()}
+
+
+def _write(folder: Path, record: Mapping[str, Any], history: Sequence[Any]) -> None:
+    values = {**record, "history": list(history)}
     write_atomically(folder / "run.yaml", yaml.safe_dump(values, sort_keys=False))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by full path."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -63,15 +108,17 @@ def read_run_config(
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl. Empty if there is no such file.
 
-    A last line that a kill truncated is left out.
+    Damaged lines are left out with a warning, and a last line that is still being written without.
     """
     file = folder / "metrics.jsonl"
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            values = json.loads(text).items()
-            lines.append({key: math.nan if value is None else value for key, value in values})
-    return lines
+    records, damaged = parse_metrics(file.read_bytes() if file.exists() else b"")
+    damaged = [line for line in damaged if not line.unfinished]
+    if damaged:
+        log.warning("%s: %s and left out", file, describe_lines(damaged))
+    return [
+        {key: math.nan if value is None else value for key, value in record.items()}
+        for record in records
+    ]
 
 
 def describe_environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,14 @@ from flowgrain.methods import Method
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.errors import RunStopped
+from flowgrain.training.records import parse_metrics
 from flowgrain.training.rollout_batch import Metrics
+from flowgrain.training.run_files import read_run
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def save(trainer: Trainer, metrics: Metrics | None) -> Path:
@@ -31,6 +36,7 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         "stepped": optimizer.stepped(),
         "skipped_in_a_row": optimizer.skipped_in_a_row,
         "scaler": optimizer.scaler.state_dict(),
+        "metrics": trainer.recorder.metrics_text() if trainer.world.is_main else "",
     }
     return checkpoint.save(
         trainer.out / "checkpoints",
@@ -45,10 +51,15 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
 
 def restore(trainer: Trainer) -> list[str]:
     """Load the last good checkpoint. See `Trainer.restore`."""
+    return _restore(trainer)[0]
+
+
+def _restore(trainer: Trainer) -> tuple[list[str], str | None]:
+    """Load the last good checkpoint: a message for each damaged checkpoint, and the metrics."""
     folder, world = trainer.out / "checkpoints", trainer.world
     path, state, damaged = checkpoint.load_last_good(folder, world)
     if path is None:
-        return damaged
+        return damaged, None
     check_kept(trainer.config, state["config"], trainer.out)
     if fingerprint(trainer.prompts) != state["prompts"]:
         raise SettingsError(
@@ -67,7 +78,7 @@ def restore(trainer: Trainer) -> list[str]:
     # A run that stopped because it diverged may be resumed with other settings.
     limit = trainer.config.optimizer.max_skipped_updates
     optimizer.skipped_in_a_row = skipped if skipped < limit else 0
-    return damaged
+    return damaged, state.get("metrics")
 
 
 def resume(trainer: Trainer) -> list[str]:
@@ -75,24 +86,78 @@ def resume(trainer: Trainer) -> list[str]:
     try:
         return _resume(trainer)
     except OSError as error:
+        trainer.lock.release()
         raise RunStopped(
             f"the run in {trainer.out} cannot be resumed yet: {error}. Nothing is lost. "
             f"Free some disk space or repair the disk, then resume with {trainer.resume_command}"
         ) from error
+    except BaseException:
+        trainer.lock.release()
+        raise
 
 
 def _resume(trainer: Trainer) -> list[str]:
     folder, world = trainer.out / "checkpoints", trainer.world
-    if world.is_main:
+
+    def lock() -> list[str]:
+        _check_not_lost(trainer)
+        messages = trainer.lock.acquire()
         checkpoint.repair(folder)
-    world.gather(None)
-    damaged = restore(trainer)
-    if world.is_main:
+        return messages
+
+    messages = world.on_main(lock)
+    damaged, metrics = _restore(trainer)
+
+    def discard() -> list[str]:
         for path in checkpoint.checkpoints(folder):
             if checkpoint.step_of(path) > trainer.steps_done:
                 checkpoint.mark_damaged(path)
-        trainer.recorder.discard_after(trainer.steps_done)
-    return damaged
+        return trainer.recorder.discard_after(trainer.steps_done, metrics)
+
+    return [*messages, *damaged, *world.on_main(discard)]
+
+
+def _check_not_lost(trainer: Trainer) -> None:
+    """Check that the checkpoints of the run were not deleted.
+
+    Raises:
+        SettingsError: the run has metrics of a step after its first checkpoint, and no checkpoint.
+    """
+    folder, file = trainer.out / "checkpoints", trainer.out / "metrics.jsonl"
+    content = file.read_bytes() if file.exists() else b""
+    steps, _ = parse_metrics(content)
+    every = None
+    if (trainer.out / "run.yaml").exists():
+        every = _at(read_run(trainer.out), "config.training.checkpoint_every")
+    last = max((line["step"] for line in steps), default=0)
+    expected = isinstance(every, int) and 0 < every < last
+    found = checkpoint.checkpoints(folder) or list(folder.glob(".old-step-*"))
+    if content.strip() and (not folder.is_dir() or (expected and not found)):
+        raise SettingsError(
+            f"{folder}: the checkpoints of this run are gone, but it was trained to step {last}. "
+            "Restore the directory, or start a new run with the same settings: "
+            f"flowgrain train {trainer.out} --out NEW_DIRECTORY"
+        )
+
+
+def begin(trainer: Trainer) -> None:
+    """Lock the directory of a run, and create its files.
+
+    Raises:
+        SettingsError: the directory is locked, cannot be written, or contains a run that is not
+            being resumed.
+    """
+    trainer.recorder.check()
+    try:
+        for message in trainer.lock.acquire():
+            log.warning("%s: %s", trainer.out, message)
+        trainer.recorder.start()
+    except OSError as error:
+        if trainer.steps_done:
+            raise
+        raise SettingsError(
+            f"--out {trainer.out}: cannot be created ({error}). Set another directory."
+        ) from error
 
 
 def ensure_saved(trainer: Trainer) -> str:
@@ -103,6 +168,17 @@ def ensure_saved(trainer: Trainer) -> str:
         return f"the run is saved in {newest if exists else trainer.save(None)}"
     except (OSError, checkpoint.CheckpointError) as error:
         return f"the last steps could not be saved ({error})"
+
+
+def stopped_by_disk(trainer: Trainer, error: OSError) -> RunStopped:
+    """The error of a run whose files cannot be written. Saves the run if possible."""
+    # Writing a checkpoint needs all ranks, but the error is only raised on this rank.
+    several = trainer.world.size > 1
+    saved = "the last checkpoint is unchanged" if several else ensure_saved(trainer)
+    return RunStopped(
+        f"{error}; {saved}. Free some disk space or repair the disk, "
+        f"then resume with {trainer.resume_command}"
+    )
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:

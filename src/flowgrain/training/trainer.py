@@ -31,6 +31,7 @@ from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
 from flowgrain.training.rollout_batch import Metrics
+from flowgrain.training.run_lock import RunLock
 from flowgrain.training.setup import names_of_given, with_given
 from flowgrain.training.signals import StopSignal
 from flowgrain.training.step import train_step
@@ -103,6 +104,7 @@ class Trainer:
             backbone=backbone,
         )
         self.recorder = Recorder(self.out, config, given)
+        self.lock = RunLock(self.out)
         self._stop = StopSignal()
 
     def train(self, progress: Callable[[Metrics], None] | None = None) -> list[Metrics]:
@@ -115,24 +117,19 @@ class Trainer:
             All metrics of the run.
 
         Raises:
+            SettingsError: another process trains in this directory, or it contains another run.
             RunStopped: the run cannot continue. It can be resumed from a checkpoint.
             Interrupted: SIGINT or SIGTERM arrived. The current step is finished and saved.
         """
         try:
-            if self.world.is_main:
-                self.recorder.start()
-            self.world.gather(None)  # all ranks wait until the directory is accepted
+            self.world.on_main(lambda: state.begin(self))
             with self._stop.listen():
                 run_steps(self, self._stop, progress)
             self.export()
         except OSError as error:
-            # Writing a checkpoint needs all ranks, but the error is only raised on this rank.
-            several = self.world.size > 1
-            saved = "the last checkpoint is unchanged" if several else state.ensure_saved(self)
-            raise RunStopped(
-                f"{error}; {saved}. Free some disk space or repair the disk, "
-                f"then resume with {self.resume_command}"
-            ) from error
+            raise state.stopped_by_disk(self, error) from error
+        finally:
+            self.lock.release()
         return self.recorder.read_metrics()
 
     def step(self, step: int) -> Metrics:
@@ -187,7 +184,11 @@ class Trainer:
     def resume(self) -> list[str]:
         """Like `restore`, but also delete the files of later steps, so that `train` can continue.
 
+        The directory is locked until `train` ends. Metrics are those of the checkpoint. Damaged
+        records are set aside, and a message for each is returned.
+
         Raises:
+            SettingsError: the directory is locked, or its checkpoints are gone.
             RunStopped: the directory cannot be written. Nothing is lost.
         """
         return state.resume(self)
