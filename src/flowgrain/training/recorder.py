@@ -75,6 +75,11 @@ class Recorder:
         """All lines of metrics.jsonl, without a last line that a kill truncated."""
         return read_metrics(self.folder)
 
+    def replace_last(self, line: Metrics) -> None:
+        """Replace the last line of metrics.jsonl by `line`."""
+        text = "".join(_json(m) + "\n" for m in [*self.read_metrics()[:-1], line])
+        write_atomically(self.folder / "metrics.jsonl", text)
+
     def discard_after(self, step: int) -> None:
         """Delete the records of steps after `step`, which the resumed run writes again.
 
