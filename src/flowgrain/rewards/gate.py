@@ -1,8 +1,8 @@
 """The gate of the reward server: the token, and limits on time, size and number of requests.
 
 Uvicorn limits neither the time of headers and bodies nor the memory of bodies. `Gate` is an ASGI
-middleware for bodies and the queue. `GuardedProtocol` is uvicorn's protocol with a limit on the time
-of headers.
+middleware for bodies and the queue. `guarded_protocol` is uvicorn's protocol with a limit on the
+time of headers.
 """
 
 import asyncio
@@ -60,9 +60,13 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        rejection = self._rejection(scope)
-        if rejection is not None or scope["method"] != "POST":
-            await (rejection or self.app)(scope, receive, send)
+        if scope["method"] != "POST":
+            await (self._unauthorized(scope) or self.app)(scope, receive, send)
+            return
+        length, limit = dict(scope["headers"]).get(b"content-length", b""), self.limits.bytes
+        if not (length.isdigit() and int(length[:20]) <= limit):
+            text = f"a request needs a content-length of at most {limit} bytes"
+            await _answer(413, text)(scope, receive, send)
             return
         self.open += 1
         body = _Body(self)
@@ -75,6 +79,8 @@ class Gate:
                 self.when_idle()
 
     async def _post(self, scope: "Scope", receive: "Receive", send: "Send", body: "_Body") -> None:
+        rejection = self._unauthorized(scope)
+        body.dropped = rejection is not None
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 complete = await body.read(receive)
@@ -84,10 +90,12 @@ class Gate:
             return
         if not complete:
             return  # the client is gone
-        if body.dropped or self.waiting >= self.limits.queue:
-            body.drop()
+        if rejection is None and (body.dropped or self.waiting >= self.limits.queue):
             text = "the server is busy. Repeat the request later"
-            await _answer(503, text, {"Retry-After": str(RETRY_SECONDS)})(scope, receive, send)
+            rejection = _answer(503, text, {"Retry-After": str(RETRY_SECONDS)})
+        if rejection is not None:
+            body.drop()
+            await rejection(scope, receive, send)
             return
         self.waiting += 1
         try:
@@ -95,24 +103,20 @@ class Gate:
         finally:
             self.waiting -= 1
 
-    def _rejection(self, scope: "Scope") -> "ASGIApp | None":
-        """The answer to a request without the token or above the size limit, otherwise None."""
-        headers = dict(scope["headers"])
-        expected = b"Bearer " + (self.token or b"")
-        given = headers.get(b"authorization", b"")
-        if self.token is not None and not secrets.compare_digest(given, expected):
-            return _answer(401, "the bearer token is missing or wrong")
-        length, limit = headers.get(b"content-length", b""), self.limits.bytes
-        if scope["method"] == "POST" and not (length.isdigit() and int(length[:20]) <= limit):
-            return _answer(413, f"a request needs a content-length of at most {limit} bytes")
-        return None
+    def _unauthorized(self, scope: "Scope") -> "ASGIApp | None":
+        """The answer to a request without the token."""
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if self.token is None or secrets.compare_digest(given, b"Bearer " + self.token):
+            return None
+        return _answer(401, "the bearer token is missing or wrong")
 
 
 class _Body:
     """The body of one request, counted in the memory of its gate.
 
     Attributes:
-        dropped: there was no memory for it. The rest is read, so that the client gets the answer.
+        dropped: it is not needed, or there is no memory for it. It is read to its end, because a
+            client does not see an answer that arrives while it still sends.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -166,10 +170,9 @@ def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> 
 
 def guarded_protocol(header_seconds: float) -> type[Any]:
     """Uvicorn's HTTP protocol, which closes a connection without complete headers in this time."""
-    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class GuardedProtocol(H11Protocol):  # type: ignore[misc]
+    class GuardedProtocol(H11Protocol):
         """A connection with a limit on the time of headers."""
 
         header_timer: asyncio.TimerHandle | None = None
@@ -193,8 +196,7 @@ def guarded_protocol(header_seconds: float) -> type[Any]:
             self.header_timer = self.loop.call_later(header_seconds, self._close_without_headers)
 
         def _close_without_headers(self) -> None:
-            answered = self.cycle is None or self.cycle.response_complete
-            if answered and self.conn.their_state is not h11.MIGHT_SWITCH_PROTOCOL:
+            if self.cycle is None or self.cycle.response_complete:
                 self.transport.abort()
 
     return GuardedProtocol

@@ -24,6 +24,8 @@ from flowgrain.rewards.connections import Attempt, WatchedAdapter
 from flowgrain.rewards.options import OptionError
 
 log = logging.getLogger(__name__)
+# It logs tracebacks of damaged headers. The reason of the failed request says the same.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 T = TypeVar("T")
 
@@ -206,10 +208,13 @@ class ScoringCall:
                 ) as response,
             ):
                 _check_status(response)
-                return _read_body(response, MAX_ANSWER)
+                answer = _read_body(response, MAX_ANSWER)
+                if attempt.expired:  # a closed connection looks like the end of the answer
+                    raise TimeoutError
+                return answer
         except (requests.RequestException, HTTPError, HTTPException, OSError) as error:
             seconds = time.monotonic() - begin
-            if attempt.expired or isinstance(error, requests.Timeout):
+            if attempt.expired or isinstance(_root(error), TimeoutError):
                 reason = f"sent no complete answer within {seconds:.3g} s"
             else:
                 reason = f"cannot be used: {_one_line(str(_root(error)))}"
@@ -272,9 +277,11 @@ def _read_body(response: requests.Response, limit: int) -> bytes:
         text = f"sent an answer in the encoding {_one_line(encoding)}, which it was not asked for"
         raise _Failure(text, again=False)
     too_large = _Failure(f"sent an answer of more than {limit} bytes", again=False)
-    raw = response.raw.read(limit + 1, decode_content=False)
-    if len(raw) > limit:
-        raise too_large
+    raw = bytearray()
+    while part := response.raw.read(2**16, decode_content=False):  # fails after a truncated body
+        raw += part
+        if len(raw) > limit:
+            raise too_large
     if encoding in ("", "identity"):
         return bytes(raw)
     decompressor = zlib.decompressobj(47)  # gzip or zlib
