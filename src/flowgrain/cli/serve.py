@@ -12,6 +12,8 @@ from flowgrain.cli.app import Plugins, Preset, Words, app, config_from, progress
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from flowgrain.rewards import Reward
 
 HEADER_SECONDS = 10.0
@@ -57,14 +59,13 @@ def serve(
 
     quiet_libraries()
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise SettingsError(
             "A reward server needs uvicorn. Install it: pip install 'flowgrain[serve]'"
         ) from None
     from flowgrain.heap import return_freed_memory
     from flowgrain.registry import load_plugin
-    from flowgrain.rewards.gate import guarded_protocol
     from flowgrain.rewards.messages import TOKEN_VARIABLE
     from flowgrain.rewards.server import reward_app
 
@@ -74,8 +75,22 @@ def serve(
     served = build_rewards(rewards)
     token = os.environ.get(TOKEN_VARIABLE)
     limits = (max_images, max_megabytes * 2**20, max_queue, body_seconds)
+    application = reward_app(served, token, *limits)
+    with _listen(host, port) as listener:
+        address, number = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
+        protected = "" if token else ", without a token"
+        say(f"serving {', '.join(served)} on http://{address}:{number}{protected}")
+        _run(application, listener)
+
+
+def _run(application: "FastAPI", listener: socket.socket) -> None:
+    """Run the server until SIGINT or SIGTERM."""
+    import uvicorn
+
+    from flowgrain.rewards.gate import guarded_protocol
+
     options = uvicorn.Config(
-        reward_app(served, token, *limits),
+        application,
         http=guarded_protocol(HEADER_SECONDS),
         ws="none",
         log_level="warning",
@@ -83,11 +98,7 @@ def serve(
         timeout_keep_alive=5,
         timeout_graceful_shutdown=5,
     )
-    with _listen(host, port) as listener:
-        address, number = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
-        protected = "" if token else ", without a token"
-        say(f"serving {', '.join(served)} on http://{address}:{number}{protected}")
-        uvicorn.Server(options).run(sockets=[listener])
+    uvicorn.Server(options).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
