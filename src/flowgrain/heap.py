@@ -3,7 +3,9 @@
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # parameters of mallopt in <malloc.h>
+# Parameters of mallopt in <malloc.h>, and the defaults of glibc.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+_DEFAULTS = {_TRIM_THRESHOLD: 2**17, _TOP_PAD: 2**17, _MMAP_THRESHOLD: 2**17, _MMAP_MAX: 2**16}
 
 
 def retain_freed_memory() -> None:
@@ -20,5 +22,31 @@ def retain_freed_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_TOP_PAD, 2**26)
         libc.mallopt(_MMAP_MAX, 0)
+    except (OSError, AttributeError):  # not glibc
+        return
+
+
+def return_freed_memory() -> None:
+    """Configure glibc to return freed memory to the system again.
+
+    Large blocks are then returned when they are freed. A server needs this: between two bursts of
+    requests it would keep the memory of the larger burst.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in _DEFAULTS.items():
+            libc.mallopt(parameter, value)
+    except (OSError, AttributeError):  # not glibc
+        return
+
+
+def release_freed_memory() -> None:
+    """Return the memory that is free now to the system."""
+    if sys.platform != "linux":
+        return
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
         return

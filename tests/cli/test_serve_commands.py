@@ -17,20 +17,23 @@ def brightness(images, prompts, *, target: float = 0.5):
 
 @pytest.fixture
 def served(monkeypatch):
-    """The arguments with which the server was started."""
+    """The application and the port of every server that was started."""
     calls = []
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: calls.append((app, options)))
+
+    def run(server, sockets):
+        calls.append((server.config.app, sockets[0].getsockname()[1]))
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
     return calls
 
 
 def test_serve(served, directory, monkeypatch):
     (directory / "plugin.py").write_text(PLUGIN)
     monkeypatch.setenv("FLOWGRAIN_TOKEN", "secret")
-    words = ("towers", "{name: served_brightness, target: 0.25}", "--port", "9000")
+    words = ("towers", "{name: served_brightness, target: 0.25}", "--port", "0")
     output = succeeded("serve", *words, "--plugin", "plugin.py")
-    assert output == "serving towers, served_brightness on http://127.0.0.1:9000\n"
-    ((application, options),) = served
-    assert options["port"] == 9000
+    ((application, port),) = served
+    assert output == f"serving towers, served_brightness on http://127.0.0.1:{port}\n"
     headers = {"authorization": "Bearer secret"}
     client = TestClient(application)
     assert client.get("/health").status_code == 401
@@ -40,7 +43,7 @@ def test_serve(served, directory, monkeypatch):
 
 def test_serve_without_a_token(served, monkeypatch):
     monkeypatch.delenv("FLOWGRAIN_TOKEN", raising=False)
-    assert "without a token" in succeeded("serve", "towers")
+    assert "without a token" in succeeded("serve", "towers", "--port", "0")
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path, pool, metho
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "step"), [("reward", "RunStopped", 1), ("signal", "Interrupted", 2)]
+    ("how", "error", "step"), [("reward", "RunStopped", 1), ("signal", "Interrupted", 1)]
 )
 def test_a_reason_to_stop_on_one_rank_stops_all_after_the_same_step(
     tmp_path, pool, how, error, step

@@ -147,9 +147,10 @@ def test_a_signal_saves_and_says_how_to_resume(long, tmp_path):
             if metrics["step"] == 1:
                 os.kill(os.getpid(), number)
 
-        with pytest.raises(Interrupted, match=f"{folder.name}: step 2 is .*--resume {folder}"):
+        message = f"{folder.name}: stopped after step 1; .*--resume {folder}"
+        with pytest.raises(Interrupted, match=message):
             trainer.train(send)
-        assert checkpoint.checkpoints(folder / "checkpoints")[-1].name == "step-000002"
+        assert checkpoint.checkpoints(folder / "checkpoints")[-1].name == "step-000001"
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

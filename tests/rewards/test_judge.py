@@ -14,6 +14,7 @@ from PIL import Image
 
 from flowgrain.data import Prompt, as_prompts
 from flowgrain.rewards import REWARDS, RewardConfig, build_reward, score, score_with_parts
+from flowgrain.rewards.http_client import ServerError
 from flowgrain.rewards.judge import Judge, parse_score
 from flowgrain.rewards.unigenbench import parse_points, read_points
 from flowgrain.settings import SettingsError
@@ -158,9 +159,12 @@ def test_unigenbench_by_dimension(address, monkeypatch):
     reward = build("unigenbench", address)
     questions = []
 
-    def ask(image, text):
+    def ask(call, image, text):
         questions.append(text)
-        return next((said for name, said in answers.items() if f"Text: {name}" in text), None)
+        for name, said in answers.items():
+            if f"Text: {name}" in text:
+                return said
+        raise ServerError("gone")
 
     monkeypatch.setattr(reward, "ask", ask)
     scores, parts, weights = score_with_parts(reward, torch.zeros(6, 3, 4, 4), prompts)

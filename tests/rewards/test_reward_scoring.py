@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from flowgrain.data import Prompt
-from flowgrain.rewards import NOT_FINITE, Explanation, Scorer, Scores, score, score_with_parts
+from flowgrain.rewards import (
+    NOT_FINITE,
+    Explanation,
+    Scorer,
+    Scores,
+    Unscored,
+    score,
+    score_with_parts,
+)
 
 
 def bright(images, prompts):
@@ -57,6 +65,62 @@ def test_a_failure_masks_the_images_of_its_call(reward, reason):
         raise AssertionError(scores.reason)
 
 
+@pytest.mark.parametrize("change", ["torch", "numpy"])
+def test_a_reward_that_changes_its_images_does_not_change_those_of_others(change):
+    def poison(images, prompts):
+        if change == "torch":
+            images.zero_()
+        else:
+            images.numpy()[:] = float("nan")
+        return [1.0] * len(images)
+
+    images = torch.rand(5, 3, 4, 4)
+    before = images.clone()
+    with Scorer({"poison": poison, "bright": bright}, {"poison": 2}, background=False) as scorer:
+        scorer.submit(images, list("abcde"))
+        results = scorer.results()
+    assert torch.equal(images, before)
+    assert torch.equal(results["bright"].values, bright(before, None))
+    assert results["poison"].failed == 0
+
+
+def fails_on_this_line(images, prompts):
+    return torch.ones(2) @ torch.ones(3)
+
+
+def test_a_failure_names_the_line_of_the_user():
+    """The innermost line of the user's code, not a line of torch or of this package."""
+    reason = score(lambda i, p: fails_on_this_line(i, p), torch.rand(2, 3, 2, 2), ["a", "b"]).reason
+    line = fails_on_this_line.__code__.co_firstlineno + 1
+    assert reason.startswith("RuntimeError: ")
+    assert reason.endswith(f"({__file__}, line {line})")
+
+
+def test_a_reward_keeps_the_scores_that_it_has_and_is_given_up():
+    calls = []
+
+    def gives_up(images, prompts):
+        calls.append(prompts[0].text)
+        raise Unscored("server gone", [1.0, math.nan], gave_up=True)
+
+    with Scorer({"gives up": gives_up}, {"gives up": 2}, background=False) as scorer:
+        scorer.submit(torch.rand(4, 3, 2, 2), list("abcd"))
+        scorer.submit(torch.rand(2, 3, 2, 2), list("ef"))
+        scores = scorer.results()["gives up"]
+    assert calls == ["a"]
+    assert scores.values.isnan().tolist() == [False] + [True] * 5
+    assert (scores.failed, scores.reason) == (5, "server gone")
+
+
+def test_an_error_is_a_better_reason_than_nan():
+    parts = [Scores(torch.tensor([torch.nan]), 1, reason) for reason in (NOT_FINITE, "500")]
+    assert Scores.concatenate(parts).reason == "500"
+
+
+def test_no_images_have_no_scores():
+    assert score(bright, torch.rand(0, 3, 2, 2), []).values.shape == (0,)
+
+
 def test_a_failure_does_not_reach_other_calls():
     def flaky(images, prompts):
         if prompts[0].text == "c":
@@ -67,7 +131,8 @@ def test_a_failure_does_not_reach_other_calls():
     scores = score(flaky, images, list("abcde"), batch_size=2)
     assert scores.values.isnan().tolist() == [False, False, True, True, False]
     assert torch.equal(scores.values[[0, 1, 4]], bright(images, None)[[0, 1, 4]])
-    assert (scores.failed, scores.reason) == (2, "ValueError: c")
+    assert scores.failed == 2
+    assert scores.reason.startswith(f"ValueError: c ({__file__}, line ")
 
 
 def test_scores_are_float32_on_the_cpu():

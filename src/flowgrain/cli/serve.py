@@ -1,6 +1,7 @@
 """The commands `serve` and `encode`."""
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +12,14 @@ from flowgrain.cli.app import Plugins, Preset, Words, app, config_from, progress
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from flowgrain.rewards import Reward
 
+HEADER_SECONDS = 10.0
+"""Time in which the headers of a request must arrive."""
+MAX_CONNECTIONS = 1000
+"""Open connections. Further requests get status 503."""
 _ENCODED_AT_ONCE = 64
 
 
@@ -28,7 +35,15 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port.")] = 8600,
     max_images: Annotated[int, typer.Option(min=1, help="Maximum images per request.")] = 256,
-    max_megabytes: Annotated[int, typer.Option(min=1, help="Maximum MB per request.")] = 256,
+    max_megabytes: Annotated[
+        int, typer.Option(min=1, help="Maximum MB per request, and of all waiting requests.")
+    ] = 256,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Maximum requests that wait. Others get status 503.")
+    ] = 16,
+    body_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Time in which a request must arrive, in seconds.")
+    ] = 60.0,
     plugins: Plugins = None,
 ) -> None:
     """Serve rewards over HTTP for training runs on other machines.
@@ -44,23 +59,62 @@ def serve(
 
     quiet_libraries()
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError:
         raise SettingsError(
             "A reward server needs uvicorn. Install it: pip install 'flowgrain[serve]'"
         ) from None
+    from flowgrain.heap import return_freed_memory
     from flowgrain.registry import load_plugin
     from flowgrain.rewards.messages import TOKEN_VARIABLE
     from flowgrain.rewards.server import reward_app
 
+    return_freed_memory()
     for path in plugins or ():
         load_plugin(path)
     served = build_rewards(rewards)
     token = os.environ.get(TOKEN_VARIABLE)
-    application = reward_app(served, token, max_images, max_megabytes * 2**20)
-    protected = "" if token else ", without a token"
-    say(f"serving {', '.join(served)} on http://{host}:{port}{protected}")
-    uvicorn.run(application, host=host, port=port, log_level="warning")
+    limits = (max_images, max_megabytes * 2**20, max_queue, body_seconds)
+    application = reward_app(served, token, *limits)
+    with _listen(host, port) as listener:
+        address, number = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
+        protected = "" if token else ", without a token"
+        say(f"serving {', '.join(served)} on http://{address}:{number}{protected}")
+        _run(application, listener)
+
+
+def _run(application: "FastAPI", listener: socket.socket) -> None:
+    """Run the server until SIGINT or SIGTERM."""
+    import uvicorn
+
+    from flowgrain.rewards.gate import guarded_protocol
+
+    options = uvicorn.Config(
+        application,
+        http=guarded_protocol(HEADER_SECONDS),
+        ws="none",
+        log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
+    )
+    uvicorn.Server(options).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on `host`:`port`.
+
+    Raises:
+        SettingsError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(
+            f"--host {host} --port {port}: the server cannot listen there ({error}). "
+            "Use another port, or an address of this machine."
+        ) from error
 
 
 def build_rewards(words: list[str]) -> "dict[str, Reward]":

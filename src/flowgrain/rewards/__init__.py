@@ -7,6 +7,7 @@ from flowgrain.rewards.base import (
     Explanation,
     Reward,
     RewardConfig,
+    Unscored,
     build_reward,
     register_reward,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "RewardConfig",
     "Scorer",
     "Scores",
+    "Unscored",
     "build_reward",
     "register_reward",
     "score",

@@ -2,7 +2,10 @@
 
 import functools
 import importlib
+import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +59,23 @@ class Explains(Protocol):
     def explain(self, images: Tensor, prompts: Sequence[Prompt]) -> Explanation:
         """The scores of images [I, 3, H, W] in 0..1, and their parts."""
         ...
+
+
+class Unscored(Exception):
+    """A reward could not score some of the images. The message is the reason.
+
+    A reward raises it to keep the scores that it has. Other exceptions mask all images of the call.
+
+    Attributes:
+        result: the scores, or the explanation, NaN for images without a score.
+        gave_up: do not call this reward again in the same training step or evaluation.
+    """
+
+    def __init__(
+        self, reason: str, result: "Tensor | ArrayLike | Explanation", gave_up: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.result, self.gave_up = result, gave_up
 
 
 REWARDS: Registry[Callable[..., Any]] = Registry(
@@ -158,8 +178,28 @@ def build_reward(config: RewardConfig) -> Reward:
     except SettingsError as error:
         raise SettingsError(f"rewards[{name}]: {error}") from error
     except Exception as error:  # user code may raise anything
-        raise SettingsError(f"rewards[{name}]: {type(error).__name__}: {error}") from error
+        raise SettingsError(f"rewards[{name}]: {describe(error)}") from error
     return _callable(name, reward)
+
+
+def describe(error: BaseException) -> str:
+    """Type and message of an exception, with the file and line of the user's code that raised it.
+
+    The user's code is the innermost frame outside of this package, of installed packages and of
+    the standard library.
+    """
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_USER_CODE)]
+    return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
+
+
+_NOT_USER_CODE = (
+    str(Path(__file__).parent.parent) + os.sep,
+    "<",
+    *{sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "purelib", "platlib")},
+)
+"""Beginnings of the names of files that are not the user's."""
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -4,23 +4,23 @@ Letters: I images.
 """
 
 import base64
-import logging
+import json
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-import requests
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from flowgrain.data import Prompt
-from flowgrain.rewards.http_client import check_url, encode_png, open_session
+from flowgrain.rewards.base import Unscored
+from flowgrain.rewards.http_client import ScoringCall, Server, ServerError, check_url, encode_png
 from flowgrain.rewards.options import OptionError
+from flowgrain.rewards.workers import Workers
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TOKEN_VARIABLE = "FLOWGRAIN_JUDGE_TOKEN"
 """Environment variable with the bearer token of the server."""
@@ -61,12 +61,27 @@ def parse_score(answer: str, low: float = 0, high: float = 5) -> float:
     return score if low <= score <= high else float("nan")
 
 
+class _Message(BaseModel):
+    content: str
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Completion(BaseModel):
+    """The part of a chat completion that is read."""
+
+    choices: list[_Choice] = Field(min_length=1)
+
+
 class Judge:
     """A score in 0..5 from any vision-language model behind an OpenAI-compatible server.
 
     An image without a readable answer has no score (NaN). If the environment variable
     FLOWGRAIN_JUDGE_TOKEN is set, it is sent as the bearer token. A request is repeated after a
-    connection error, and after a status of 429 or 5xx.
+    connection error, and after a status of 429 or 5xx. After 2 * `concurrency` failed requests in a
+    row, or at `deadline`, the server is not used again in the same training step.
 
     Args:
         url: address of the API, such as http://HOST:PORT/v1.
@@ -74,7 +89,8 @@ class Judge:
         template: text file with the question. `{prompt}` is replaced by the prompt. Default: a
             question of this library. Comparisons with published scores need the published question.
         concurrency: number of requests at the same time.
-        timeout: longest time to wait for an answer, in seconds.
+        timeout: longest time of one request with its complete answer, in seconds.
+        deadline: longest time of a scoring call with all its requests, in seconds.
         retries: repetitions of a failed request.
         backoff: factor of the exponential waiting time between repetitions, in seconds.
     """
@@ -95,22 +111,61 @@ class Judge:
         template: str | None = None,
         concurrency: PositiveInt = 8,
         timeout: PositiveFloat = 60.0,
+        deadline: PositiveFloat = 300.0,
         retries: NonNegativeInt = 3,
         backoff: NonNegativeFloat = 0.5,
     ) -> None:
         self.url = check_url(url, "http://HOST:PORT/v1") + "/chat/completions"
-        self.model, self.concurrency, self.timeout = model, concurrency, timeout
+        self.model, self.concurrency = model, concurrency
         self.template = self.question if template is None else self._read_template(template)
-        self.session = open_session(TOKEN_VARIABLE, retries, backoff, concurrency)
+        self.server = Server(
+            self.url,
+            TOKEN_VARIABLE,
+            timeout=timeout,
+            deadline=deadline,
+            retries=retries,
+            backoff=backoff,
+            connections=concurrency,
+            patience=2 * concurrency,
+        )
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores [I] of images [I, 3, H, W] in 0..1. NaN where there is no readable answer."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return torch.tensor(list(pool.map(self._score, images, prompts)))
+        """Scores [I] of images [I, 3, H, W] in 0..1. NaN where there is no readable answer.
 
-    def _score(self, image: Tensor, prompt: Prompt) -> float:
-        answer = self.ask(image, self.fill_template(prompt=prompt.text))
-        return float("nan") if answer is None else parse_score(answer, self.low, self.high)
+        Raises:
+            Unscored: the server did not answer all requests.
+        """
+
+        def rate(call: ScoringCall, i: int) -> float:
+            answer = self.ask(call, images[i], self.fill_template(prompt=prompts[i].text))
+            return parse_score(answer, self.low, self.high)
+
+        scores, call = self.map_images(rate, len(images))
+        values = torch.tensor([float("nan") if score is None else score for score in scores])
+        if call.reason is not None:
+            raise Unscored(call.reason, values, call.gave_up)
+        return values
+
+    def map_images(
+        self, work: Callable[[ScoringCall, int], T | None], count: int
+    ) -> tuple[list[T | None], ScoringCall]:
+        """`work` of each of `count` images, `concurrency` at a time. None after a server error."""
+
+        def safe(call: ScoringCall, i: int) -> T | None:
+            try:
+                return work(call, i)
+            except ServerError:
+                return None
+
+        workers, finished = Workers(min(self.concurrency, max(count, 1))), False
+        try:
+            with ScoringCall(self.server) as call:
+                futures = [workers.submit(safe, call, i) for i in range(count)]
+                results = [future.result() for future in futures]
+            finished = True
+        finally:
+            workers.close(wait=finished)
+        return results, call
 
     def _read_template(self, template: str) -> str:
         try:
@@ -129,10 +184,11 @@ class Judge:
             r"\{(prompt|points)\}", lambda match: values.get(match[1], match[0]), self.template
         )
 
-    def ask(self, image: Tensor, question: str) -> str | None:
+    def ask(self, call: ScoringCall, image: Tensor, question: str) -> str:
         """The answer of the model to a question about an image [3, H, W] in 0..1.
 
-        Returns None and logs a warning if the server returns no answer.
+        Raises:
+            ServerError: the server returns no answer.
         """
         png = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
         content = [
@@ -141,13 +197,11 @@ class Judge:
         ]
         messages = [{"role": "user", "content": content}]
         request: dict[str, Any] = {"model": self.model, "temperature": 0, "messages": messages}
-        try:
-            response = self.session.post(self.url, json=request, timeout=self.timeout)
-            response.raise_for_status()
-            return str(response.json()["choices"][0]["message"]["content"])
-        except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
-            log.warning("The judge at %s returned no answer: %s", self.url, error)
-            return None
+
+        def parse(answer: bytes) -> str:
+            return _Completion.model_validate_json(answer).choices[0].message.content
+
+        return call.post(json.dumps(request).encode(), parse)
 
 
 class UnifiedReward(Judge):

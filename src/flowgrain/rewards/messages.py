@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from flowgrain.data import Prompt
@@ -30,7 +30,7 @@ class RawImages(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
     data: str
 
 

@@ -3,17 +3,18 @@
 Letters: I images.
 """
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowgrain.data import Prompt, as_prompts
-from flowgrain.rewards.base import Explains, Explanation, Reward
+from flowgrain.rewards.base import Explains, Explanation, Reward, Unscored, describe
+from flowgrain.rewards.workers import Workers
 
 BATCH_SIZE = 256
 """Default number of images in one call of a reward."""
@@ -29,19 +30,24 @@ class Scores:
     Attributes:
         values: scores [I] in float32, NaN where scoring failed.
         failed: number of images without a score.
-        reason: reason of the first failure, or None.
+        reason: reason of the first failure, or None. An error of the reward goes before scores
+            that are not finite.
+        gave_up: the reward is not called again in the same step.
     """
 
     values: Tensor
     failed: int
     reason: str | None
+    gave_up: bool = False
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Scores]") -> "Scores":
         """The scores of consecutive batches of images as one object."""
-        reason = next((part.reason for part in parts if part.reason), None)
-        values = torch.cat([part.values for part in parts])
-        return cls(values, sum(part.failed for part in parts), reason)
+        reasons = [part.reason for part in parts if part.reason]
+        reason = next((reason for reason in reasons if reason != NOT_FINITE), None)
+        values = torch.cat([part.values for part in parts]) if parts else torch.empty(0)
+        failed, gave_up = sum(part.failed for part in parts), any(part.gave_up for part in parts)
+        return cls(values, failed, reason or next(iter(reasons), None), gave_up)
 
 
 class PartScores(NamedTuple):
@@ -64,7 +70,8 @@ def score(
     """Scores of images by a reward.
 
     After an exception or a result with a wrong shape, all images of this call have the score NaN.
-    A non-finite score becomes NaN. A failure never becomes 0.
+    A non-finite score becomes NaN. A failure never becomes 0. Every call gets a copy of its images,
+    so that a reward that changes them in place does not change the images of other rewards.
 
     Args:
         reward: the reward.
@@ -72,12 +79,8 @@ def score(
         prompts: prompt of each image.
         batch_size: images in one call of the reward.
     """
-    prompts = as_prompts(prompts)
     return Scores.concatenate(
-        [
-            _score_batch(reward, images[i : i + batch_size], prompts[i : i + batch_size])
-            for i in range(0, len(images), batch_size)
-        ]
+        [scores for scores, _ in _batches(reward, images, as_prompts(prompts), batch_size, False)]
     )
 
 
@@ -88,10 +91,7 @@ def score_with_parts(
     prompts = as_prompts(prompts)
     if not isinstance(reward, Explains):
         return PartScores(score(reward, images, prompts, batch_size), {}, {})
-    batches = [
-        _explain_batch(reward, images[i : i + batch_size], prompts[i : i + batch_size])
-        for i in range(0, len(images), batch_size)
-    ]
+    batches = list(_batches(reward, images, prompts, batch_size, True))
     scores = Scores.concatenate([batch for batch, _ in batches])
     parts = _columns([(len(b.values), e.parts if e else {}) for b, e in batches], torch.nan)
     weights = _columns([(len(b.values), e.part_weights if e else {}) for b, e in batches], 0.0)
@@ -107,7 +107,8 @@ class Scorer:
     """Scores images that arrive in chunks, by several rewards.
 
     In the background, each reward has one thread. A reward is therefore never called twice at the
-    same time. Use it as a context manager, which ends the threads.
+    same time. Use it as a context manager, which ends the threads. After an exception it does not
+    wait for them: a reward that hangs keeps neither the caller nor the process alive.
 
     Args:
         rewards: rewards by name.
@@ -122,25 +123,25 @@ class Scorer:
         background: bool = True,
     ) -> None:
         self.rewards, self.batch_sizes = rewards, dict(batch_sizes or {})
-        self.threads = {name: ThreadPoolExecutor(1) for name in rewards} if background else {}
+        self.threads = {name: Workers(1) for name in rewards} if background else {}
         self.chunks: dict[str, list[Scores | Future[Scores]]] = {name: [] for name in rewards}
+        self.given_up: dict[str, str] = {}
 
     def __enter__(self) -> "Scorer":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for thread in self.threads.values():
-            thread.shutdown(cancel_futures=True)
+            thread.close(wait=kind is None)
 
     def submit(self, images: Tensor, prompts: Sequence[str | Prompt]) -> None:
         """Score `images` [I, 3, H, W] now, or start scoring in the background."""
-        for name, reward in self.rewards.items():
-            batch_size = self.batch_sizes.get(name, BATCH_SIZE)
+        for name in self.rewards:
             if self.threads:
-                future = self.threads[name].submit(score, reward, images, prompts, batch_size)
+                future = self.threads[name].submit(self._score, name, images, prompts)
                 self.chunks[name].append(future)
             else:
-                self.chunks[name].append(score(reward, images, prompts, batch_size))
+                self.chunks[name].append(self._score(name, images, prompts))
 
     def results(self) -> dict[str, Scores]:
         """The scores of all submitted images by reward, in the order of submission.
@@ -154,27 +155,66 @@ class Scorer:
             for name, chunks in self.chunks.items()
         }
 
+    def _score(self, name: str, images: Tensor, prompts: Sequence[str | Prompt]) -> Scores:
+        """The scores of a chunk. A reward that gave up is not called again."""
+        if name in self.given_up:
+            return _failed(len(images), self.given_up[name], gave_up=True)
+        size = self.batch_sizes.get(name, BATCH_SIZE)
+        scores = score(self.rewards[name], images, prompts, size)
+        if scores.gave_up:
+            self.given_up[name] = str(scores.reason)
+        return scores
 
-def _score_batch(reward: Reward, images: Tensor, prompts: list[Prompt]) -> Scores:
-    try:
-        values = reward(images, prompts)
-    except Exception as error:  # user code may raise anything
-        return _failed(len(images), f"{type(error).__name__}: {error}")
-    return _checked(values, images)
+
+def _batches(
+    reward: Reward, images: Tensor, prompts: list[Prompt], batch_size: int, explain: bool
+) -> Iterator[tuple[Scores, Explanation | None]]:
+    """Scores of all batches, up to the end or until the reward gives up."""
+    reason = None
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        if reason is not None:
+            yield _failed(len(batch), reason, gave_up=True), None
+            continue
+        scores, explanation = _call(reward, batch, prompts[first : first + batch_size], explain)
+        reason = scores.reason if scores.gave_up else None
+        yield scores, explanation
 
 
-def _explain_batch(
-    reward: Explains, images: Tensor, prompts: list[Prompt]
+def _call(
+    reward: Reward, images: Tensor, prompts: list[Prompt], explain: bool
 ) -> tuple[Scores, Explanation | None]:
+    """The result of one call of a reward, on a copy of the images."""
+    failure: Unscored | None = None
+    result: Any = None
     try:
-        explanation = reward.explain(images, prompts)
-        for name, values in (*explanation.parts.items(), *explanation.part_weights.items()):
-            if len(values) != len(images):
-                raise ValueError(f"part {name!r} has {len(values)} values for {len(images)} images")
-        scores = explanation.scores
+        if explain:
+            assert isinstance(reward, Explains)
+            result = reward.explain(images.clone(), prompts)
+        else:
+            result = reward(images.clone(), prompts)
+    except Unscored as error:
+        failure, result = error, error.result
     except Exception as error:  # user code may raise anything
-        return _failed(len(images), f"{type(error).__name__}: {error}"), None
-    return _checked(scores, images), explanation
+        return _failed(len(images), describe(error)), None
+    explanation = None
+    if explain or isinstance(result, Explanation):
+        try:
+            explanation = _checked_parts(result, len(images))
+        except Exception as error:  # user code may return anything
+            return _failed(len(images), describe(error)), None
+        result = explanation.scores
+    scores = _checked(result, images)
+    if failure is not None:
+        scores = Scores(scores.values, scores.failed, str(failure), failure.gave_up)
+    return scores, explanation
+
+
+def _checked_parts(explanation: Any, count: int) -> Explanation:
+    for name, values in (*explanation.parts.items(), *explanation.part_weights.items()):
+        if len(values) != count:
+            raise ValueError(f"part {name!r} has {len(values)} values for {count} images")
+    return cast(Explanation, explanation)
 
 
 def _columns(batches: list[tuple[int, Mapping[str, Tensor]]], missing: float) -> dict[str, Tensor]:
@@ -193,8 +233,8 @@ def _columns(batches: list[tuple[int, Mapping[str, Tensor]]], missing: float) ->
     }
 
 
-def _failed(count: int, reason: str) -> Scores:
-    return Scores(torch.full((count,), torch.nan), count, reason)
+def _failed(count: int, reason: str, gave_up: bool = False) -> Scores:
+    return Scores(torch.full((count,), torch.nan), count, reason, gave_up)
 
 
 def _checked(returned: Any, images: Tensor) -> Scores:

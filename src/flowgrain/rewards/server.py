@@ -1,13 +1,15 @@
 """The reward server: scores images over HTTP for training runs on other machines."""
 
-import secrets
-import threading
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
+from flowgrain.heap import release_freed_memory
 from flowgrain.rewards.base import Reward
+from flowgrain.rewards.gate import Gate, Limits
 from flowgrain.rewards.messages import ScoreRequest, ScoreResponse
 from flowgrain.rewards.scoring import score
 from flowgrain.settings import SettingsError
@@ -18,9 +20,12 @@ if TYPE_CHECKING:
 
 def reward_app(
     rewards: Mapping[str, Reward],
-    token: str | None = None,
+    token: str | bytes | None = None,
     max_images: int = 256,
     max_bytes: int = 2**28,
+    max_queue: int = 16,
+    body_seconds: float = 60.0,
+    when_idle: Callable[[], None] = release_freed_memory,
 ) -> "fastapi.FastAPI":
     """A FastAPI application that scores images: POST /score and GET /health.
 
@@ -30,7 +35,10 @@ def reward_app(
         rewards: rewards by name.
         token: bearer token that every request must have. None: no token is needed.
         max_images: largest number of images in a request.
-        max_bytes: largest size of a request, and of its decoded images.
+        max_bytes: largest size of a request, of its decoded images, and of all bodies in memory.
+        max_queue: requests that wait or are scored. Others get the status 503 with Retry-After.
+        body_seconds: time in which the body of a request must arrive.
+        when_idle: called when the last request is finished.
 
     Raises:
         SettingsError: FastAPI is not installed.
@@ -43,64 +51,61 @@ def reward_app(
             "A reward server needs FastAPI. Install it: pip install 'flowgrain[serve]'"
         ) from error
 
-    app = fastapi.FastAPI(title="flowgrain rewards")
-    lock = threading.Lock()
-
-    @app.middleware("http")
-    async def check(
-        request: fastapi.Request,
-        respond: Callable[[fastapi.Request], Awaitable[fastapi.Response]],
-    ) -> fastapi.Response:
-        return _rejection(request, token, max_bytes) or await respond(request)
+    app = fastapi.FastAPI(title="flowgrain rewards", docs_url=None, redoc_url=None)
+    lock = asyncio.Lock()
+    limits = Limits(max_bytes, max_queue, body_seconds)
+    app.add_middleware(Gate, token=token, limits=limits, when_idle=when_idle)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return {"rewards": sorted(rewards), "max_images": max_images, "max_bytes": max_bytes}
 
     @app.post("/score")
-    async def post_score(request: ScoreRequest) -> ScoreResponse:
-        if request.reward not in rewards:
-            names = ", ".join(sorted(rewards))
-            raise fastapi.HTTPException(
-                404, f"there is no reward {request.reward!r}. Rewards of this server: {names}"
-            )
-        if len(request.prompts) > max_images:
-            raise fastapi.HTTPException(
-                413, f"{len(request.prompts)} images; at most {max_images} are allowed"
-            )
-        reward = rewards[request.reward]
-        try:
-            return await run_in_threadpool(_respond, reward, request, max_bytes, lock)
-        except ValueError as error:
-            raise fastapi.HTTPException(422, str(error)) from error
+    async def post_score(request: fastapi.Request) -> ScoreResponse:
+        body = await request.body()
+        async with lock:
+            if await request.is_disconnected():  # nobody waits for the scores
+                raise fastapi.HTTPException(499, "the client closed the connection")
+            try:
+                return await run_in_threadpool(_respond, rewards, body, max_images, max_bytes)
+            except _Rejected as error:
+                raise fastapi.HTTPException(error.status, str(error)) from error
 
     return app
 
 
-def _rejection(
-    request: "fastapi.Request", token: str | None, max_bytes: int
-) -> "fastapi.Response | None":
-    """The error response to a request without the token or above the size limit, otherwise None."""
-    from fastapi.responses import JSONResponse
+class _Rejected(Exception):
+    """A request that cannot be scored, with the status of the answer."""
 
-    # Bytes, because compare_digest refuses text that is not ASCII. Headers are decoded as latin-1.
-    given = request.headers.get("authorization", "").encode("latin-1")
-    if token is not None and not secrets.compare_digest(given, f"Bearer {token}".encode()):
-        return JSONResponse({"detail": "the bearer token is missing or wrong"}, 401)
-    length = request.headers.get("content-length")
-    if request.method == "POST" and (
-        length is None or not length.isdigit() or int(length) > max_bytes
-    ):
-        detail = f"a request needs a content-length of at most {max_bytes} bytes"
-        return JSONResponse({"detail": detail}, 413)
-    return None
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
 
 
 def _respond(
-    reward: Reward, request: ScoreRequest, max_bytes: int, lock: threading.Lock
+    rewards: Mapping[str, Reward], body: bytes, max_images: int, max_bytes: int
 ) -> ScoreResponse:
-    prompts, images = request.prompts_with_fields(), request.images(max_bytes)
-    with lock:
-        scores = score(reward, images, prompts)
+    """The scores of the images of a request.
+
+    Raises:
+        _Rejected: the request cannot be scored.
+    """
+    try:
+        request = ScoreRequest.model_validate_json(body)
+        if request.reward not in rewards:
+            names = ", ".join(sorted(rewards))
+            reason = f"there is no reward {request.reward[:100]!r}. Rewards of this server: {names}"
+            raise _Rejected(404, reason)
+        if len(request.prompts) > max_images:
+            reason = f"{len(request.prompts)} images; at most {max_images} are allowed"
+            raise _Rejected(413, reason)
+        prompts, images = request.prompts_with_fields(), request.images(max_bytes)
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = "".join(f"{part}: " for part in detail["loc"])
+        raise _Rejected(422, f"{place}{detail['msg']}") from error
+    except ValueError as error:
+        raise _Rejected(422, str(error)) from error
+    scores = score(rewards[request.reward], images, prompts)
     values = [None if np.isnan(value) else value for value in scores.values.tolist()]
     return ScoreResponse(scores=values, reason=scores.reason)

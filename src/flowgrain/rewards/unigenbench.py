@@ -7,13 +7,13 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from flowgrain.data import Prompt
-from flowgrain.rewards.base import Explanation
+from flowgrain.rewards.base import Explanation, Unscored
+from flowgrain.rewards.http_client import ScoringCall
 from flowgrain.rewards.judge import Judge
 
 log = logging.getLogger(__name__)
@@ -76,10 +76,17 @@ class UniGenBench(Judge):
         return torch.as_tensor(self.explain(images, prompts).scores)
 
     def explain(self, images: Tensor, prompts: Sequence[Prompt]) -> Explanation:
-        """The scores. By primary dimension: the fraction of points, weighted by their number."""
+        """The scores. By primary dimension: the fraction of points, weighted by their number.
+
+        Raises:
+            Unscored: the server did not answer all requests.
+        """
         points = [self._points(prompt) for prompt in prompts]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            answers = list(pool.map(self._check_points, images, prompts, points))
+
+        def check(call: ScoringCall, i: int) -> list[float] | None:
+            return self._check_points(call, images[i], prompts[i], points[i])
+
+        answers, call = self.map_images(check, len(images))
         dimensions = [[name.partition("-")[0].strip() for name, _ in image] for image in points]
         names = list(dict.fromkeys(name for image in dimensions for name in image))
         scores = torch.full((len(images),), torch.nan)
@@ -93,7 +100,10 @@ class UniGenBench(Judge):
                 values = [value for dim, value in zip(of_image, met, strict=True) if dim == name]
                 parts[name][i] = sum(values) / len(values)
                 weights[name][i] = len(values)
-        return Explanation(scores, parts, weights)
+        explanation = Explanation(scores, parts, weights)
+        if call.reason is not None:
+            raise Unscored(call.reason, explanation, call.gave_up)
+        return explanation
 
     def _points(self, prompt: Prompt) -> list[tuple[str, str]]:
         try:
@@ -103,12 +113,11 @@ class UniGenBench(Judge):
             return []
 
     def _check_points(
-        self, image: Tensor, prompt: Prompt, points: list[tuple[str, str]]
+        self, call: ScoringCall, image: Tensor, prompt: Prompt, points: list[tuple[str, str]]
     ) -> list[float] | None:
         """1 or 0 for each test point, or None without test points or without a readable answer."""
         if not points:
             return None
         lines = (f"{i}. {name}: {text}" for i, (name, text) in enumerate(points, 1))
         question = self.fill_template(prompt=prompt.text, points="\n".join(lines))
-        answer = self.ask(image, question)
-        return None if answer is None else parse_points(answer, len(points))
+        return parse_points(self.ask(call, image, question), len(points))

@@ -6,6 +6,7 @@ Shapes: P prompts, N rows of a tree, I images, *L latent.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import decode
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
+from flowgrain.training.signals import check_stop, interruptible, stop_together
 from flowgrain.training.tails import Tails
 from flowgrain.training.timer import StageTimer
 
@@ -153,6 +155,9 @@ class RolloutCollector:
             prompts: prompts of all ranks.
             kernel: transition of the stochastic steps.
             noise: noise source. A prompt number is the position in `prompts`.
+
+        Raises:
+            StopRequested: a signal arrived.
         """
         sampling, timer = self.config.sampling, self.timer
         assigned = self.world.assign(len(prompts))
@@ -172,10 +177,11 @@ class RolloutCollector:
                     latents = rollouts[-1].at(tree.leaves)
                     images.append(decode(self.policy, latents, sampling.batch_size))
                 with timer.measure("score"):
-                    owners = tree.prompt[tree.leaves]
-                    scorer.submit(images[-1], [mine[first + p] for p in owners])
+                    owners = [mine[first + p] for p in tree.prompt[tree.leaves]]
+                    interruptible(self.world, partial(scorer.submit, images[-1], owners))
             with timer.measure("score"):
-                scores = scorer.results()
+                scores = interruptible(self.world, scorer.results) or {}
+            stop_together(self.world)
         whole = rollouts[0]
         if len(rollouts) > 1:
             whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
@@ -220,6 +226,7 @@ class _Chunk:
     def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
         cond = take(self.cond, self.first + prompt)
         guidance = self.collector.config.sampling.guidance_scale
+        check_stop(self.collector.world)
         return self.collector.policy.rollout_velocity(x, sigma, cond, guidance)
 
     def noise(self, prompt: Ints, draw: Ints) -> Tensor:

@@ -10,4 +10,4 @@ class Diverged(RunStopped):
 
 
 class Interrupted(RunStopped):
-    """SIGINT or SIGTERM arrived. The current step was finished and saved."""
+    """SIGINT or SIGTERM arrived. The run is saved. The message names the last finished step."""

@@ -6,6 +6,7 @@ Shapes: I images, *L latent, H x W pixels.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from flowgrain.data import Prompt, as_prompts, latent_noise
 from flowgrain.models import take
 from flowgrain.rewards import Reward, score_with_parts
 from flowgrain.training.policy import Policy
+from flowgrain.training.signals import check_stop, interruptible, stop_together
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ def sample(
     cond = policy.encode(list(texts))
 
     def velocity(x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        check_stop(policy.world)
         return policy.sample_velocity(x, sigma, take(cond, prompt), guidance)
 
     tree = planner.tree().repeat(len(texts))
@@ -140,8 +143,11 @@ def sample_images(
 
 def decode(policy: Policy, latents: Tensor, batch_size: int) -> Tensor:
     """Images [I, 3, H, W] on the CPU of clean latents [I, *L], `batch_size` at a time."""
-    parts = torch.split(latents, batch_size)
-    return torch.cat([policy.backbone.decode(part).cpu() for part in parts])
+    parts = []
+    for part in torch.split(latents, batch_size):
+        check_stop(policy.world)
+        parts.append(policy.backbone.decode(part).cpu())
+    return torch.cat(parts)
 
 
 def evaluate_on_ranks(
@@ -175,6 +181,7 @@ def evaluate_on_ranks(
         reward_batch_sizes=config.reward_batch_sizes,
         places=assigned.tolist(),
     )
+    stop_together(world)
     if world.size == 1:
         return evaluation
     # Ranks exchange only a few images, because all images can take gigabytes.
@@ -226,16 +233,22 @@ def evaluate(
     evaluation = Evaluation(prompts, len(sigmas) - 1, {}, {}, {}, everything)
     for name, reward in rewards.items():
         size = (reward_batch_sizes or {}).get(name, 256)
-        scores, parts, weights = score_with_parts(reward, everything, prompts, size)
-        if scores.failed:
-            log.warning(
-                "%s could not score %d of %d images: %s",
-                name,
-                scores.failed,
-                len(prompts),
-                scores.reason,
-            )
-        evaluation.scores[name] = scores.values.numpy()
-        evaluation.parts.update({f"{name}/{part}": v.numpy() for part, v in parts.items()})
-        evaluation.part_weights.update({f"{name}/{part}": v.numpy() for part, v in weights.items()})
+        interruptible(policy.world, partial(_add_scores, evaluation, name, reward, size))
     return evaluation
+
+
+def _add_scores(evaluation: Evaluation, name: str, reward: Reward, batch_size: int) -> None:
+    """Add the scores and the parts of a reward to `evaluation`."""
+    images, prompts = evaluation.images, evaluation.prompts
+    scores, parts, weights = score_with_parts(reward, images, prompts, batch_size)
+    if scores.failed:
+        log.warning(
+            "%s could not score %d of %d images: %s",
+            name,
+            scores.failed,
+            len(prompts),
+            scores.reason,
+        )
+    evaluation.scores[name] = scores.values.numpy()
+    evaluation.parts.update({f"{name}/{part}": v.numpy() for part, v in parts.items()})
+    evaluation.part_weights.update({f"{name}/{part}": v.numpy() for part, v in weights.items()})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from flowgrain.training import checkpoint, state
 from flowgrain.training.errors import Diverged, Interrupted, RunStopped
 from flowgrain.training.health import EvaluationFailed, check_evaluation, check_weights
 from flowgrain.training.rollout_batch import Metrics
-from flowgrain.training.signals import StopSignal
+from flowgrain.training.signals import StopRequested, StopSignal, check_stop
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer
@@ -22,27 +24,28 @@ def run_steps(
 
     Args:
         trainer: the run.
-        signals: signals that end the run after the current step.
+        signals: signals that end the run.
         progress: called with the metrics of every step.
 
     Raises:
         Diverged: too many updates in a row were skipped. The run is saved. Or the parameters or
             the evaluation images are not finite. The last step is not saved.
         EvaluationFailed: a reward failed on too many images of an evaluation. The run is saved.
-        Interrupted: a signal arrived. The current step is finished and saved.
+        Interrupted: a signal arrived. The run is saved.
     """
     config, main = trainer.config, trainer.world.is_main
     every, limit = config.evaluation.every, config.training.max_seconds
     seconds = sum(m["seconds"] for m in trainer.recorder.read_metrics() if "seconds" in m)
     seconds = trainer.world.gather(seconds)[0]
     if trainer.steps_done == 0 and every:
-        first = {"step": 0, **evaluate_and_record(trainer, 0)}
+        first = {"step": 0, **_unless_stopped(trainer, partial(evaluate_and_record, trainer, 0))}
         if main:
             trainer.recorder.write_metrics(first)
+    _repeat_evaluation(trainer)
     for step in range(trainer.steps_done + 1, config.training.max_steps + 1):
         if limit is not None and seconds >= limit:
             break  # the run reached the limit before it was resumed
-        metrics = {"step": step, **trainer.step(step)}
+        metrics = {"step": step, **_unless_stopped(trainer, partial(trainer.step, step))}
         check_weights(trainer, step)
         # All ranks stop after the same step: by the clock of rank 0, or by a signal to any rank.
         ranks = trainer.world.gather((metrics["seconds"], signals.number))
@@ -56,6 +59,8 @@ def run_steps(
                 metrics |= evaluate_and_record(trainer, step)
             except EvaluationFailed as error:
                 failure = error
+            except StopRequested as request:
+                stop, last = request.number, False
         if main:
             trainer.recorder.write_metrics(metrics)
         interval = config.training.checkpoint_every
@@ -73,6 +78,50 @@ def run_steps(
             raise Interrupted(
                 f"{name}: step {step} is finished and saved. Resume with {trainer.resume_command}"
             )
+
+
+def _unless_stopped(trainer: Trainer, work: Callable[[], Metrics]) -> Metrics:
+    """The metrics of `work`, which changes no parameter if a signal stops it.
+
+    Raises:
+        Interrupted: a signal arrived. The run is saved as it was before `work`.
+    """
+    try:
+        check_stop(trainer.world)
+        return work()
+    except StopRequested as request:
+        trainer.optimizer.adamw.zero_grad(set_to_none=True)
+        saved = state.ensure_saved(trainer)
+        raise Interrupted(
+            f"{request}: stopped after step {trainer.steps_done}; {saved}. "
+            f"Resume with {trainer.resume_command}"
+        ) from None
+
+
+def _repeat_evaluation(trainer: Trainer) -> None:
+    """Repeat the evaluation of the last step, if a signal stopped it."""
+    step, config = trainer.steps_done, trainer.config
+    every = config.evaluation.every
+    lines = trainer.recorder.read_metrics()
+    line = lines[-1] if lines and lines[-1]["step"] == step else {}
+    due = bool(every) and (step % every == 0 or step == config.training.max_steps)
+    evaluated = any(name.startswith("eval/") for name in line)
+    if not trainer.world.gather(step > 0 and due and bool(line) and not evaluated)[0]:
+        return
+    line |= _unless_stopped(trainer, partial(evaluate_and_record, trainer, step))
+    if trainer.world.is_main:
+        trainer.recorder.replace_last(line)
+    trainer.save(line)
+
+
+def what_is_kept(trainer: Trainer) -> str:
+    """What remains of a run whose process ends at once."""
+    saved = checkpoint.checkpoints(trainer.out / "checkpoints")
+    if not saved:
+        return (
+            f"No checkpoint was written. Start the run again, with another --out than {trainer.out}"
+        )
+    return f"The last checkpoint is {saved[-1]}. Resume with {trainer.resume_command}"
 
 
 def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:

@@ -90,6 +90,11 @@ class Recorder:
         """All lines of metrics.jsonl, without damaged lines."""
         return read_metrics(self.folder)
 
+    def replace_last(self, line: Metrics) -> None:
+        """Replace the last line of metrics.jsonl by `line`."""
+        text = "".join(_json(m) + "\n" for m in [*self.read_metrics()[:-1], line])
+        write_atomically(self.folder / "metrics.jsonl", text)
+
     def metrics_text(self) -> str:
         """The lines of metrics.jsonl, for a checkpoint."""
         return "".join(_json(line) + "\n" for line in self.read_metrics())

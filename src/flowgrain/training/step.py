@@ -16,6 +16,7 @@ from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.policy_gradient import PolicyGradientLoss
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+from flowgrain.training.signals import check_stop
 
 
 def train_step(
@@ -28,6 +29,7 @@ def train_step(
 
     Raises:
         RunStopped: too many rewards failed. No parameter was updated.
+        StopRequested: a signal arrived. No parameter was updated.
     """
     begin = time.perf_counter()
     collector.timer.reset()
@@ -62,6 +64,8 @@ def update(
         finite_losses = []
         last = len(share.micro_batches) - 1
         for place, micro_batch in enumerate(share.micro_batches):
+            if number == 0:  # no parameter has changed
+                check_stop(batch.world)
             set_gradient_sync(policy.model, place == last)
             terms = losses.terms(number, place)
             loss = terms["loss"].sum() * micro_batch.counts / share.count

@@ -1,6 +1,7 @@
 """The trainer: a run with its policy, rewards, prompts and files."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -26,7 +27,7 @@ from flowgrain.training.load import (
     load_prompts,
     load_rewards,
 )
-from flowgrain.training.loop import run_steps
+from flowgrain.training.loop import run_steps, what_is_kept
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
@@ -119,11 +120,13 @@ class Trainer:
         Raises:
             SettingsError: another process trains in this directory, or it contains another run.
             RunStopped: the run cannot continue. It can be resumed from a checkpoint.
-            Interrupted: SIGINT or SIGTERM arrived. The current step is finished and saved.
+            Interrupted: SIGINT or SIGTERM arrived. The run is saved. A step without an update is
+                abandoned, otherwise it is finished.
         """
         try:
             self.world.on_main(lambda: state.begin(self))
-            with self._stop.listen():
+            kept = partial(what_is_kept, self) if self.world.is_main else None
+            with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
             self.export()
         except OSError as error:
