@@ -18,11 +18,18 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
     """Error messages, one for each wrong setting of `values`."""
     messages: dict[str, str] = {}
     for detail in error.errors():
-        message = _explain(detail, values)
+        message = _shortened(_explain(detail, values))
         # pydantic reports every alternative of a union. The first message of a path is enough.
         messages.setdefault(message.partition("=")[0].partition(":")[0], message)
     nested = [path for path in messages if any(other.startswith(f"{path}.") for other in messages)]
     yield from (message for path, message in messages.items() if path not in nested)
+
+
+def _shortened(message: str) -> str:
+    """`message` without its middle, if a value makes it too long to read."""
+    if len(message) <= _MAX_MESSAGE:
+        return message
+    return f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
 
 
 def setting_paths(method: type[Method] | None = None) -> Iterator[str]:
@@ -66,6 +73,8 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
     return f"{path}={value!r}: {message}. {_description(path, method)}".rstrip()
 
 
+_MAX_MESSAGE = 1200
+"""Number of characters of an error message."""
 _UNION_TAGS = ("int", "float", "str", "tuple", "list", "none")
 """Names that pydantic appends to a path for an alternative of a union."""
 

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import field_serializer, field_validator, model_validator
 from torch import Tensor
 
+from flowgrain.config.noise import check_noise
 from flowgrain.config.sections import (
     DataConfig,
     EvaluationConfig,
@@ -29,7 +30,10 @@ class Config(Section):
     """All settings of a run. Create it with `load_config`."""
 
     name: str = Setting(
-        "run", "Name of the run. Its directory is runs/NAME.", pattern=r"^\w[\w.+-]*$"
+        "run",
+        "Name of the run. Its directory is runs/NAME.",
+        pattern=r"^\w[\w.+-]*$",
+        max_length=100,
     )
     method: Method = Setting(..., "Training method and its options.")
     model: ModelConfig = Setting(ModelConfig(), "Backbone.")
@@ -167,6 +171,7 @@ class Config(Section):
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
         self._check_grid()
+        check_noise(self.method, self.sigmas(), self.sampling)
         try:
             _ = self.learning_rate
         except ValueError as error:

@@ -52,6 +52,30 @@ def cost(tree: Tree, num_rewards: int = 1) -> Cost:
     )
 
 
+def count_updates(tree: Tree, updates: int | str, prompts: int) -> tuple[int, int]:
+    """The result of `split_updates` in numbers, without the tree of all prompts.
+
+    Args:
+        tree: tree of one prompt.
+        updates: see `split_updates`.
+        prompts: number of prompts.
+
+    Returns:
+        The number of updates, and the number of rows in all updates but the first.
+    """
+    indices = tree.grid_index[tree.trained_parents]
+    rows = len(indices) * prompts
+    if not rows:
+        return 0, 0
+    if updates == "per_step":
+        distinct, counts = np.unique(indices, return_counts=True)
+        return len(distinct), rows - int(counts[0]) * prompts
+    number = int(updates)
+    if number > prompts:
+        return min(number, rows), rows - -(-rows // number)
+    return number, (prompts - -(-prompts // number)) * len(indices)
+
+
 def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
     """Divide the trained parents of `tree` among the optimizer updates of a rollout.
 
