@@ -12,6 +12,10 @@ class SettingsError(ValueError):
     """A setting cannot be used. The message names the setting, its value and the fix."""
 
 
+class SettingsWarning(UserWarning):
+    """A setting is valid, but has no effect or an effect that surprises."""
+
+
 class Section(BaseModel):
     """Base class of a group of settings: immutable, strictly typed, without unknown keys."""
 

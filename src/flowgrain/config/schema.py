@@ -17,6 +17,7 @@ from flowgrain.config.sections import (
     SamplingConfig,
     TrainingConfig,
 )
+from flowgrain.config.warnings import warnings_of
 from flowgrain.core.schedule import TailSchedule
 from flowgrain.core.sde import Shift, sigma_grid
 from flowgrain.core.tree import Tree, tail_length
@@ -124,12 +125,16 @@ class Config(Section):
 
     @property
     def reward_batch_sizes(self) -> dict[str, int]:
-        """Images in one call of every trained or evaluated reward, by name."""
+        """Images in one call of every reward, by name."""
         return {r.name: r.batch_size for r in (*self.evaluation.rewards, *self.rewards)}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested values of plain types, as in a YAML file."""
         return self.model_dump(mode="json")
+
+    def warnings(self) -> list[str]:
+        """See `warnings_of`."""
+        return list(warnings_of(self))
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
         """A validated copy with `changes` by full path, such as {"method.group_size": 4}.

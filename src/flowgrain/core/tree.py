@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 CoarseGrid = Literal["stride", "exact"]
 
 ROOT = -1
-MAX_ROWS = 100_000
+MAX_ROWS = 50_000
 """Largest number of rows of one prompt. The published methods have up to about 3,000."""
 
 
