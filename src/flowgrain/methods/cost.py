@@ -19,10 +19,9 @@ def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> T
     try:
         method.plan(planner, step, seed)
     except TreeTooLarge as error:
-        raise SettingsError(
-            f"method.group_size={method.group_size}: {error} with sampling.num_steps={num_steps}. "
-            "Use smaller values."
-        ) from None
+        group, steps = f"method.group_size={method.group_size}", f"sampling.num_steps={num_steps}"
+        first, second = (steps, group) if num_steps > method.group_size else (group, steps)
+        raise SettingsError(f"{first}: {error} with {second}. Use smaller values.") from None
     return planner.tree()
 
 
