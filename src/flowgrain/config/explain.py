@@ -32,6 +32,14 @@ def _shortened(message: str) -> str:
     return f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
 
 
+def _shown(value: Any) -> str:
+    """`value` as Python writes it."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integers with more than 4,300 digits
+        return "a very large number"
+
+
 def setting_paths(method: type[Method] | None = None) -> Iterator[str]:
     """Full paths of all settings, including the options of `method`."""
     yield from _paths(Config, "")
@@ -60,6 +68,9 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
     while loc and loc[-1] in _UNION_TAGS:
         loc = loc[:-1]
     path = ".".join(map(str, loc))
+    if detail["type"] == "missing" and isinstance(loc[-1], int):  # of a list of fixed length
+        path = ".".join(map(str, loc[:-1]))
+        return f"{path}={value!r}: has too few values. {_description(path, method)}"
     message = _message(detail, path)
     if not path:
         return f"{message}."
@@ -70,7 +81,7 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
                 f"model.name={model}: there is no such backbone. {did_you_mean(model, BACKBONES)}"
             )
         return f"{path}: {_missing(path, method, values)}".rstrip()
-    return f"{path}={value!r}: {message}. {_description(path, method)}".rstrip()
+    return f"{path}={_shown(value)}: {message}. {_description(path, method)}".rstrip()
 
 
 _MAX_MESSAGE = 1200

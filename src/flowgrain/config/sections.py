@@ -216,11 +216,13 @@ class DataConfig(Section):
         "File with training prompts: .txt, .json, .jsonl, .csv or .parquet. "
         "Default: the model's bundled prompts.",
         keep=True,
+        max_length=4096,
     )
     eval_prompts: str | None = Setting(
         None,
         "File with evaluation prompts. Default: the model's bundled prompts, or the last tenth of "
         "data.prompts, which is then not used for training.",
+        max_length=4096,
     )
 
 

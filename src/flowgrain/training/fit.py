@@ -4,8 +4,9 @@ The sizes are computed from the settings. Nothing is allocated.
 """
 
 import importlib
-import os
 import shutil
+import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,14 @@ def check_libraries(config: Config) -> None:
             ) from error
     cache = config.model.embedding_cache
     if cache and config.model.name != "shapes":
-        parent = existing_parent(Path(cache).expanduser())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        try:
+            with tempfile.TemporaryFile(dir=existing_parent(Path(cache).expanduser())):
+                pass
+        except (OSError, RuntimeError) as error:
             raise SettingsError(
-                f"model.embedding_cache={cache}: {parent} is not a directory that can be written. "
+                f"model.embedding_cache={cache}: cannot be written ({error}). "
                 "Set another directory."
-            )
+            ) from error
 
 
 def warn(config: Config) -> None:
@@ -127,8 +130,13 @@ def check_disk(config: Config, size: ModelSize, folder: Path) -> None:
 
 
 def machine_memory() -> float:
-    """Bytes of memory of this machine, or of this container."""
+    """Bytes of memory of this machine, or of this container or process if they are limited."""
     total = float(psutil.virtual_memory().total)
+    if sys.platform != "win32":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        total = total if limit == resource.RLIM_INFINITY else min(total, float(limit))
     try:
         return min(total, float(_CGROUP.read_text(encoding="ascii")))
     except (OSError, ValueError):  # no container, or "max"
@@ -213,7 +221,8 @@ def _refuse(needs: list[Need], available: float, sentence: str) -> None:
     if total <= available:
         return
     largest = max(needs, key=lambda need: need.size)
-    share = (available - (total - largest.size)) / largest.size
+    scaled = sum(need.size for need in needs if need.setting == largest.setting)
+    share = (available - (total - scaled)) / scaled
     limit = int(int(str(largest.value)) * share) if largest.scales else 0
     fix = f"Use at most about {limit:,}" if limit > 0 else "Use a smaller value"
     if not largest.scales:
