@@ -29,14 +29,9 @@ WRONG = st.sampled_from([None, True, "", "x" * 300, "auto", [], [[]], {}, {"a": 
 def limits(metadata):
     """The numbers at which a constraint begins."""
     for constraint in metadata:
-        for kind in (
-            annotated_types.Ge,
-            annotated_types.Gt,
-            annotated_types.Le,
-            annotated_types.Lt,
-        ):
-            if isinstance(constraint, kind):
-                yield getattr(constraint, kind.__name__.lower())
+        for kind in ("Ge", "Gt", "Le", "Lt"):
+            if isinstance(constraint, getattr(annotated_types, kind)):
+                yield getattr(constraint, kind.lower())
 
 
 def values_of(annotation: Any, metadata=()) -> st.SearchStrategy:
@@ -129,7 +124,7 @@ def test_what_the_schema_accepts_plans_or_is_refused(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, **PROFILE)
+@settings(max_examples=3000, **PROFILE)
 @given(configurations())
 def test_what_the_schema_accepts_plans_or_is_refused_for_long(case):
     check(case)
@@ -137,8 +132,6 @@ def test_what_the_schema_accepts_plans_or_is_refused_for_long(case):
 
 def test_the_fuzzing_reaches_every_field():
     fields = dict(fields_of(Config))
-    assert {"sampling.shift", "optimizer.betas", "runtime.seed", "training.max_steps"} <= set(
-        fields
-    )
+    assert {"sampling.shift", "optimizer.betas", "runtime.seed", "lora.rank"} <= set(fields)
     assert "calibration.rounds" in dict(fields_of(METHODS.get("densegrpo")))
-    assert values_of(int, fields["runtime.threads"].metadata).example() is not None
+    assert list(limits(fields["runtime.threads"].metadata)) == [0, 1024]
