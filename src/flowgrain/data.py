@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowgrain.core.rollout import Noise
 from flowgrain.core.tree import Ints
-from flowgrain.settings import SettingsError, nearest
+from flowgrain.settings import SettingsError, nearest, printable
 
 TEXT_FIELDS = ("prompt", "text", "caption", "prompt_en")
 """Column names that may hold the text of a prompt. The first name that a file has is used."""
@@ -47,8 +47,9 @@ def existing_file(setting: str, value: str) -> Path:
         SettingsError: there is no such file. The message contains `setting` and the file with the
             nearest name.
     """
+    path, value = Path(value), printable(value)
     try:
-        path = Path(value).expanduser()
+        path = path.expanduser()
         if path.is_file():
             return path
         if path.is_dir():

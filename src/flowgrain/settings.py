@@ -81,6 +81,12 @@ StrTuple = Annotated[tuple[str, ...], Strict(False)]
 """Strings, written as a YAML list."""
 
 
+def printable(value: object) -> str:
+    """`value` as text in one line. Line breaks and control characters are escaped."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The entry of `known` with the spelling closest to `name`. None if no entry is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

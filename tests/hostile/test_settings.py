@@ -97,6 +97,7 @@ REFUSED = [
     # files
     *(f"data.prompts={n}" for n in ("/tmp", "nothing.txt", "/dev/null", "x" * 5000, "~nobody9/x")),
     *(f"data.eval_prompts={n}" for n in ("/tmp", "nothing.txt", "''")),
+    'data.prompts="two\\nlines"',
     "model.path=nothing",
     "model.name=nothing",
     "sampling=4",

@@ -7,6 +7,7 @@ from flowgrain.core.cost import count_updates
 from flowgrain.distributed.threads import available_cores
 from flowgrain.methods import ForwardProcess
 from flowgrain.models.base import ModelConfig
+from flowgrain.settings import printable
 
 if TYPE_CHECKING:
     from flowgrain.config.schema import Config
@@ -39,7 +40,7 @@ def warnings_of(config: "Config") -> Iterator[str]:
     for name in _IGNORED.get(config.model.name, ()):
         value = getattr(config.model, name)
         if value != ModelConfig.model_fields[name].default:
-            yield f"model.{name}={value}: has no effect with model.name={config.model.name}."
+            yield f"model.{name}={printable(value)}: has no effect with model.name={config.model.name}."
     threads, cores = config.runtime.threads, available_cores()
     if threads > cores:
         yield f"runtime.threads={threads}: more threads than the {cores} CPU cores are slower."
