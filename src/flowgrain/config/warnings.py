@@ -37,10 +37,11 @@ def warnings_of(config: "Config") -> Iterator[str]:
             )
     yield from _of_optimizer(config)
     yield from _of_updates(config)
-    for name in _IGNORED.get(config.model.name, ()):
-        value = getattr(config.model, name)
+    model = config.model
+    for name in _IGNORED.get(model.name, ()):
+        value = getattr(model, name)
         if value != ModelConfig.model_fields[name].default:
-            yield f"model.{name}={printable(value)}: has no effect with model.name={config.model.name}."
+            yield f"model.{name}={printable(value)}: has no effect with model.name={model.name}."
     threads, cores = config.runtime.threads, available_cores()
     if threads > cores:
         yield f"runtime.threads={threads}: more threads than the {cores} CPU cores are slower."

@@ -15,14 +15,15 @@ import psutil
 import torch
 
 from flowgrain.config.schema import Config
-from flowgrain.distributed import local_world_size
+from flowgrain.distributed import env_rank, local_world_size
 from flowgrain.methods import PolicyGradient
 from flowgrain.methods.calibration import calibration_tree
+from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError, SettingsWarning
 from flowgrain.shapes.render import SIZE
-from flowgrain.training.load import compute_dtype
+from flowgrain.training.load import check_prompt_files, compute_dtype
 from flowgrain.training.memory import checkpoint_bytes, memory
-from flowgrain.training.sizes import ModelSize
+from flowgrain.training.sizes import ModelSize, size_of_loaded
 
 _ROW_BYTES = 100
 """Bytes of a row of the tree of all prompts, with the copies that are made of it."""
@@ -50,12 +51,15 @@ class Need:
     scales: bool = True
 
 
-def check_libraries(config: Config) -> None:
-    """Check that the loggers are installed and that the embedding cache can be written.
+def check_start(config: Config) -> None:
+    """Check prompt files, loggers and the embedding cache, and issue the warnings about settings.
 
     Raises:
-        SettingsError: a library is missing, or the directory cannot be written.
+        SettingsError: a file or a library is missing, or the cache cannot be written.
     """
+    check_prompt_files(config)
+    for message in config.warnings() if env_rank()[0] == 0 else ():
+        warnings.warn(message, SettingsWarning, stacklevel=3)
     for logger in config.runtime.loggers:
         try:
             importlib.import_module(_LOGGERS[logger])
@@ -75,22 +79,13 @@ def check_libraries(config: Config) -> None:
             ) from error
 
 
-def warn(config: Config) -> None:
-    """Issue the warnings about settings by the module `warnings`."""
-    for message in config.warnings():
-        warnings.warn(message, SettingsWarning, stacklevel=3)
-
-
-def check_memory(
-    config: Config, size: ModelSize | None, device: torch.device, ranks: int = 1
-) -> None:
+def check_memory(config: Config, size: ModelSize | None, device: torch.device) -> None:
     """Check that the run fits into the memory of the device and of the machine.
 
     Args:
         config: configuration of the run.
         size: size of its model. None: not known yet, and nothing is checked.
         device: compute device.
-        ranks: number of ranks.
 
     Raises:
         SettingsError: it does not fit. The message names the setting, its value, the needed and the
@@ -98,6 +93,7 @@ def check_memory(
     """
     if size is None:
         return
+    ranks = env_rank()[1]
     on_device, on_host = _of_device(config, size, device, ranks), _of_host(config, size, ranks)
     if device.type == "cuda":
         available = float(torch.cuda.mem_get_info(device)[1])
@@ -106,6 +102,13 @@ def check_memory(
         on_host += on_device
     available = machine_memory() / local_world_size()
     _refuse(on_host, available, "of memory, but this machine has")
+
+
+def check_loaded(config: Config, backbone: Backbone, device: torch.device) -> ModelSize:
+    """The size of a loaded backbone, after `check_memory`."""
+    size = size_of_loaded(backbone, config.lora.target_modules)
+    check_memory(config, size, device)
+    return size
 
 
 def check_disk(config: Config, size: ModelSize, folder: Path) -> None:

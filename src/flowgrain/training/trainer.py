@@ -19,9 +19,8 @@ from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
 from flowgrain.training.export import export_policy
-from flowgrain.training.fit import check_disk, check_libraries, check_memory, warn
+from flowgrain.training.fit import check_disk, check_loaded, check_memory, check_start
 from flowgrain.training.load import (
-    check_prompt_files,
     compute_device,
     load_model,
     load_prompts,
@@ -34,7 +33,7 @@ from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.setup import names_of_given, with_given
 from flowgrain.training.signals import StopSignal
-from flowgrain.training.sizes import size_before_loading, size_of_loaded
+from flowgrain.training.sizes import size_before_loading
 from flowgrain.training.step import train_step
 from flowgrain.training.timer import StageTimer
 
@@ -73,23 +72,18 @@ class Trainer:
         backbone: Backbone | None = None,
     ) -> None:
         config = with_given(config, rewards, method)
-        check_prompt_files(config)
-        check_libraries(config)
+        check_start(config)
         set_threads(config.runtime.threads)
         self.device = compute_device(config.runtime.device)
         self.world = init_process_group(self.device)
         self.out = Path(out) if out is not None else Path("runs") / config.name
-        if self.world.is_main:
-            warn(config)
-        size = None if backbone else size_before_loading(config)
-        check_memory(config, size, self.device, self.world.size)
+        check_memory(config, None if backbone else size_before_loading(config), self.device)
         try:
             self.rewards, self.eval_rewards = load_rewards(config, rewards)
             self.backbone = check_backbone(backbone) if backbone else load_model(config)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        self.size = size or size_of_loaded(self.backbone, config.lora.target_modules)
-        check_memory(config, self.size, self.device, self.world.size)
+        self.size = check_loaded(config, self.backbone, self.device)
         self.config = config = config.resolved(self.backbone)  # run.yaml records the numbers
         self.method = config.method.model_copy(deep=True)  # state of this run only
         self.prompts = load_prompts(
