@@ -4,7 +4,7 @@ TORCH ?= torch
 BIN := .venv/bin
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo compare test unit lint types docs docs-serve faithfulness figures readme-images test-portable test-avx2 bench soak weights
+.PHONY: demo compare test unit test-slow lint types docs docs-serve faithfulness figures readme-images test-portable test-avx2 bench soak weights
 
 demo: .venv/ready  ## Train the bundled demo and write its report
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -16,6 +16,9 @@ test: lint types unit  ## Lint, types and all tests
 
 unit: .venv/ready
 	$(PYTEST)
+
+test-slow: .venv/ready  ## Tests that take minutes: hostile input in processes, long fuzzing
+	$(PYTEST) -m slow --timeout=900
 
 lint: .venv/ready
 	$(BIN)/ruff check .

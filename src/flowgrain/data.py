@@ -4,6 +4,7 @@ The prompts and the noise of a step are functions of the seed and the step numbe
 needs only its step number.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from flowgrain.core.rollout import Noise
 from flowgrain.core.tree import Ints
-from flowgrain.settings import SettingsError, nearest
+from flowgrain.settings import SettingsError, nearest, printable
 
 TEXT_FIELDS = ("prompt", "text", "caption", "prompt_en")
 """Column names that may hold the text of a prompt. The first name that a file has is used."""
@@ -46,10 +47,21 @@ def existing_file(setting: str, value: str) -> Path:
         SettingsError: there is no such file. The message contains `setting` and the file with the
             nearest name.
     """
-    path = Path(value).expanduser()
-    if path.is_file():
-        return path
-    siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    path, value = Path(value), printable(value)
+    try:
+        path = path.expanduser()
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise SettingsError(f"{setting}={value}: is a directory. Give the path of a text file.")
+        if path.exists():
+            raise SettingsError(f"{setting}={value}: not a regular file. Use a text file.")
+    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{setting}={value}: not the path of a file ({reason}).") from None
+    siblings: list[str] = []
+    with contextlib.suppress(OSError):  # a directory that cannot be listed
+        siblings = [p.name for p in path.parent.iterdir()]
     close = nearest(path.name, siblings)
     hint = f"Did you mean {path.parent / close}?" if close else "Give the path of a text file."
     raise SettingsError(f"{setting}={value}: there is no such file. {hint}")

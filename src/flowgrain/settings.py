@@ -12,6 +12,10 @@ class SettingsError(ValueError):
     """A setting cannot be used. The message names the setting, its value and the fix."""
 
 
+class SettingsWarning(UserWarning):
+    """A setting is valid, but has no effect or an effect that surprises."""
+
+
 class Section(BaseModel):
     """Base class of a group of settings: immutable, strictly typed, without unknown keys."""
 
@@ -75,6 +79,12 @@ IntTuple = Annotated[tuple[int, ...], Strict(False)]
 """Integers, written as a YAML list: [1, 2]."""
 StrTuple = Annotated[tuple[str, ...], Strict(False)]
 """Strings, written as a YAML list."""
+
+
+def printable(value: object) -> str:
+    """`value` as text in one line. Line breaks and control characters are escaped."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

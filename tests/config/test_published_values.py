@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from flowgrain import load_config
 from flowgrain.config.load import recipe_names
 from flowgrain.models.base import BACKBONES
-from flowgrain.planning.sizes import _PUBLISHED
+from flowgrain.training.sizes import _PUBLISHED
 
 TABLE = yaml.safe_load((Path(__file__).parent / "published_values.yaml").read_text())
 CHECKS = [(name, group) for name, groups in TABLE["recipes"].items() for group in groups]

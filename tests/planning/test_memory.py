@@ -6,8 +6,8 @@ import torch
 from flowgrain import Trainer
 from flowgrain.config import load_config
 from flowgrain.models.acceleration import QuantizedCopy
-from flowgrain.planning.memory import Layout, memory
-from flowgrain.planning.sizes import model_size
+from flowgrain.training.memory import Layout, memory
+from flowgrain.training.sizes import model_size
 
 FLUX = {"model.name": "flux", "method.kl_weight": 0.0}
 

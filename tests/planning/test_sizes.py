@@ -7,7 +7,7 @@ from toy import Toy
 from flowgrain import SettingsError
 from flowgrain.config import load_config
 from flowgrain.models import Dtypes, ModelConfig, load_backbone
-from flowgrain.planning.sizes import (
+from flowgrain.training.sizes import (
     embeds_guidance,
     forward_flops,
     model_size,

@@ -99,8 +99,8 @@ def test_batch_sizes_of_models_and_rewards_are_the_settings(tiny):
 
 @pytest.mark.parametrize("mix", ["advantage", "reward"])
 def test_weights_of_rewards_scale_their_part_of_the_total(tiny, mix):
-    """Weights 1 and 0 of two rewards give the advantages of the first alone."""
-    changes = {"method.reward_mix": mix, "rewards": ["red", {"name": "green", "weight": 0.0}]}
+    """Weights 1 and nearly 0 of two rewards give the advantages of the first alone."""
+    changes = {"method.reward_mix": mix, "rewards": ["red", {"name": "green", "weight": 1e-9}]}
     both = Trainer(tiny.with_changes(changes), backbone=Toy(), rewards={"red": red, "green": green})
     one = Trainer(
         tiny.with_changes({"method.reward_mix": mix}), backbone=Toy(), rewards={"red": red}

@@ -64,7 +64,7 @@ def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
 def config_from(
     words: list[str] | None, plugins: list[str] | None, preset: str | None = None
 ) -> "Config":
-    """The configuration of a command. The default source is the demo.
+    """The configuration of a command. The default source is the demo. Warnings are printed.
 
     Raises:
         SettingsError: the source does not exist, or a setting is wrong.
@@ -72,7 +72,17 @@ def config_from(
     from flowgrain.config.load import DEFAULT, load_config
 
     source, overrides = split_words(words)
-    return load_config(source or DEFAULT, overrides, preset=preset, plugins=plugins or ())
+    config = load_config(source or DEFAULT, overrides, preset=preset, plugins=plugins or ())
+    show_warnings(config)
+    return config
+
+
+def show_warnings(config: "Config") -> None:
+    """Print the warnings about settings to stderr, on the main rank."""
+    from flowgrain.distributed import env_rank
+
+    for warning in config.warnings() if env_rank()[0] == 0 else ():
+        note(f"warning: {warning}", style="yellow")
 
 
 def integers(option: str, text: str, least: int) -> list[int]:

@@ -1,10 +1,12 @@
 """The entry point: runs a command and turns errors into a message and an exit status."""
 
+import warnings
+
 # In the order of the help.
-from flowgrain.cli import train, plan, evaluate, compare, report, config, serve  # noqa: F401, I001
+from flowgrain.cli import compare, config, evaluate, plan, report, serve, train  # noqa: F401
 from flowgrain.cli.app import app, err
 from flowgrain.heap import retain_freed_memory
-from flowgrain.settings import SettingsError
+from flowgrain.settings import SettingsError, SettingsWarning
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit statuses: a setting cannot be used, a run failed, a run was interrupted."""
@@ -13,6 +15,8 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 def main() -> None:
     """Run the command line. An error of the user or of a run is one message without a traceback."""
     retain_freed_memory()
+    # `config_from` prints them, also for commands that only plan.
+    warnings.simplefilter("ignore", SettingsWarning)
     try:
         app()
     except SettingsError as error:

@@ -67,7 +67,8 @@ def _show_plan(run: "RunPlan", numbers: dict[str, Any]) -> None:
     from flowgrain.report.drawing import draw_tree
 
     config = run.config
-    out.print(draw_tree(run.tree, config))
+    if config.sampling.num_steps <= _DRAWN_STEPS and len(run.tree) <= _DRAWN_ROWS:
+        out.print(draw_tree(run.tree, config))
     title = f"cost of {config.method.name}"
     table = Table("per prompt", "", title=title, title_justify="left")
     for name, value in numbers.items():
@@ -91,6 +92,8 @@ def _kind(config: "Config") -> str:
     return f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full fine-tune"
 
 
+_DRAWN_STEPS, _DRAWN_ROWS = 100, 20_000
+"""Size of the largest tree that is drawn."""
 _LABELS = {
     "forward_passes": "sampling forward passes",
     "train_forward_passes": "forward passes with gradient",

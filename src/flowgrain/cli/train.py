@@ -14,7 +14,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from flowgrain.cli.app import Plugins, Preset, Words, app, config_from, err, note, say, split_words
+from flowgrain.cli.app import (
+    Plugins,
+    Preset,
+    Words,
+    app,
+    config_from,
+    err,
+    note,
+    say,
+    show_warnings,
+    split_words,
+)
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -84,7 +95,9 @@ def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) ->
             f"{folder}: this run was started from Python with custom {', '.join(given)}. "
             "Resume it from Python: Trainer(...).resume()."
         )
-    trainer = Trainer(read_run_config(folder, overrides, plugins or ()), folder)
+    config = read_run_config(folder, overrides, plugins or ())
+    show_warnings(config)
+    trainer = Trainer(config, folder)
     messages = trainer.resume()
     steps = trainer.config.training.max_steps
     if trainer.steps_done > steps:

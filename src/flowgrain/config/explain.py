@@ -18,11 +18,26 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
     """Error messages, one for each wrong setting of `values`."""
     messages: dict[str, str] = {}
     for detail in error.errors():
-        message = _explain(detail, values)
+        message = _shortened(_explain(detail, values))
         # pydantic reports every alternative of a union. The first message of a path is enough.
         messages.setdefault(message.partition("=")[0].partition(":")[0], message)
     nested = [path for path in messages if any(other.startswith(f"{path}.") for other in messages)]
     yield from (message for path, message in messages.items() if path not in nested)
+
+
+def _shortened(message: str) -> str:
+    """`message` without its middle, if a value makes it too long to read."""
+    if len(message) <= _MAX_MESSAGE:
+        return message
+    return f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+
+
+def _shown(value: Any) -> str:
+    """`value` as Python writes it."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integers with more than 4,300 digits
+        return "a very large number"
 
 
 def setting_paths(method: type[Method] | None = None) -> Iterator[str]:
@@ -53,6 +68,9 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
     while loc and loc[-1] in _UNION_TAGS:
         loc = loc[:-1]
     path = ".".join(map(str, loc))
+    if detail["type"] == "missing" and isinstance(loc[-1], int):  # of a list of fixed length
+        path = ".".join(map(str, loc[:-1]))
+        return f"{path}={value!r}: has too few values. {_description(path, method)}"
     message = _message(detail, path)
     if not path:
         return f"{message}."
@@ -63,9 +81,11 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
                 f"model.name={model}: there is no such backbone. {did_you_mean(model, BACKBONES)}"
             )
         return f"{path}: {_missing(path, method, values)}".rstrip()
-    return f"{path}={value!r}: {message}. {_description(path, method)}".rstrip()
+    return f"{path}={_shown(value)}: {message}. {_description(path, method)}".rstrip()
 
 
+_MAX_MESSAGE = 1200
+"""Number of characters of an error message."""
 _UNION_TAGS = ("int", "float", "str", "tuple", "list", "none")
 """Names that pydantic appends to a path for an alternative of a union."""
 

@@ -111,14 +111,22 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
         else:
             nested = OmegaConf.from_dotlist(list(overrides))
         return _container(nested)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError) as error:
+    except (
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        ValueError,
+        IndexError,
+        RecursionError,
+    ) as error:
         words = (
             overrides
             if not isinstance(overrides, Mapping)
             else [f"{k}={v}" for k, v in overrides.items()]
         )
+        text = " ".join(words)
         raise SettingsError(
-            f"{' '.join(words)}: not a YAML value ({_first_line(error)})."
+            f"{text if len(text) < 500 else f'{text[:500]}...'}: "
+            f"not a YAML value ({_first_line(error)[:500]})."
         ) from error
 
 
@@ -137,8 +145,18 @@ def merge(*layers: Mapping[str, Any]) -> Values:
                 "rewards=[hps,clip] or rewards=[{name: hps, weight: 0.5}]."
             )
         else:
-            message = "An override replaces a whole section by a value. Write section.key=VALUE."
+            message = _replaced_section(layers)
         raise SettingsError(message) from None
+
+
+def _replaced_section(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The error message for layers of which one replaces a section by another value."""
+    for name in layers[0]:
+        given = [layer[name] for layer in layers if name in layer]
+        other = [value for value in given if not isinstance(value, Mapping)]
+        if other and len(other) < len(given):
+            return f"{name}={other[-1]!r}: is a section. Write {name}.KEY=VALUE."
+    return "An override replaces a whole section by a value. Write section.key=VALUE."
 
 
 def read_source(source: str | Path) -> tuple[str, Values]:
@@ -207,6 +225,7 @@ def read_yaml(file: Path | Traversable) -> Values:
         OSError,
         AttributeError,
         ValueError,
+        RecursionError,
     ) as error:
         raise SettingsError(f"{file}: not readable as YAML: {_first_line(error)}.") from error
     if not all(isinstance(key, str) for key in values):

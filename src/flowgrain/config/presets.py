@@ -47,7 +47,9 @@ def apply_preset(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _published_rate(method: Any) -> float | None:
     """The published learning rate of a LoRA, if there is one."""
     name = method.get("name") if isinstance(method, Mapping) else None
-    return METHODS.get(str(name)).learning_rates.lora if name in METHODS else None
+    if not isinstance(name, str) or name not in METHODS:
+        return None
+    return METHODS.get(name).learning_rates.lora
 
 
 def _on_cpu(reward: Any) -> Any:

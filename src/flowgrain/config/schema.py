@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import field_serializer, field_validator, model_validator
 from torch import Tensor
 
+from flowgrain.config.noise import check_noise
 from flowgrain.config.sections import (
     DataConfig,
     EvaluationConfig,
@@ -16,6 +17,7 @@ from flowgrain.config.sections import (
     SamplingConfig,
     TrainingConfig,
 )
+from flowgrain.config.warnings import warnings_of
 from flowgrain.core.schedule import TailSchedule
 from flowgrain.core.sde import Shift, sigma_grid
 from flowgrain.core.tree import Tree, tail_length
@@ -29,7 +31,10 @@ class Config(Section):
     """All settings of a run. Create it with `load_config`."""
 
     name: str = Setting(
-        "run", "Name of the run. Its directory is runs/NAME.", pattern=r"^\w[\w.+-]*$"
+        "run",
+        "Name of the run. Its directory is runs/NAME.",
+        pattern=r"^\w[\w.+-]*$",
+        max_length=100,
     )
     method: Method = Setting(..., "Training method and its options.")
     model: ModelConfig = Setting(ModelConfig(), "Backbone.")
@@ -125,12 +130,16 @@ class Config(Section):
 
     @property
     def reward_batch_sizes(self) -> dict[str, int]:
-        """Images in one call of every trained or evaluated reward, by name."""
+        """Images in one call of every reward, by name."""
         return {r.name: r.batch_size for r in (*self.evaluation.rewards, *self.rewards)}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested values of plain types, as in a YAML file."""
         return self.model_dump(mode="json")
+
+    def warnings(self) -> list[str]:
+        """See `warnings_of`."""
+        return list(warnings_of(self))
 
     def with_changes(self, changes: Mapping[str, Any]) -> "Config":
         """A validated copy with `changes` by full path, such as {"method.group_size": 4}.
@@ -173,6 +182,7 @@ class Config(Section):
             raise ValueError(f"method.{error}") from error
         self.lora.check()
         self.sampling.check()
+        check_noise(self.method, self.sigmas(), self.sampling)
         try:
             _ = self.learning_rate
         except ValueError as error:

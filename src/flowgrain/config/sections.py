@@ -10,6 +10,12 @@ from pydantic import Field, Strict
 from flowgrain.rewards.base import RewardConfig
 from flowgrain.settings import Section, Setting, StrTuple
 
+MAX_STEPS = 10_000_000
+"""Limit of settings that count training steps or updates."""
+MAX_PROMPTS = 1_000_000
+"""Limit of settings that count prompts or their images. `training.fit` checks the memory."""
+MAX_ROWS = 100_000
+"""Limit of settings that count rows of a batch."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rewards = Annotated[tuple[RewardConfig, ...], Strict(False)]
 
@@ -17,9 +23,11 @@ Rewards = Annotated[tuple[RewardConfig, ...], Strict(False)]
 class LoraConfig(Section):
     """Low-rank adapters (LoRA). Rank 0 is a full fine-tune."""
 
-    rank: int = Setting(0, "Rank of the adapters. 0: train all parameters.", keep=True, ge=0)
+    rank: int = Setting(
+        0, "Rank of the adapters. 0: train all parameters.", keep=True, ge=0, le=4096
+    )
     alpha: float | None = Setting(
-        None, "Scale of the adapters. Default: twice the rank.", keep=True, gt=0
+        None, "Scale of the adapters. Default: twice the rank.", keep=True, gt=0, le=1e5
     )
     target_modules: StrTuple | None = Setting(
         None,
@@ -61,7 +69,7 @@ class SamplingConfig(Section):
         "model's own pipeline (model).",
         keep=True,
     )
-    shift: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Setting(
+    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["auto"] | None = Setting(
         None,
         "Timestep shift of the noise grid. auto: the shift of the model's own pipeline. "
         "Default: 3, or the model's with sampling.grid=model.",
@@ -87,14 +95,16 @@ class SamplingConfig(Section):
         "Guidance scale during training: true CFG, or embedded guidance for FLUX.1. "
         "1 disables true CFG.",
         ge=0,
+        le=1000,
     )
-    batch_size: int = Setting(128, "Rows in one model call.", unit="rows", ge=1)
+    batch_size: int = Setting(128, "Rows in one model call.", unit="rows", ge=1, le=MAX_ROWS)
     prompts_per_chunk: int | None = Setting(
         None,
         "Prompts that are sampled together. The rewards of a chunk are computed while the next "
         "chunk is sampled. Default: all prompts.",
         unit="prompts",
         ge=1,
+        le=MAX_PROMPTS,
     )
     tail_cache: str = Setting(
         "none",
@@ -131,16 +141,17 @@ class OptimizerConfig(Section):
         "Learning rate. Default: the published rate of the method for a full fine-tune or a LoRA.",
         gt=0,
     )
-    weight_decay: float = Setting(1e-4, "Decoupled weight decay.", ge=0)
+    weight_decay: float = Setting(1e-4, "Decoupled weight decay.", ge=0, le=100)
     betas: Annotated[tuple[Beta, Beta], Strict(False)] = Setting(
         (0.9, 0.999), "Decay rates of the moment estimates."
     )
-    max_grad_norm: float = Setting(1.0, "Gradients are clipped to this norm.", gt=0)
+    max_grad_norm: float = Setting(1.0, "Gradients are clipped to this norm.", ge=1e-6, le=1e12)
     max_skipped_updates: int = Setting(
         3,
         "Stop after this many updates in a row with a non-finite loss or gradient.",
         unit="updates",
         ge=1,
+        le=MAX_STEPS,
     )
 
 
@@ -148,22 +159,28 @@ class TrainingConfig(Section):
     """Length of the run, batch sizes, EMA and checkpoints."""
 
     max_steps: int = Setting(
-        100, "Training steps. A step is one rollout and its updates.", unit="steps", ge=1
+        100,
+        "Training steps. A step is one rollout and its updates.",
+        unit="steps",
+        ge=1,
+        le=MAX_STEPS,
     )
     max_seconds: float | None = Setting(
         None,
         "Stop after the step in which the training time exceeds this limit. Default: no limit.",
         unit="seconds",
         gt=0,
+        le=1e9,
     )
     prompts_per_step: int = Setting(
-        24, "Prompts per training step, over all ranks.", unit="prompts", ge=1
+        24, "Prompts per training step, over all ranks.", unit="prompts", ge=1, le=MAX_PROMPTS
     )
     micro_batch_size: int | None = Setting(
         None,
         "Rows in one forward pass with gradient. Default: sampling.batch_size.",
         unit="rows",
         ge=1,
+        le=MAX_ROWS,
     )
     ema_decay: float = Setting(
         0.0,
@@ -171,7 +188,9 @@ class TrainingConfig(Section):
         ge=0,
         lt=1,
     )
-    ema_every: int = Setting(1, "Optimizer updates between two EMA updates.", unit="updates", ge=1)
+    ema_every: int = Setting(
+        1, "Optimizer updates between two EMA updates.", unit="updates", ge=1, le=MAX_STEPS
+    )
     max_failed_rewards: float = Setting(
         0.2,
         "Stop if more than this share of the images of a step or evaluation have no score.",
@@ -179,26 +198,34 @@ class TrainingConfig(Section):
         le=1,
     )
     checkpoint_every: int = Setting(
-        10, "Steps between checkpoints. 0: only the last step.", unit="steps", ge=0
+        10,
+        "Steps between checkpoints. 0: only the last step.",
+        unit="steps",
+        ge=0,
+        le=MAX_STEPS,
     )
     keep_checkpoints: int = Setting(
         2,
         "Latest checkpoints to keep, in addition to the best checkpoint.",
         unit="checkpoints",
         ge=1,
+        le=MAX_STEPS,
     )
 
 
 class EvaluationConfig(Section):
     """Evaluation on held-out prompts."""
 
-    every: int = Setting(0, "Steps between evaluations. 0: never.", unit="steps", ge=0)
-    num_steps: int = Setting(16, "ODE steps of an evaluation image.", unit="steps", ge=1)
+    every: int = Setting(
+        0, "Steps between evaluations. 0: never.", unit="steps", ge=0, le=MAX_STEPS
+    )
+    num_steps: int = Setting(16, "ODE steps of an evaluation image.", unit="steps", ge=1, le=1000)
     num_prompts: int = Setting(
         256,
         "Images per evaluation. If there are fewer prompts, they are repeated with other noise.",
         unit="images",
         ge=1,
+        le=MAX_PROMPTS,
     )
     split: Literal["held-out", "validation"] = Setting(
         "held-out",
@@ -206,7 +233,7 @@ class EvaluationConfig(Section):
         "results on held-out.",
     )
     guidance_scale: float | None = Setting(
-        None, "Guidance scale of evaluation. Default: sampling.guidance_scale.", ge=0
+        None, "Guidance scale of evaluation. Default: sampling.guidance_scale.", ge=0, le=1000
     )
     rewards: Rewards = Setting(
         (), "Additional rewards to evaluate. The trained rewards are always evaluated."
@@ -221,18 +248,20 @@ class DataConfig(Section):
         "File with training prompts: .txt, .json, .jsonl, .csv or .parquet. "
         "Default: the model's bundled prompts.",
         keep=True,
+        max_length=4096,
     )
     eval_prompts: str | None = Setting(
         None,
         "File with evaluation prompts. Default: the model's bundled prompts, or the last tenth of "
         "data.prompts, which is then not used for training.",
+        max_length=4096,
     )
 
 
 class RuntimeConfig(Section):
     """Seed, device and process settings."""
 
-    seed: int = Setting(0, "Seed of all randomness.", keep=True, ge=0)
+    seed: int = Setting(0, "Seed of all randomness.", keep=True, ge=0, le=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = Setting(
         "auto", "Compute device. auto: cuda if available."
     )
@@ -247,6 +276,7 @@ class RuntimeConfig(Section):
         "the cores.",
         unit="threads",
         ge=0,
+        le=1024,
     )
     compile: Literal["inductor", "aot_eager"] | None = Setting(
         None,

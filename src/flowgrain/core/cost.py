@@ -52,6 +52,35 @@ def cost(tree: Tree, num_rewards: int = 1) -> Cost:
     )
 
 
+def count_updates(tree: Tree, updates: int | str, prompts: int) -> tuple[int, int]:
+    """The result of `split_updates` in numbers, without the tree of all prompts.
+
+    Args:
+        tree: tree of one prompt.
+        updates: see `split_updates`.
+        prompts: number of prompts.
+
+    Returns:
+        The number of updates, and the number of rows in all updates but the first.
+    """
+    indices = tree.grid_index[tree.trained_parents]
+    rows = len(indices) * prompts
+    if not rows:
+        return 0, 0
+    if updates == "per_step":
+        distinct, counts = np.unique(indices, return_counts=True)
+        return len(distinct), rows - int(counts[0]) * prompts
+    number, parents = int(updates), tree.trained_parents
+    samples = len(np.unique(_first_images(tree)[parents]))
+    if samples >= number:
+        first = int((_shares(_first_images(tree)[parents], number, 0) == 0).sum()) * prompts
+        return number, rows - first
+    # Parent j of prompt p is in update (j + p) mod number.
+    prompt = -np.arange(len(parents)) % number
+    first = int(np.maximum((prompts - 1 - prompt) // number + 1, 0).sum())
+    return min(number, len(parents) + prompts - 1), rows - first
+
+
 def split_updates(tree: Tree, updates: int | str) -> list[Ints]:
     """Divide the trained parents of `tree` among the optimizer updates of a rollout.
 

@@ -19,6 +19,12 @@ Ints = NDArray[np.int64]
 CoarseGrid = Literal["stride", "exact"]
 
 ROOT = -1
+MAX_ROWS = 50_000
+"""Largest number of rows of one prompt. The published methods have up to about 3,000."""
+
+
+class TreeTooLarge(ValueError):
+    """A plan has more than `MAX_ROWS` rows. The planner stops before they take memory."""
 
 
 def coarse_indices(
@@ -200,7 +206,7 @@ class Planner:
         self.num_steps = num_steps
         self._rows: list[_Row] = []
         self._ode_child: dict[_Row, int] = {}
-        self._images: list[tuple[int, int]] = []
+        self._images: dict[tuple[int, int], None] = {}  # in order, without repeats
         self._draws = 0
 
     def root(self) -> int:
@@ -282,8 +288,7 @@ class Planner:
         index = self._rows[node].grid_index
         if index != self.num_steps:
             raise ValueError(f"row {node} is at grid index {index}, not at sigma = 0: not an image")
-        if (node, channel) not in self._images:
-            self._images.append((node, channel))
+        self._images[node, channel] = None
 
     def tree(self) -> Tree:
         """The finished tree. Rows that lead to no image are left out.
@@ -302,7 +307,7 @@ class Planner:
         number = np.cumsum(needed) - 1
         columns = zip(*(self._rows[row] for row in kept), strict=True)
         parent, index, stochastic, trained, multistep, draw = (np.array(c) for c in columns)
-        image, channel = np.array(self._images, dtype=np.int64).T
+        image, channel = np.array(list(self._images), dtype=np.int64).T
         return Tree(
             num_steps=self.num_steps,
             num_prompts=1,
@@ -318,6 +323,8 @@ class Planner:
         )
 
     def _add(self, row: _Row) -> int:
+        if len(self._rows) == MAX_ROWS:
+            raise TreeTooLarge(f"the tree of one prompt has more than {MAX_ROWS:,} rows")
         self._rows.append(row)
         return len(self._rows) - 1
 

@@ -19,6 +19,10 @@ METHODS: Registry[type["Method"]] = Registry("method", "flowgrain.methods")
 M = TypeVar("M", bound=type["Method"])
 
 
+MAX_UPDATES = 10_000
+"""Limit of method.updates_per_rollout."""
+
+
 class LearningRates(NamedTuple):
     """Published learning rates of a method. None: not published."""
 
@@ -67,7 +71,11 @@ class Method(Section, ABC):
     """Published learning rates of a full fine-tune and of a LoRA."""
 
     group_size: int = Setting(
-        12, "Samples per prompt that are compared with each other (G).", unit="samples", ge=2
+        12,
+        "Samples per prompt that are compared with each other (G).",
+        unit="samples",
+        ge=2,
+        le=10_000,
     )
     updates_per_rollout: int | Literal["per_step"] = Setting(
         1,
@@ -75,7 +83,7 @@ class Method(Section, ABC):
         unit="updates",
     )
     kl_weight: float = Setting(
-        0.0, "Weight of the KL to the reference model (beta). 0: no KL.", ge=0
+        0.0, "Weight of the KL to the reference model (beta). 0: no KL.", ge=0, le=1000
     )
     tail_order: Literal[1, 2] = Setting(
         1, "Order of the ODE steps after the last stochastic step. 2 is DPM-Solver++(2M)."
@@ -96,8 +104,10 @@ class Method(Section, ABC):
         "whole batch (global).",
     )
     std_unbiased: bool = Setting(True, "Divide by n - 1 instead of n in the standard deviation.")
-    std_epsilon: float = Setting(1e-8, "Constant added to the standard deviation.", gt=0)
-    advantage_clip: float = Setting(5.0, "Advantages are clamped to this absolute value.", gt=0)
+    std_epsilon: float = Setting(1e-8, "Constant added to the standard deviation.", gt=0, le=100)
+    advantage_clip: float = Setting(
+        5.0, "Advantages are clamped to this absolute value.", gt=0, le=1e6
+    )
 
     @abstractmethod
     def plan(self, tree: Planner, step: int, seed: int) -> None:
@@ -186,4 +196,6 @@ class Method(Section, ABC):
     def _at_least_one_update(cls, value: int | str) -> int | str:
         if value != "per_step" and int(value) < 1:
             raise ValueError("must be at least 1, or per_step")
+        if value != "per_step" and int(value) > MAX_UPDATES:
+            raise ValueError(f"must be at most {MAX_UPDATES}, or per_step")
         return value

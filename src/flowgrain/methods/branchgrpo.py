@@ -37,7 +37,7 @@ class BranchGRPO(StepChoice, CompressedTail):
     split_steps: IntTuple = Setting(
         (0, 3, 6, 9), "Grid indices at which the tree splits.", unit="grid indices"
     )  # section 5
-    split_fan: int = Setting(2, "Children of a split.", unit="branches", ge=2)  # section 5
+    split_fan: int = Setting(2, "Children of a split.", unit="branches", ge=2, le=1000)  # section 5
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:
         steps = self.steps(tree.num_steps - 1)

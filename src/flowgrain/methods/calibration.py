@@ -14,9 +14,10 @@ from torch import Tensor
 from flowgrain.core.cost import Cost, cost
 from flowgrain.core.credit import gains
 from flowgrain.core.sde import CalibratedSDE, Kernel
-from flowgrain.core.tree import Planner, Tree
+from flowgrain.core.tree import Planner, Tree, TreeTooLarge
 from flowgrain.methods.base import Method
 from flowgrain.methods.policy_gradient import PolicyGradient
+from flowgrain.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,19 @@ def calibration_cost(method: Method, num_steps: int, num_rewards: int = 1) -> Co
 
 
 def calibration_tree(method: PolicyGradient, num_steps: int) -> Tree:
-    """The tree that a calibration round samples for one prompt."""
+    """The tree that a calibration round samples for one prompt.
+
+    Raises:
+        SettingsError: the tree has more than `core.tree.MAX_ROWS` rows.
+    """
     planner = Planner(num_steps)
-    method.calibration_plan(planner)
+    try:
+        method.calibration_plan(planner)
+    except TreeTooLarge as error:
+        raise SettingsError(
+            f"sampling.num_steps={num_steps}: in the calibration of psi, {error}. "
+            "Use a smaller value, or set method.psi."
+        ) from None
     return planner.tree()
 
 

@@ -2,16 +2,26 @@
 
 from dataclasses import replace
 
-from flowgrain.core.cost import Cost, cost, split_updates
-from flowgrain.core.tree import Planner, Tree
+from flowgrain.core.cost import Cost, cost, count_updates
+from flowgrain.core.tree import Planner, Tree, TreeTooLarge
 from flowgrain.methods.base import Method
 from flowgrain.methods.forward_process import ForwardProcess
+from flowgrain.settings import SettingsError
 
 
 def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> Tree:
-    """The tree of one prompt at training step `step` on a grid of `num_steps` steps."""
+    """The tree of one prompt at training step `step` on a grid of `num_steps` steps.
+
+    Raises:
+        SettingsError: the tree has more than `core.tree.MAX_ROWS` rows.
+    """
     planner = Planner(num_steps)
-    method.plan(planner, step, seed)
+    try:
+        method.plan(planner, step, seed)
+    except TreeTooLarge as error:
+        group, steps = f"method.group_size={method.group_size}", f"sampling.num_steps={num_steps}"
+        first, second = (steps, group) if num_steps > method.group_size else (group, steps)
+        raise SettingsError(f"{first}: {error} with {second}. Use smaller values.") from None
     return planner.tree()
 
 
@@ -19,7 +29,7 @@ def num_updates(method: Method, tree: Tree, prompts_per_step: int) -> int:
     """Optimizer updates of a rollout of `tree` for `prompts_per_step` prompts."""
     if isinstance(method, ForwardProcess):
         return min(int(method.updates_per_rollout), len(tree.leaves))
-    return len(split_updates(tree.repeat(prompts_per_step), method.updates_per_rollout))
+    return count_updates(tree, method.updates_per_rollout, prompts_per_step)[0]
 
 
 def price(
@@ -37,7 +47,7 @@ def price(
         gradient = old = float(len(tree.leaves) * method.num_levels(num_steps))
     else:
         gradient = float(counted.train_forward_passes)
-        later = split_updates(tree.repeat(prompts_per_step), method.updates_per_rollout)[1:]
-        old = sum(map(len, later)) / prompts_per_step
+        later = count_updates(tree, method.updates_per_rollout, prompts_per_step)[1]
+        old = later / prompts_per_step
     frozen = old + (gradient if method.kl_weight else 0)
     return replace(counted, train_forward_passes=int(gradient), frozen_forward_passes=frozen)

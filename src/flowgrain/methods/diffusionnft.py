@@ -42,19 +42,20 @@ class DiffusionNFT(ForwardProcess, CompressedTail):
         0.99, "Share of the grid's noise levels to train on, drawn for every image.", gt=0, le=1
     )  # published code
     beta: float = Setting(
-        1.0, "Scale of the difference between v+ or v- and the old velocity.", gt=0
+        1.0, "Scale of the difference between v+ or v- and the old velocity.", gt=0, le=1000
     )  # published code
     max_decay: float = Setting(
         0.5, "Largest share of its parameters that the old policy keeps per rollout.", ge=0, lt=1
     )  # published code, decay type 1
     decay_rate: float = Setting(
-        0.001, "Growth of the kept share per optimizer update, up to max_decay.", ge=0
+        0.001, "Growth of the kept share per optimizer update, up to max_decay.", ge=0, le=1
     )  # published code, decay type 1
     decay_start: int = Setting(
         0,
         "Optimizer updates after which the kept share starts to grow. Before, it is 0.",
         unit="updates",
         ge=0,
+        le=10_000_000,
     )  # published code, decay type 1; type 2 (OCR): 75
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:

@@ -23,6 +23,7 @@ def trajectory(
     Returns:
         The last row.
     """
+    stochastic, trained = set(stochastic), set(trained)
     for k in range(stop):
         node = (
             tree.sde(node, train=k in trained)[0] if k in stochastic else tree.ode(node, to=k + 1)

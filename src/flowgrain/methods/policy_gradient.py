@@ -25,19 +25,27 @@ from flowgrain.methods.plans import completed_trajectory
 from flowgrain.settings import Section, Setting
 
 SdeType = Literal["flow_sde", "dance_sde", "cps", "calibrated_sde"]
-FloatTuple = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)]
+FloatTuple = Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], Strict(False)]
 
 
 class Calibration(Section):
     """Calibration of the noise strengths psi of `calibrated_sde` (DenseGRPO section 4.2)."""
 
     rounds: int = Setting(
-        20, "Number of rounds. Each round changes every psi by `step`.", unit="rounds", ge=1
+        20,
+        "Number of rounds. Each round changes every psi by `step`.",
+        unit="rounds",
+        ge=1,
+        le=10_000,
     )
     samples: int = Setting(
-        64, "Trajectories per round, each with its own prompt (N).", unit="samples", ge=2
+        64,
+        "Trajectories per round, each with its own prompt (N).",
+        unit="samples",
+        ge=2,
+        le=1_000_000,
     )
-    step: float = Setting(0.01, "Change of psi per round.", gt=0)
+    step: float = Setting(0.01, "Change of psi per round.", gt=0, le=1)
     balance: float = Setting(
         0.25, "A step is balanced if |gains - losses| / N is below this value.", gt=0, le=1
     )
@@ -47,7 +55,7 @@ class PolicyGradient(Method):
     """A method that trains stochastic steps by the ratio of their transition probabilities."""
 
     sde_type: SdeType = Setting("flow_sde", "Transition kernel of the stochastic steps.", keep=True)
-    eta: float = Setting(0.7, "Noise strength of the stochastic steps.", gt=0)
+    eta: float = Setting(0.7, "Noise strength of the stochastic steps.", gt=0, le=100)
     cps_log_prob: Literal["gaussian", "squared_error"] = Setting(
         "gaussian",
         "Log-probability of cps: of the Gaussian, or the negative squared error of the published "
@@ -60,7 +68,7 @@ class PolicyGradient(Method):
         keep=True,
     )
     calibration: Calibration = Setting(Calibration(), "Calibration of psi for calibrated_sde.")
-    clip_range: float = Setting(1e-4, "PPO clip range of the ratio.", gt=0)
+    clip_range: float = Setting(1e-4, "PPO clip range of the ratio.", gt=0, le=1000)
     kl_form: KLForm = Setting(
         "gaussian",
         "Exact Gaussian KL (gaussian), or the form of Flow-GRPO's published code (published).",
@@ -75,6 +83,7 @@ class PolicyGradient(Method):
         "Samples per comparison group to train on: half of them the best, half the worst. 0: all.",
         unit="samples",
         ge=0,
+        le=10_000,
     )
     _psi: tuple[float, ...] | None = PrivateAttr(None)
 

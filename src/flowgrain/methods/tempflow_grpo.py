@@ -33,6 +33,7 @@ class TempFlowGRPO(FlowGRPODefaults, CompressedTail):
         "ODE trajectories per prompt, each from its own noise.",
         unit="trajectories",
         ge=1,
+        le=10_000,
     )  # published code
     comparison: ComparisonGroup = "parent"  # published code: the branches of one trajectory
     std_scope: Scope = "group"  # std_g in the paper's advantage

@@ -3,6 +3,8 @@
 The window is a function of the options, the training step and the seed.
 """
 
+import bisect
+import itertools
 import math
 from typing import Literal
 
@@ -17,12 +19,18 @@ WindowSchedule = Literal["progressive", "random", "decay", "exp_decay", "frozen"
 class WindowChoice(PolicyGradient):
     """Options of methods that make the steps of a sliding window stochastic."""
 
-    window_size: int = Setting(4, "Stochastic steps in the window (w).", unit="grid steps", ge=1)
+    window_size: int = Setting(
+        4, "Stochastic steps in the window (w).", unit="grid steps", ge=1, le=1000
+    )
     window_stride: int = Setting(
-        1, "Grid steps by which the window moves.", unit="grid steps", ge=1
+        1, "Grid steps by which the window moves.", unit="grid steps", ge=1, le=1000
     )
     window_interval: int = Setting(
-        25, "Training steps between two moves (tau).", unit="training steps", ge=1
+        25,
+        "Training steps between two moves (tau).",
+        unit="training steps",
+        ge=1,
+        le=10_000_000,
     )
     window_schedule: WindowSchedule = Setting(
         "progressive", "How the window moves. frozen: it stays at the start of the grid."
@@ -49,12 +57,13 @@ class WindowChoice(PolicyGradient):
         if self.window_schedule == "random":
             left = int(np.random.default_rng([seed, step]).integers(0, last + 1))
         else:
-            left, until = 0, self._duration(num_steps, 0)
-            while max(step, 1) > until and not (left == last and self.window_end == "stay"):
-                left += self.window_stride
-                if left > last:
-                    left = last if self.window_end == "stay" else 0
-                until += self._duration(num_steps, left)
+            lefts = list(range(0, last + 1, self.window_stride))
+            if self.window_end == "stay" and lefts[-1] != last:
+                lefts.append(last)
+            ends = list(itertools.accumulate(self._duration(num_steps, left) for left in lefts))
+            done = max(step, 1) - 1  # training steps before this step
+            done = min(done, ends[-1] - 1) if self.window_end == "stay" else done % ends[-1]
+            left = lefts[bisect.bisect_right(ends, done)]
         return range(left, left + self.window_size)
 
     def _room(self, num_steps: int) -> int:

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
-from flowgrain.methods import ForwardProcess
 from flowgrain.methods.calibration import calibration_cost
-from flowgrain.planning.memory import memory
 from flowgrain.planning.plan import prompt_cost
-from flowgrain.planning.sizes import ModelSize, model_size, size_of_loaded
 from flowgrain.planning.trials import (
     Trial,
     decode_noise,
@@ -33,7 +30,10 @@ from flowgrain.planning.trials import (
     tail_quality,
 )
 from flowgrain.training import Trainer
+from flowgrain.training.fit import existing_parent, in_bytes
 from flowgrain.training.load import compute_device, compute_dtype, load_model
+from flowgrain.training.memory import checkpoint_bytes, memory
+from flowgrain.training.sizes import ModelSize, model_size, size_of_loaded
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
@@ -156,8 +156,8 @@ def check_memory(
     needed = memory(config, size, compute_dtype(config.runtime.dtype, device))
     on_gpu = device.type == "cuda"
     available = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
-    parts = ", ".join(f"{name} {_bytes(part)}" for name, part in needed.parts.items())
-    message = f"{_bytes(needed.total)} of {_bytes(available)}, without activations: {parts}."
+    parts = ", ".join(f"{name} {in_bytes(part)}" for name, part in needed.parts.items())
+    message = f"{in_bytes(needed.total)} of {in_bytes(available)}, without activations: {parts}."
     if needed.fits(available):
         return Finding("memory", True, message)
     skipped = "" if loaded else "The model was not loaded. "
@@ -175,17 +175,9 @@ def _less_memory(config: Config) -> str:
 
 def check_disk(config: Config, size: ModelSize, out: Path) -> Finding:
     """Whether the checkpoints of the run fit on the disk of `out`."""
-    adapter = config.lora.rank * size.adapter
-    trained = adapter if config.lora.rank else size.transformer
-    keeps_old = isinstance(config.method, ForwardProcess)
-    copies = 3 + bool(config.training.ema_decay) + keeps_old  # parameters and two moments
-    count = config.training.keep_checkpoints + 2  # the best, and one that is being written
-    needed = 4 * trained * copies * count
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    needed, folder = checkpoint_bytes(config, size), existing_parent(out)
     free = shutil.disk_usage(folder).free
-    message = f"{_bytes(needed)} for checkpoints, {_bytes(free)} free in {folder}."
+    message = f"{in_bytes(needed)} for checkpoints, {in_bytes(free)} free in {folder}."
     if needed < free:
         return Finding("disk", True, message)
     setting = f"training.keep_checkpoints={config.training.keep_checkpoints}"
@@ -240,8 +232,3 @@ def check_prompts(trainer: Trainer) -> Finding:
             "Remove them from data.prompts."
         )
     return Finding("prompts", not shared, " ".join(sentences))
-
-
-def _bytes(size: float) -> str:
-    """A number of bytes in MB or GB."""
-    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB"

@@ -13,11 +13,11 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.methods.cost import num_updates
-from flowgrain.planning.memory import GPUS_PER_MACHINE, Layout, Memory, memory
 from flowgrain.planning.plan import prompt_cost
-from flowgrain.planning.sizes import ModelSize, embeds_guidance, forward_flops, model_size
 from flowgrain.settings import SettingsError, did_you_mean
 from flowgrain.training.load import compute_dtype
+from flowgrain.training.memory import GPUS_PER_MACHINE, Layout, Memory, memory
+from flowgrain.training.sizes import ModelSize, embeds_guidance, forward_flops, model_size
 
 
 @dataclass(frozen=True)

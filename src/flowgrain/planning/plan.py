@@ -11,6 +11,9 @@ from flowgrain.core.tree import Tree
 from flowgrain.methods import price
 from flowgrain.methods.calibration import calibration_cost
 
+_COUNTED_ROWS = 100_000
+"""Rows of the trees that a plan counts. Counting them takes less than a second."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -52,11 +55,17 @@ class RunPlan:
 
     @cached_property
     def forward_passes_of_steps(self) -> list[int]:
-        """Sampling forward passes per prompt of every training step."""
-        steps = self.config.training.max_steps
+        """Sampling forward passes per prompt of the counted training steps.
+
+        All steps are counted up to `_COUNTED_ROWS` rows of their trees. Of a longer run, evenly
+        spaced steps are counted.
+        """
         if not self.config.method.plan_varies:
-            return [self.cost.forward_passes] * steps
-        return [len(self.config.tree(step).evaluated) for step in range(1, steps + 1)]
+            return [self.cost.forward_passes]
+        steps = self.config.training.max_steps
+        count = min(steps, max(1, _COUNTED_ROWS // len(self.tree)))
+        counted = (1 + number * steps // count for number in range(count))
+        return [len(self.config.tree(step).evaluated) for step in counted]
 
     @property
     def mean_forward_passes(self) -> float:
@@ -66,7 +75,9 @@ class RunPlan:
     @property
     def total_forward_passes(self) -> int:
         """Sampling forward passes of the whole run, without calibration."""
-        return sum(self.forward_passes_of_steps) * self.config.training.prompts_per_step
+        counted, training = self.forward_passes_of_steps, self.config.training
+        of_prompt = sum(counted) * training.max_steps / len(counted)
+        return round(of_prompt * training.prompts_per_step)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers by name, per prompt. Numbers that do not apply are left out."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from numpy.typing import ArrayLike
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, field_validator, model_validator
 from torch import Tensor
 
 from flowgrain.data import Prompt
@@ -100,6 +100,8 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
 )
 """Classes and functions of rewards by name. A class is called with the options of the reward."""
 
+MIN_WEIGHT = 1e-9
+"""Smallest absolute weight of a reward."""
 SHAPES_REWARDS = ("oracle", "towers", "preference")
 """The rewards of the bundled shapes model."""
 
@@ -143,13 +145,27 @@ class RewardConfig(Section):
         "Name of a registered reward, or package.module:attribute for a custom reward.",
         keep=True,
     )
-    weight: float = Setting(1.0, "Weight of this reward in the total reward.", keep=True)
-    batch_size: int = Setting(256, "Images in one call of the reward.", unit="images", ge=1)
+    weight: float = Setting(
+        1.0, "Weight of this reward in the total reward.", keep=True, ge=-1e6, le=1e6
+    )
+    batch_size: int = Setting(
+        256, "Images in one call of the reward.", unit="images", ge=1, le=100_000
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _mapping_from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("weight")
+    @classmethod
+    def _not_zero(cls, weight: float) -> float:
+        if abs(weight) < MIN_WEIGHT:
+            raise ValueError(
+                "the reward would have no effect on training. Remove it from rewards, or list it "
+                "in evaluation.rewards to only evaluate it"
+            )
+        return weight
 
     @property
     def options(self) -> dict[str, Any]:
@@ -206,8 +222,14 @@ def _find(name: str) -> Callable[..., Any]:
     """The class or function of the reward `name`."""
     if name in REWARDS:
         return REWARDS.get(name)
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    module, colon, attribute = name.partition(":")
+    parts = [*module.split("."), attribute]
+    if colon and not all(part.isidentifier() for part in parts):
+        raise SettingsError(
+            f"rewards[{name}]: not the name of a reward. "
+            "Write a custom reward as package.module:attribute."
+        )
+    if not colon:
         raise SettingsError(
             f"rewards[{name}]: there is no reward {name!r}. {did_you_mean(name, REWARDS)} "
             "Write a custom reward as package.module:attribute."

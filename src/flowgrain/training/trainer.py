@@ -20,8 +20,8 @@ from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
 from flowgrain.training.export import export_policy
+from flowgrain.training.fit import check_disk, check_loaded, check_memory, check_start
 from flowgrain.training.load import (
-    check_prompt_files,
     compute_device,
     load_model,
     load_prompts,
@@ -35,6 +35,7 @@ from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.run_lock import RunLock
 from flowgrain.training.setup import names_of_given, with_given
 from flowgrain.training.signals import StopSignal
+from flowgrain.training.sizes import size_before_loading
 from flowgrain.training.step import train_step
 from flowgrain.training.timer import StageTimer
 
@@ -73,16 +74,18 @@ class Trainer:
         backbone: Backbone | None = None,
     ) -> None:
         config = with_given(config, rewards, method)
-        check_prompt_files(config)
+        check_start(config)
         set_threads(config.runtime.threads)
         self.device = compute_device(config.runtime.device)
         self.world = init_process_group(self.device)
         self.out = Path(out) if out is not None else Path("runs") / config.name
+        check_memory(config, None if backbone else size_before_loading(config), self.device)
         try:
             self.rewards, self.eval_rewards = load_rewards(config, rewards)
             self.backbone = check_backbone(backbone) if backbone else load_model(config)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        self.size = check_loaded(config, self.backbone, self.device)
         self.config = config = config.resolved(self.backbone)  # run.yaml records the numbers
         self.method = config.method.model_copy(deep=True)  # state of this run only
         self.prompts = load_prompts(
@@ -124,6 +127,8 @@ class Trainer:
                 abandoned, otherwise it is finished.
         """
         try:
+            if self.world.is_main:
+                check_disk(self.config, self.size, self.out)
             self.world.on_main(lambda: state.begin(self))
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowgrain.config.schema import Config
 from flowgrain.models import BACKBONES, Backbone, ModelConfig
 from flowgrain.models.acceleration import QuantizedCopy
 from flowgrain.models.pipeline import JOINT_ATTENTION
@@ -117,6 +118,17 @@ def model_size(model: ModelConfig, lora_targets: tuple[str, ...] | None = None) 
     ]
     targets = lora_targets or _lora_targets(model.name)
     return _count(transformer, names, targets, vae, _latent_size(model, vae))
+
+
+def size_before_loading(config: Config) -> ModelSize | None:
+    """The size of the model of `config`, or None if its configuration files cannot be used.
+
+    `load_model` then reports what is wrong with them.
+    """
+    try:
+        return model_size(config.model, config.lora.target_modules)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):
+        return None
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""The memory of a run on each GPU, by part. `flowgrain doctor` and the forecast use it."""
+"""The memory of a run on each GPU, by part, and the size of its checkpoints."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.methods import ForwardProcess
-from flowgrain.planning.sizes import ModelSize
+from flowgrain.training.sizes import ModelSize
 
 GPUS_PER_MACHINE = 8
 """Assumed number of GPUs of a machine. Parameters are sharded within a machine."""
@@ -87,6 +87,18 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
         "latents": _latents(config, size, gpus),
     }
     return Memory({name: value for name, value in parts.items() if value})
+
+
+def checkpoint_bytes(config: Config, size: ModelSize) -> int:
+    """Bytes of all checkpoints that a run keeps on the disk at once."""
+    trained = config.lora.rank * size.adapter if config.lora.rank else size.transformer
+    keeps_old = isinstance(config.method, ForwardProcess)
+    copies = 3 + bool(config.training.ema_decay) + keeps_old  # parameters and two moments
+    training = config.training
+    written = training.max_steps // training.checkpoint_every if training.checkpoint_every else 0
+    # the best, and one that is being written
+    count = min(training.keep_checkpoints, written + 1) + 2
+    return 4 * trained * copies * count
 
 
 def _sampling_copy(size: ModelSize, dtype: torch.dtype, layout: Layout) -> float:

@@ -1,0 +1,78 @@
+"""Warnings about settings that are valid, but probably not what the user wants."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from flowgrain.core.cost import count_updates
+from flowgrain.distributed.threads import available_cores
+from flowgrain.methods import ForwardProcess
+from flowgrain.models.base import ModelConfig
+from flowgrain.settings import printable
+
+if TYPE_CHECKING:
+    from flowgrain.config.schema import Config
+
+_HIGH_LEARNING_RATE = 0.1
+_IGNORED = {
+    "shapes": (
+        *("revision", "height", "width", "t5", "embedding_cache", "vae_tiling"),
+        *("attention_backend", "max_prompt_tokens"),
+    ),
+    **dict.fromkeys(("flux", "flux2", "qwen_image", "zimage"), ("t5",)),
+}
+"""Settings of the section `model` that a built-in backbone does not use."""
+
+
+def warnings_of(config: "Config") -> Iterator[str]:
+    """One line for each setting of `config` that has no effect or an effect that surprises.
+
+    Raises:
+        SettingsError: the tree has too many rows.
+    """
+    for reward in config.rewards:
+        if reward.weight < 0:
+            yield (
+                f"rewards[{reward.name}].weight={reward.weight:g}: the weight is negative, so "
+                "training makes this reward smaller."
+            )
+    yield from _of_optimizer(config)
+    yield from _of_updates(config)
+    model = config.model
+    for name in _IGNORED.get(model.name, ()):
+        value = getattr(model, name)
+        if value != ModelConfig.model_fields[name].default:
+            yield f"model.{name}={printable(value)}: has no effect with model.name={model.name}."
+    threads, cores = config.runtime.threads, available_cores()
+    if threads > cores:
+        yield f"runtime.threads={threads}: more threads than the {cores} CPU cores are slower."
+
+
+def _of_optimizer(config: "Config") -> Iterator[str]:
+    rate, betas = config.learning_rate, list(config.optimizer.betas)
+    if rate > _HIGH_LEARNING_RATE:
+        yield (
+            f"optimizer.learning_rate={rate:g}: very high. The published rates are between 1e-6 "
+            "and 3e-4."
+        )
+    if not any(betas):
+        yield (
+            f"optimizer.betas={betas}: AdamW keeps no averages, so an update only uses the sign of "
+            "the gradient."
+        )
+
+
+def _of_updates(config: "Config") -> Iterator[str]:
+    """Check whether there is enough to divide among the updates of a rollout."""
+    method, prompts = config.method, config.training.prompts_per_step
+    wanted = method.updates_per_rollout
+    if wanted == "per_step":
+        return
+    if isinstance(method, ForwardProcess):
+        actual = min(int(wanted), prompts)
+    else:
+        actual = count_updates(config.tree(), wanted, prompts)[0]
+    if actual < int(wanted):
+        yield (
+            f"method.updates_per_rollout={wanted}: with training.prompts_per_step={prompts}, a "
+            f"rollout can only be divided into {actual} updates."
+        )

@@ -1,0 +1,236 @@
+"""Check before a run starts that this machine has what the run needs: memory, disk, libraries.
+
+The sizes are computed from the settings. Nothing is allocated.
+"""
+
+import importlib
+import shutil
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from flowgrain.config.schema import Config
+from flowgrain.distributed import env_rank, local_world_size
+from flowgrain.methods import PolicyGradient
+from flowgrain.methods.calibration import calibration_tree
+from flowgrain.models import Backbone
+from flowgrain.settings import SettingsError, SettingsWarning
+from flowgrain.shapes.render import SIZE
+from flowgrain.training.load import check_prompt_files, compute_dtype
+from flowgrain.training.memory import checkpoint_bytes, memory
+from flowgrain.training.sizes import ModelSize, size_of_loaded
+
+_ROW_BYTES = 100
+"""Bytes of a row of the tree of all prompts, with the copies that are made of it."""
+_LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+"""Memory limit of a container on Linux."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that are needed for one purpose, and the setting that determines them.
+
+    Attributes:
+        size: bytes.
+        purpose: what needs them.
+        setting: full path of the setting.
+        value: value of the setting.
+        scales: whether the bytes are proportional to the value.
+    """
+
+    size: float
+    purpose: str
+    setting: str
+    value: object
+    scales: bool = True
+
+
+def check_start(config: Config) -> None:
+    """Check prompt files, loggers and the embedding cache, and issue the warnings about settings.
+
+    Raises:
+        SettingsError: a file or a library is missing, or the cache cannot be written.
+    """
+    check_prompt_files(config)
+    for message in config.warnings() if env_rank()[0] == 0 else ():
+        warnings.warn(message, SettingsWarning, stacklevel=3)
+    for logger in config.runtime.loggers:
+        try:
+            importlib.import_module(_LOGGERS[logger])
+        except ImportError as error:
+            raise SettingsError(
+                f"runtime.loggers: {logger} is not installed ({error}). Run pip install {logger}."
+            ) from error
+    cache = config.model.embedding_cache
+    if cache and config.model.name != "shapes":
+        try:
+            with tempfile.TemporaryFile(dir=existing_parent(Path(cache).expanduser())):
+                pass
+        except (OSError, RuntimeError) as error:
+            raise SettingsError(
+                f"model.embedding_cache={cache}: cannot be written ({error}). "
+                "Set another directory."
+            ) from error
+
+
+def check_memory(config: Config, size: ModelSize | None, device: torch.device) -> None:
+    """Check that the run fits into the memory of the device and of the machine.
+
+    Args:
+        config: configuration of the run.
+        size: size of its model. None: not known yet, and nothing is checked.
+        device: compute device.
+
+    Raises:
+        SettingsError: it does not fit. The message names the setting, its value, the needed and the
+            available memory.
+    """
+    if size is None:
+        return
+    ranks = env_rank()[1]
+    on_device, on_host = _of_device(config, size, device, ranks), _of_host(config, size, ranks)
+    if device.type == "cuda":
+        available = float(torch.cuda.mem_get_info(device)[1])
+        _refuse(on_device, available, "of memory, but the GPU has")
+    else:
+        on_host += on_device
+    available = machine_memory() / local_world_size()
+    _refuse(on_host, available, "of memory, but this machine has")
+
+
+def check_loaded(config: Config, backbone: Backbone, device: torch.device) -> ModelSize:
+    """The size of a loaded backbone, after `check_memory`."""
+    size = size_of_loaded(backbone, config.lora.target_modules)
+    check_memory(config, size, device)
+    return size
+
+
+def check_disk(config: Config, size: ModelSize, folder: Path) -> None:
+    """Check that the checkpoints of the run fit on the disk of `folder`.
+
+    Raises:
+        SettingsError: they do not fit.
+    """
+    needed, place = checkpoint_bytes(config, size), existing_parent(folder)
+    if needed > shutil.disk_usage(place).free:
+        keep = config.training.keep_checkpoints
+        setting, value = (
+            ("lora.rank", config.lora.rank)
+            if config.lora.rank and keep <= 2
+            else ("training.keep_checkpoints", keep)
+        )
+        free = in_bytes(shutil.disk_usage(place).free)
+        raise SettingsError(
+            f"{setting}={value}: the checkpoints need {in_bytes(needed)}, but only {free} are free "
+            f"in {place}. Use a smaller value, or free some space."
+        )
+
+
+def machine_memory() -> float:
+    """Bytes of memory of this machine, or of this container or process if they are limited."""
+    total = float(psutil.virtual_memory().total)
+    if sys.platform != "win32":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        total = total if limit == resource.RLIM_INFINITY else min(total, float(limit))
+    try:
+        return min(total, float(_CGROUP.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no container, or "max"
+        return total
+
+
+def existing_parent(folder: Path) -> Path:
+    """`folder`, or the nearest directory above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes in MB, GB or TB."""
+    if size < 1e8:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.2f} GB" if size < 1e12 else f"{size / 1e12:.1f} TB"
+
+
+def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int) -> list[Need]:
+    """What a rank holds on its device."""
+    dtype = compute_dtype(config.runtime.dtype, device)
+    parts = dict(memory(config, size, dtype, ranks).parts)
+    latents = parts.pop("latents", 0.0)
+    model, rank = config.model, config.lora.rank
+    adapter = 4.0 * rank * size.adapter
+    if adapter > size.transformer:
+        parameters = Need(sum(parts.values()), "the adapters", "lora.rank", rank)
+    else:
+        parameters = Need(sum(parts.values()), "the parameters", "model.name", model.name, False)
+    return [parameters, _of_step(config, latents, "the latents of a step")]
+
+
+def _of_host(config: Config, size: ModelSize, ranks: int) -> list[Need]:
+    """What a rank holds in the memory of the machine: the tree, and images as float32."""
+    tree, training = config.tree(), config.training
+    model = config.model
+    height, width = (SIZE, SIZE) if model.name == "shapes" else (model.height, model.width)
+    image = 2 * 4.0 * 3 * height * width  # the parts, and all of them in one tensor
+    images = image * len(tree.leaves) * training.prompts_per_step / ranks
+    rows = float(_ROW_BYTES * len(tree) * training.prompts_per_step)
+    evaluated = config.evaluation.num_prompts
+    needs = [
+        _of_step(config, images + rows, "the images of a step"),
+        Need(
+            image * evaluated / ranks,
+            "the images of an evaluation",
+            "evaluation.num_prompts",
+            evaluated,
+        ),
+    ]
+    if isinstance(config.method, PolicyGradient) and config.method.needs_calibration:
+        of_round, samples = (
+            calibration_tree(config.method, config.sampling.num_steps),
+            config.method.calibration.samples,
+        )
+        per_sample = _ROW_BYTES * len(of_round) + image * len(of_round.leaves) / ranks
+        needs.append(
+            Need(
+                (per_sample + 4.0 * size.latent * len(of_round) / ranks) * samples,
+                "the images of a calibration round",
+                "method.calibration.samples",
+                samples,
+            )
+        )
+    return needs
+
+
+def _of_step(config: Config, size: float, purpose: str) -> Need:
+    """A need that grows with the prompts and the group. Names the one to make smaller."""
+    prompts, group = config.training.prompts_per_step, config.method.group_size
+    if prompts >= group:
+        return Need(size, purpose, "training.prompts_per_step", prompts)
+    return Need(size, purpose, "method.group_size", group)
+
+
+def _refuse(needs: list[Need], available: float, sentence: str) -> None:
+    """Raise an error about the largest need, if all needs are larger than `available` bytes."""
+    total = sum(need.size for need in needs)
+    if total <= available:
+        return
+    largest = max(needs, key=lambda need: need.size)
+    scaled = sum(need.size for need in needs if need.setting == largest.setting)
+    share = (available - (total - scaled)) / scaled
+    limit = int(int(str(largest.value)) * share) if largest.scales else 0
+    fix = f"Use at most about {limit:,}" if limit > 0 else "Use a smaller value"
+    if not largest.scales:
+        fix = "Use lora.rank=32, a smaller model, or more GPUs"
+    raise SettingsError(
+        f"{largest.setting}={largest.value}: {largest.purpose} need {in_bytes(largest.size)} "
+        f"{sentence} {in_bytes(available)}. {fix}."
+    )
