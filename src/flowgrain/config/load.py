@@ -29,6 +29,8 @@ _RECIPES = files("flowgrain.config").joinpath("recipes")
 _MODELS = files("flowgrain.config").joinpath("models")
 
 Values = dict[str, Any]
+_MAX_NODES = 100_000
+"""Values of a YAML file after its aliases are inserted."""
 
 
 def load_config(
@@ -199,7 +201,9 @@ def read_yaml(file: Path | Traversable) -> Values:
         SettingsError: the file is not YAML, or does not contain a mapping with text keys.
     """
     try:
-        values = _container(OmegaConf.create(file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        _reject_many_aliases(text)
+        values = _container(OmegaConf.create(text))
     except (
         OmegaConfBaseException,
         yaml.YAMLError,
@@ -207,6 +211,7 @@ def read_yaml(file: Path | Traversable) -> Values:
         OSError,
         AttributeError,
         ValueError,
+        RecursionError,
     ) as error:
         raise SettingsError(f"{file}: not readable as YAML: {_first_line(error)}.") from error
     if not all(isinstance(key, str) for key in values):
@@ -214,6 +219,29 @@ def read_yaml(file: Path | Traversable) -> Values:
             f"{file}: keys must be text. Write `section:` and below it `key: value`."
         )
     return values
+
+
+def _reject_many_aliases(text: str) -> None:
+    """Check that the aliases of a YAML text do not multiply its size.
+
+    Raises:
+        ValueError: the text has more than `_MAX_NODES` values after its aliases are inserted.
+    """
+    if "*" not in text or "&" not in text:
+        return
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MAX_NODES + 1  # a node that contains itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            inner = [n for part in parts for n in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and size(root) > _MAX_NODES:
+        raise ValueError(f"its aliases expand to more than {_MAX_NODES:,} values")
 
 
 def recipe_names() -> list[str]:

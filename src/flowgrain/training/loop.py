@@ -29,10 +29,10 @@ def run_steps(
         Interrupted: a signal arrived. The current step is finished and saved.
     """
     config, main = trainer.config, trainer.world.is_main
-    every, limit = config.evaluation.every, config.training.max_seconds
+    limit = config.training.max_seconds
     seconds = sum(m["seconds"] for m in trainer.recorder.read_metrics() if "seconds" in m)
     seconds = trainer.world.gather(seconds)[0]
-    if trainer.steps_done == 0 and every:
+    if trainer.steps_done == 0 and config.evaluation.is_due(0, last=False):
         first = {"step": 0, **evaluate_and_record(trainer, 0)}
         if main:
             trainer.recorder.write_metrics(first)
@@ -46,7 +46,7 @@ def run_steps(
         stop = next((number for _, number in ranks if number is not None), None)
         diverged = trainer.optimizer.diverged
         last = step == config.training.max_steps or (limit is not None and seconds >= limit)
-        if every and (step % every == 0 or last) and not diverged:
+        if config.evaluation.is_due(step, last) and not diverged:
             metrics |= evaluate_and_record(trainer, step)
         if main:
             trainer.recorder.write_metrics(metrics)
@@ -69,7 +69,7 @@ def run_steps(
 
 def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
     """Evaluate the policy after training step `step`. Returns the metrics "eval/NAME"."""
-    evaluation = trainer.evaluate()
+    evaluation = trainer.evaluate(num_images=trainer.config.evaluation.images_of_run)
     if trainer.world.is_main:
         trainer.recorder.write_evaluation(step, evaluation)
     values = evaluation.means() | evaluation.part_means()
