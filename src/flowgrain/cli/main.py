@@ -4,8 +4,12 @@ import sys
 import traceback
 from pathlib import Path
 
+# isort: off
 # In the order of the help.
-from flowgrain.cli import compare, config, evaluate, export, plan, report, serve, train  # noqa: F401
+from flowgrain.cli import train, plan, evaluate, export  # noqa: F401
+from flowgrain.cli import compare, report, config, serve  # noqa: F401
+
+# isort: on
 from flowgrain.cli.app import app, err
 from flowgrain.heap import retain_freed_memory
 from flowgrain.settings import SettingsError

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from flowgrain.config.explain import explain
 from flowgrain.config.presets import apply_preset
 from flowgrain.config.schema import Config
+from flowgrain.config.yaml_text import check_yaml
 from flowgrain.methods import METHODS
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
@@ -29,8 +30,6 @@ _RECIPES = files("flowgrain.config").joinpath("recipes")
 _MODELS = files("flowgrain.config").joinpath("models")
 
 Values = dict[str, Any]
-_MAX_NODES = 100_000
-"""Values of a YAML file after its aliases are inserted."""
 
 
 def load_config(
@@ -111,6 +110,8 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
             for path, value in overrides.items():
                 OmegaConf.update(nested, str(path), _plain(value), merge=True, force_add=True)
         else:
+            for word in overrides:
+                check_yaml(word.partition("=")[2])
             nested = OmegaConf.from_dotlist(list(overrides))
         return _container(nested)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError) as error:
@@ -202,7 +203,7 @@ def read_yaml(file: Path | Traversable) -> Values:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        _reject_many_aliases(text)
+        check_yaml(text, mapping=True)
         values = _container(OmegaConf.create(text))
     except (
         OmegaConfBaseException,
@@ -219,29 +220,6 @@ def read_yaml(file: Path | Traversable) -> Values:
             f"{file}: keys must be text. Write `section:` and below it `key: value`."
         )
     return values
-
-
-def _reject_many_aliases(text: str) -> None:
-    """Check that the aliases of a YAML text do not multiply its size.
-
-    Raises:
-        ValueError: the text has more than `_MAX_NODES` values after its aliases are inserted.
-    """
-    if "*" not in text or "&" not in text:
-        return
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
-            sizes[id(node)] = _MAX_NODES + 1  # a node that contains itself
-            parts = node.value if isinstance(node, yaml.CollectionNode) else []
-            inner = [n for part in parts for n in (part if isinstance(part, tuple) else (part,))]
-            sizes[id(node)] = 1 + sum(map(size, inner))
-        return sizes[id(node)]
-
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if root is not None and size(root) > _MAX_NODES:
-        raise ValueError(f"its aliases expand to more than {_MAX_NODES:,} values")
 
 
 def recipe_names() -> list[str]:

@@ -99,6 +99,7 @@ def read_chunk(folder: Path, chunk: Chunk, metrics: Iterable[str] = ()) -> Colum
         return _columns(table)
     except _DAMAGED as error:
         log.warning("%s is damaged (%s). Its images are evaluated again.", file, _line(error))
+        _set_aside(file)
         return None
 
 
@@ -130,7 +131,7 @@ def write_images(folder: Path, chunk: Chunk, evaluation: Evaluation) -> None:
 def read_scores(folder: Path) -> Columns:
     """All finished chunks of an evaluation as columns. Also writes them to `folder`/scores.parquet.
 
-    Damaged files are renamed, reported as a warning, and left out.
+    Damaged files are reported as a warning, renamed to damaged-NAME.old, and left out.
 
     Raises:
         SettingsError: no chunk is finished.
@@ -141,14 +142,11 @@ def read_scores(folder: Path) -> Columns:
         try:
             tables.append(_read_table(file))
         except _DAMAGED as error:
-            aside = file.with_name(f"damaged-{file.name}.old")
             log.warning(
-                "%s is damaged (%s). It is left out and renamed to %s. Repeat the command that "
-                "evaluated it.",
-                *(file, _line(error), aside.name),
+                "%s is damaged (%s). It is left out. Repeat the command that evaluated it.",
+                *(file, _line(error)),
             )
-            with contextlib.suppress(OSError):  # a read-only directory
-                file.rename(aside)
+            _set_aside(file)
     if not tables:
         raise SettingsError(
             f"{folder}: contains no scores yet. Run `flowgrain evaluate ... --out {folder}`."
@@ -156,6 +154,12 @@ def read_scores(folder: Path) -> Columns:
     table = pyarrow.concat_tables(tables, promote_options="default")
     _write_table(table, folder / "scores.parquet")
     return _columns(table)
+
+
+def _set_aside(file: Path) -> None:
+    """Rename a damaged file, so that it is not read again."""
+    with contextlib.suppress(OSError):  # a read-only directory
+        file.rename(file.with_name(f"damaged-{file.name}.old"))
 
 
 def _read_table(file: Path, metrics: Iterable[str] = ()) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import psutil
 import torch
@@ -134,10 +134,11 @@ def check_separately(config: Config, backbone: Backbone | None) -> list[Finding]
 def check_files(config: Config, backbone: Backbone | None) -> list[Finding]:
     """Check the prompts. Without a model only whether their files can be read."""
     findings = []
-    for use, name, path in (
+    uses: tuple[tuple[Literal["train", "eval"], str, str | None], ...] = (
         ("train", "data.prompts", config.data.prompts),
         ("eval", "data.eval_prompts", config.data.eval_prompts),
-    ):
+    )
+    for use, name, path in uses:
         if backbone is not None:
             read: Callable[[], list[Prompt]] = partial(load_prompts, config, backbone, use)
         elif path is not None:

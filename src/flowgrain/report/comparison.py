@@ -4,6 +4,7 @@ Shapes: S seeds, K points of a curve.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,7 @@ def _images(
     first_runs = {BASE: base, **{label: folders[0] for label, folders in runs.items()}}
     for label, run in first_runs.items():
         own = (read_result(run / "result.json") or {}).get("prompts", [])
-        count = len(own)
-        sheet = undamaged(run / name, lambda file, count=count: tiles(file, NUM_SHOWN, count))
+        sheet = undamaged(run / name, partial(tiles, columns=NUM_SHOWN, count=len(own)))
         if sheet:
             prompts = prompts or own
             rows.append((label, [data_uri(tile) for tile in sheet]))

@@ -178,7 +178,12 @@ class Policy(Velocities):
             CheckpointError: the checkpoint is damaged or belongs to another model.
         """
         state = checkpoint.load(path)
-        kind = "ema" if state["config"]["training"]["ema_decay"] else "weights"
+        try:
+            kind = "ema" if state["config"]["training"]["ema_decay"] else "weights"
+        except (KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint {path} is damaged: it contains no settings"
+            ) from error
         parameters = self.parameters or dict(self.model.named_parameters())
         names = list(parameters)
         for first in range(0, len(names), _READ_TOGETHER):  # limits the memory of float32 buffers
