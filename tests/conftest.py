@@ -48,6 +48,7 @@ def tiny() -> Config:
             "method.granularities": [1, 2],
             "training.prompts_per_step": 2,
             "training.max_steps": 2,
+            "evaluation.every": 0,
             "evaluation.num_prompts": 4,
             "evaluation.num_steps": 4,
             "evaluation.rewards": [],

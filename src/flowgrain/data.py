@@ -91,8 +91,11 @@ def read_prompts(setting: str, path: str) -> list[Prompt]:
             f"{setting}={path}: not UTF-8 text ({error.reason} at byte {error.start}). "
             "Save it as UTF-8."
         ) from None
-    except (ValueError, csv.Error) as error:
-        raise SettingsError(f"{setting}={path}: {error}") from None
+    except RecursionError:
+        raise SettingsError(f"{setting}={path}: too deeply nested. Write a flat list.") from None
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{setting}={path}: cannot be read: {reason}") from None
     if not numbered:
         raise SettingsError(f"{setting}={path}: the file is empty. Write one prompt per line.")
     for number, prompt in numbered:
@@ -151,8 +154,8 @@ def _from_parquet(file: Path) -> Iterator[tuple[int, Prompt]]:
 
     try:
         table = parquet.read_table(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"not a Parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"not a Parquet file ({' '.join(str(error).split())})") from None
     for number, row in enumerate(table.to_pylist(), 1):
         yield number, _prompt(row, number)
 

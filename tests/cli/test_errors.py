@@ -1,9 +1,11 @@
 """Errors: one message on stderr, an exit status, no traceback, and nothing written."""
 
+import re
+
 import pytest
 from command_line import SMALL, flowgrain, refused
 
-from flowgrain import Trainer
+from flowgrain import Trainer, __version__
 from flowgrain.training import Interrupted, RunStopped
 
 
@@ -77,13 +79,67 @@ def test_exit_statuses(monkeypatch, error, status):
 
     monkeypatch.setattr(Trainer, "train", stop)
     result = flowgrain("train", *SMALL)
-    assert (result.status, result.stderr) == (status, "error: the reason\n")
+    prefix = "" if error is Interrupted else "error: "  # an interruption is not an error
+    assert (result.status, result.stderr) == (status, f"{prefix}the reason\n")
 
 
-def test_other_errors_are_not_hidden(monkeypatch):
+def test_other_errors_are_one_line_without_debug(monkeypatch):
     def fail(self, progress):
-        raise RuntimeError("a mistake in the program")
+        raise RuntimeError("a mistake in\nthe program")
 
     monkeypatch.setattr(Trainer, "train", fail)
-    with pytest.raises(RuntimeError, match="a mistake in the program"):
-        flowgrain("train", *SMALL)
+    result = flowgrain("train", *SMALL)
+    assert result.status == 1
+    line = (
+        r"error: RuntimeError: a mistake in the program \(test_errors.py, line \d+\)\. Use --debug"
+    )
+    assert re.match(line, result.stderr)
+    assert result.stderr.count("\n") == 1
+    for words in (("--debug", "train", *SMALL), ("train", *SMALL, "--debug")):
+        result = flowgrain(*words)
+        assert result.status == 1
+        assert "Traceback (most recent call last)" in result.stderr
+        assert re.search(line, result.stderr)
+
+
+def test_an_expected_error_has_a_traceback_only_with_debug():
+    assert "Traceback" not in flowgrain("train", "sampling.num_steps=0").stderr
+    result = flowgrain("train", "sampling.num_steps=0", "--debug")
+    assert result.status == 2
+    assert "Traceback" in result.stderr
+    assert "error: sampling.num_steps=0" in result.stderr
+
+
+def test_the_version():
+    result = flowgrain("--version")
+    assert (result.status, result.stdout) == (0, f"flowgrain {__version__}\n")
+
+
+def test_square_brackets_are_not_markup(directory):
+    result = flowgrain("train", "g2rpo", *SMALL, "--out", "a[red]b")
+    assert result.status == 0, result.stderr
+    assert "into a[red]b\n" in result.stdout
+    assert "open a[red]b/report.html\n" in result.stdout
+    output = flowgrain("evaluate", "a[red]b", "--steps", "1", "--out", "[bold]c").stdout
+    assert "[bold]c/scores.parquet" in output
+    assert "'[red]'" in flowgrain("train", "[red]").stderr
+    (directory / "mine.py").write_text(
+        "from flowgrain import register_reward\n"
+        "@register_reward('[red]')\ndef red(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    )
+    words = ("g2rpo", *SMALL, "rewards=[{name: '[red]'}]", "--plugin", "mine.py")
+    assert "reward [red]" in flowgrain("doctor", *words).stdout
+    result = flowgrain("train", *words, "--out", "d")
+    assert "[red] 0." in result.stderr  # the line of progress
+
+
+def test_a_reward_class_that_needs_arguments(directory):
+    (directory / "needs.py").write_text(
+        "class Needs:\n    def __init__(self, size):\n        pass\n"
+        "    def __call__(self, images, prompts):\n        return images.mean((1, 2, 3))\n"
+    )
+    message = refused("train", "g2rpo", *SMALL, "rewards=[needs:Needs]", "--out", "run")
+    assert message.count("\n") == 1
+    assert "rewards[needs:Needs]" in message
+    assert "size" in message
+    assert not (directory / "run").exists()

@@ -123,7 +123,10 @@ def test_a_member_of_another_type_is_named(name):
     ("changes", "message"),
     [
         ({"transformer": nn.Linear(2, 2)}, "'transformer'.* a method save_pretrained"),
-        ({"latent_shape": [2, 3]}, r"'latent_shape' is \[2, 3\]. Define it as a tuple of integers"),
+        (
+            {"latent_shape": [2, 3]},
+            r"'latent_shape' is \[2, 3\]. Define it as a tuple of positive integers",
+        ),
         ({"lora_targets": "to_q"}, "'lora_targets' is 'to_q'. Define it as a list of strings"),
         ({"lora_format": dict}, "'lora_format'.* or NoLora"),
         ({"blocks": [nn.Linear(2, 2)]}, "'blocks' contains other modules"),

@@ -1,6 +1,8 @@
 """The application, its consoles, and the arguments that several commands share."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +11,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from flowgrain.settings import SettingsError
 
@@ -29,6 +30,30 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+
+
+def _show_version(shown: bool) -> None:
+    if shown:
+        from flowgrain import __version__
+
+        typer.echo(f"flowgrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. Works anywhere.")
+    ] = False,
+) -> None:
+    """Options of all commands. `main` reads --debug before the words are parsed."""
+
 
 Words = Annotated[
     list[str] | None,
@@ -103,10 +128,21 @@ def integers(option: str, text: str, least: int) -> list[int]:
     return values
 
 
-def progress_bar() -> Progress:
-    """A progress bar on the terminal. Without a terminal it shows nothing."""
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    return Progress(*columns, console=err, disable=not err.is_terminal)
+@contextmanager
+def writing(option: str) -> Iterator[None]:
+    """Turn an error of writing files inside this context into an error of `option`.
+
+    Raises:
+        SettingsError: a file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        reason = f"{place}{error.strerror or error}"
+        raise SettingsError(
+            f"{option}: cannot be written ({reason}). Use another directory."
+        ) from error
 
 
 def say(text: str) -> None:

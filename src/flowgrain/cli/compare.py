@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from flowgrain.cli.app import Plugins, app, integers, note, out, say, split_words
+from flowgrain.cli.app import Plugins, app, integers, note, out, say, split_words, writing
 from flowgrain.settings import SettingsError
+from flowgrain.units import duration
 
 if TYPE_CHECKING:
     from flowgrain.studies.comparison import Comparison
@@ -91,14 +93,16 @@ def _run(comparison: "Comparison", folder: Path, jobs: int) -> None:
         note(f"{progress.done}/{progress.total} {name} [{seconds:.0f} s]")
 
     try:
-        progress = run_comparison(comparison, folder, jobs, show)
+        with writing(f"--out {folder}"):
+            progress = run_comparison(comparison, folder, jobs, show)
     except RunStopped:
         with contextlib.suppress(SettingsError):  # possibly no run is finished
             note(f"finished runs: {write_comparison(folder)}")
         raise
     for name, reason in progress.diverged.items():
         note(f"{name} diverged: {reason}")
-    say(f"open {write_comparison(folder)}")
+    with writing(f"--out {folder}"):
+        say(f"open {write_comparison(folder)}")
 
 
 def _show_cost(name: str, entries: "list[Entry]", jobs: int, as_json: bool) -> None:
@@ -122,11 +126,11 @@ def _show_cost(name: str, entries: "list[Entry]", jobs: int, as_json: bool) -> N
         typer.echo(json.dumps({"name": name, "runs": rows, "seconds": total, "jobs": jobs}))
         return
     columns = ("run", "rollouts", "units", "evaluation passes", "minutes")
-    table = Table(*columns, title=f"{name}: {len(entries)} runs", title_justify="left")
+    table = Table(*columns, title=escape(f"{name}: {len(entries)} runs"), title_justify="left")
     for entry, of_run in zip(entries, seconds, strict=True):
         rollouts = _rollouts(entry)
         table.add_row(
-            entry.name,
+            escape(entry.name),
             "-" if rollouts is None else f"{rollouts:,}",
             f"{entry.units:,.0f}",
             f"{entry.evaluation_passes:,}",
@@ -135,8 +139,8 @@ def _show_cost(name: str, entries: "list[Entry]", jobs: int, as_json: bool) -> N
     out.print(table)
     units = sum(entry.units for entry in entries)
     say(
-        f"{units:,.0f} units in total. About {total / 60:.0f} minutes with {jobs} processes on "
-        "this machine."
+        f"{units:,.0f} units in total. About {duration(total)} with {jobs} processes on this "
+        "machine."
     )
 
 

@@ -15,9 +15,10 @@ from flowgrain.cli.app import (
     integers,
     note,
     out,
-    progress_bar,
     say,
+    writing,
 )
+from flowgrain.cli.progress import ProgressDisplay
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -76,18 +77,16 @@ def evaluate_command(
     )
     folder = folder or request.default_directory
     note(_description(request))
-    with progress_bar() as bar:
-        task = bar.add_task("evaluating")
+    with writing(f"--out {folder}"), ProgressDisplay("chunk", done=None) as display:
         progress = run_evaluation(
-            request,
-            folder,
-            lambda state: bar.update(task, total=state.total, completed=state.finished),
+            request, folder, lambda state: display.show(state.finished, state.total)
         )
     if progress.finished < progress.total:
         others = f"{progress.finished} of {progress.total} chunks are finished"
         note(f"{others}. Other processes work on the rest.")
         return
-    _write_results(request, folder, as_json)
+    with writing(f"--out {folder}"):
+        _write_results(request, folder, as_json)
 
 
 def _models_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
@@ -203,10 +202,11 @@ def sample(
         raise SettingsError(f"--prompt: {error}") from error
     sheet = contact_sheet(to_pixels(images), min(len(prompt), _COLUMNS))
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        enlarge(sheet, images.shape[-1], _TILE).save(file)
-    except ValueError:
+        with writing(f"--out {file}"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            enlarge(sheet, images.shape[-1], _TILE).save(file)
+    except (ValueError, KeyError) as error:
+        if isinstance(error, SettingsError):
+            raise
         raise SettingsError(f"--out {file}: not the name of an image. End it in .png.") from None
-    except OSError as error:
-        raise SettingsError(f"--out {file}: {error}") from error
     say(f"wrote {file}")

@@ -1,36 +1,71 @@
 """The entry point: runs a command and turns errors into a message and an exit status."""
 
+import sys
+import traceback
 import warnings
+from pathlib import Path
 
+# isort: off
 # In the order of the help.
-from flowgrain.cli import compare, config, evaluate, plan, report, serve, train  # noqa: F401
+from flowgrain.cli import train, plan, evaluate, export  # noqa: F401
+from flowgrain.cli import compare, report, config, serve  # noqa: F401
+
+# isort: on
 from flowgrain.cli.app import app, err
 from flowgrain.heap import retain_freed_memory
 from flowgrain.settings import SettingsError, SettingsWarning
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit statuses: a setting cannot be used, a run failed, a run was interrupted."""
+_DEBUG = "--debug"
 
 
 def main() -> None:
-    """Run the command line. An error of the user or of a run is one message without a traceback."""
+    """Run the command line. An error is one message, with its traceback only with `--debug`.
+
+    `--debug` may stand anywhere on the command line.
+    """
     retain_freed_memory()
     # `config_from` prints them, also for commands that only plan.
     warnings.simplefilter("ignore", SettingsWarning)
+    debug = _DEBUG in sys.argv[1:]
+    words = [word for word in sys.argv[1:] if word != _DEBUG]
     try:
-        app()
-    except SettingsError as error:
-        _fail(str(error), USAGE)
-    except RuntimeError as error:
-        from flowgrain.training import Interrupted, RunStopped
-        from flowgrain.training.checkpoint import CheckpointError
+        app(words, prog_name="flowgrain")
+    except Exception as error:
+        if debug:
+            traceback.print_exc(file=sys.stderr)
+        message, status = _message(error)
+        _fail(message, status)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
 
-        if not isinstance(error, RunStopped | CheckpointError):
-            raise
-        _fail(str(error), INTERRUPTED if isinstance(error, Interrupted) else FAILURE)
+
+def _message(error: Exception) -> tuple[str, int]:
+    """What to print for an error, and the exit status."""
+    if isinstance(error, SettingsError):
+        return str(error), USAGE
+    from flowgrain.training import Interrupted, RunStopped
+    from flowgrain.training.checkpoint import CheckpointError
+
+    if isinstance(error, RunStopped | CheckpointError):
+        return str(error), INTERRUPTED if isinstance(error, Interrupted) else FAILURE
+    if isinstance(error, OSError) and error.filename is not None:
+        names = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
+        reason = error.strerror or type(error).__name__
+        return f"{names}: {reason}. Check this path, or use --debug to see the traceback.", FAILURE
+    text = " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return (
+        f"{type(error).__name__}: {text:.500} ({place}). Use --debug to see the traceback.",
+        FAILURE,
+    )
 
 
 def _fail(message: str, status: int) -> None:
-    err.print("error:", style="bold red", end=" ")
+    """Print the message and exit. An interruption is not an error."""
+    if status != INTERRUPTED:
+        err.print("error:", style="bold red", end=" ")
     err.print(message, markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(status)

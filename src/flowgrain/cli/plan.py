@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, out, say
+from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, note, out, say
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _show_plan(run: "RunPlan", numbers: dict[str, Any]) -> None:
     config = run.config
     if config.sampling.num_steps <= _DRAWN_STEPS and len(run.tree) <= _DRAWN_ROWS:
         out.print(draw_tree(run.tree, config))
-    title = f"cost of {config.method.name}"
+    title = escape(f"cost of {config.method.name}")
     table = Table("per prompt", "", title=title, title_justify="left")
     for name, value in numbers.items():
         if name not in ("method", "forecast"):
@@ -153,8 +153,8 @@ def fidelity_command(
 def doctor(words: Words = None, plugins: Plugins = None, preset: Preset = None) -> None:
     """Check a configuration before a long run: memory, disk, prompts, the model and every reward.
 
-    Memory is checked before the weights are loaded. Nothing is trained or written. The exit status
-    is 1 if a check fails.
+    Memory is checked before the weights are loaded. All checks are made, also after one has failed.
+    Nothing is trained or written. The exit status is 1 if a check fails.
 
     Examples:
     * `flowgrain doctor g2rpo`
@@ -166,10 +166,12 @@ def doctor(words: Words = None, plugins: Plugins = None, preset: Preset = None) 
     from flowgrain.planning.doctor import examine
 
     findings = examine(config_from(words, plugins, preset))
-    table = Table(show_header=False, box=None, padding=(0, 1))
+    table = Table("check", "result", "found")
     for finding in findings:
         result = "[green]ok[/]" if finding.ok else "[bold red]failed[/]"
-        table.add_row(result, finding.name, escape(finding.message))
+        table.add_row(escape(finding.name), result, escape(finding.message))
     out.print(table)
-    if not all(finding.ok for finding in findings):
+    failed = [finding.name for finding in findings if not finding.ok]
+    if failed:
+        note(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}.")
         raise typer.Exit(1)

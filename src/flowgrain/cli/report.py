@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flowgrain.cli.app import Plugins, app, say
+from flowgrain.cli.app import Plugins, app, say, writing
 from flowgrain.registry import load_plugin
 
 
@@ -27,4 +27,5 @@ def report(
     for plugin in plugins or ():
         load_plugin(plugin)
     write = write_comparison if (folder / "comparison.yaml").exists() else write_report
-    say(f"wrote {write(folder)}")
+    with writing(f"the report of {folder}"):
+        say(f"wrote {write(folder)}")

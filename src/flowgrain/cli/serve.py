@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
-from flowgrain.cli.app import Plugins, Preset, Words, app, config_from, progress_bar, say
+from flowgrain.cli.app import Plugins, Preset, Words, app, config_from, say, writing
+from flowgrain.cli.progress import ProgressDisplay
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -166,9 +167,9 @@ def encode(words: Words = None, plugins: Plugins = None, preset: Preset = None) 
     backbone.to(compute_device(config.runtime.device))
     prompts = [*load_prompts(config, backbone, "train"), *load_prompts(config, backbone, "eval")]
     texts = list(dict.fromkeys(["", *(prompt.text for prompt in prompts)]))
-    with progress_bar() as bar:
-        task = bar.add_task("encoding", total=len(texts))
+    with ProgressDisplay("prompt", total=len(texts)) as display:
         for first in range(0, len(texts), _ENCODED_AT_ONCE):
-            backbone.encode(texts[first : first + _ENCODED_AT_ONCE])
-            bar.update(task, completed=min(first + _ENCODED_AT_ONCE, len(texts)))
+            with writing(f"model.embedding_cache={folder}"):
+                backbone.encode(texts[first : first + _ENCODED_AT_ONCE])
+            display.show(min(first + _ENCODED_AT_ONCE, len(texts)))
     say(f"The embeddings of {len(texts)} prompts are in {Path(folder)}.")

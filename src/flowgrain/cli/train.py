@@ -5,14 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from flowgrain.cli.app import (
     Plugins,
@@ -20,12 +12,12 @@ from flowgrain.cli.app import (
     Words,
     app,
     config_from,
-    err,
     note,
     say,
     show_warnings,
     split_words,
 )
+from flowgrain.cli.progress import ProgressDisplay, step_text
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -123,14 +115,14 @@ def _train(trainer: "Trainer") -> None:
         f"{trainer.steps_done}, into {trainer.out}"
     )
     begin = time.perf_counter()
-    with TrainingBar(steps, trainer.steps_done) as bar:
-        metrics = trainer.train(bar.show)
+    with ProgressDisplay("step", trainer.steps_done, steps) as display:
+        metrics = trainer.train(lambda step: display.show(step["step"], text=step_text(step)))
     from flowgrain.report import write_report  # matplotlib and templates are not needed before
 
     say(f"done in {time.perf_counter() - begin:.0f} s. {_gain(metrics)}".rstrip())
     try:
         report = write_report(trainer.out)
-    except OSError as error:
+    except (OSError, SettingsError) as error:
         note(
             f"error: training is finished, but the report could not be written: {error}. "
             f"Run flowgrain report {trainer.out}.",
@@ -142,45 +134,13 @@ def _train(trainer: "Trainer") -> None:
 
 def _gain(metrics: list[dict[str, Any]]) -> str:
     """The first and the last evaluation of every reward."""
-    first, last = metrics[0], metrics[-1]
+    evaluated = [line for line in metrics if any(name.startswith("eval/") for name in line)]
+    if len(evaluated) < 2:
+        return ""
+    first, last = evaluated[0], evaluated[-1]
     rewards = [
         f"{name.removeprefix('eval/')} {first[name]:.3f} -> {last[name]:.3f}"
         for name in last
         if name.startswith("eval/") and name.count("/") == 1 and name in first
     ]
     return f"Held-out {', '.join(rewards)}" if rewards else ""
-
-
-class TrainingBar:
-    """A progress bar with rewards, rate and time left. Without a terminal it shows nothing."""
-
-    def __init__(self, total: int, done: int) -> None:
-        columns = (
-            TextColumn("step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=err, disable=not err.is_terminal)
-        self.task = self.bar.add_task("", total=total, completed=done)
-
-    def __enter__(self) -> "TrainingBar":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def show(self, metrics: dict[str, Any]) -> None:
-        """Show the metrics of a step."""
-        rewards = " ".join(
-            f"{name.removeprefix('reward/')} {value:.3f}"
-            for name, value in metrics.items()
-            if name.startswith("reward/")
-        )
-        rate = metrics["forward_passes"] / metrics["seconds"]
-        text = f"{rewards}  {rate:.0f} passes/s"
-        self.bar.update(self.task, completed=metrics["step"], description=text)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from flowgrain.config.explain import explain
 from flowgrain.config.presets import apply_preset
 from flowgrain.config.schema import Config
+from flowgrain.config.yaml_text import check_yaml
 from flowgrain.methods import METHODS
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
@@ -109,6 +110,8 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
             for path, value in overrides.items():
                 OmegaConf.update(nested, str(path), _plain(value), merge=True, force_add=True)
         else:
+            for word in overrides:
+                check_yaml(word.partition("=")[2])
             nested = OmegaConf.from_dotlist(list(overrides))
         return _container(nested)
     except (
@@ -217,7 +220,9 @@ def read_yaml(file: Path | Traversable) -> Values:
         SettingsError: the file is not YAML, or does not contain a mapping with text keys.
     """
     try:
-        values = _container(OmegaConf.create(file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        check_yaml(text, mapping=True)
+        values = _container(OmegaConf.create(text))
     except (
         OmegaConfBaseException,
         yaml.YAMLError,

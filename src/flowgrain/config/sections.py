@@ -16,6 +16,8 @@ MAX_PROMPTS = 1_000_000
 """Limit of settings that count prompts or their images. `training.fit` checks the memory."""
 MAX_ROWS = 100_000
 """Limit of settings that count rows of a batch."""
+SHORT = 64
+"""Images of an evaluation if evaluation.every is not set."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Rewards = Annotated[tuple[RewardConfig, ...], Strict(False)]
 
@@ -216,8 +218,13 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation on held-out prompts."""
 
-    every: int = Setting(
-        0, "Steps between evaluations. 0: never.", unit="steps", ge=0, le=MAX_STEPS
+    every: int | None = Setting(
+        None,
+        "Steps between evaluations. 0: never. Default: a short evaluation of at most 64 images "
+        "before the first step and after the last step.",
+        unit="steps",
+        ge=0,
+        le=MAX_STEPS,
     )
     num_steps: int = Setting(16, "ODE steps of an evaluation image.", unit="steps", ge=1, le=1000)
     num_prompts: int = Setting(
@@ -238,6 +245,17 @@ class EvaluationConfig(Section):
     rewards: Rewards = Setting(
         (), "Additional rewards to evaluate. The trained rewards are always evaluated."
     )
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether the policy is evaluated after training step `step`. Step 0: before training."""
+        if self.every == 0:
+            return False
+        return step == 0 or last or (self.every is not None and step % self.every == 0)
+
+    @property
+    def images_of_run(self) -> int:
+        """Images of an evaluation during a run."""
+        return self.num_prompts if self.every is not None else min(self.num_prompts, SHORT)
 
 
 class DataConfig(Section):

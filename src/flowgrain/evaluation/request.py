@@ -163,10 +163,16 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("models"), dict):
             raise ValueError("it lists no models")
+        for name in ("metrics", "mean_of_parts"):
+            if not isinstance(record.get(name), list):
+                raise ValueError(f"it has no list of {name}")
+        if not isinstance(record.get("settings"), dict) or "model" not in record["settings"]:
+            raise ValueError("it has no settings")
     except FileNotFoundError:
         raise SettingsError(f"{folder}: contains no evaluation (no {RECORD}).") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{file}: cannot be read ({error}). Use another directory.") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{file}: cannot be read ({reason}). Use another directory.") from None
     return record
 
 

@@ -160,7 +160,7 @@ def _unfinished(
 ) -> Iterator[tuple[Chunk, Columns | None]]:
     """The chunks to evaluate. Each comes with the columns of its earlier evaluation, or None."""
     for chunk in own:
-        existing = read_chunk(folder, chunk)
+        existing = read_chunk(folder, chunk, metrics)
         if existing is not None:
             has_images = chunk.image(folder, chunk.places[-1]).exists()
             unscored = any(np.isnan(existing[name]).any() for name in metrics)

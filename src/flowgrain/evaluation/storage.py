@@ -3,9 +3,10 @@
 Shapes: I images, H x W pixels.
 """
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,25 @@ def image_path(folder: Path, label: str, steps: int, seed: int, place: int) -> P
     return folder / "images" / label / f"{steps:04d}-{seed}" / f"{place:06d}.png"
 
 
-def read_chunk(folder: Path, chunk: Chunk) -> Columns | None:
-    """The columns of a finished chunk. None if its file is missing or damaged."""
+def read_chunk(folder: Path, chunk: Chunk, metrics: Iterable[str] = ()) -> Columns | None:
+    """The columns of a finished chunk. None if its file is missing or damaged.
+
+    Args:
+        folder: output directory of the evaluation.
+        chunk: the chunk.
+        metrics: columns that the file must contain.
+    """
     file = chunk.file(folder)
     if not file.exists():
         return None
     try:
-        return _columns(parquet.read_table(file))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        log.warning("%s is damaged (%s). Its images are evaluated again.", file, error)
+        table = _read_table(file, metrics)
+        if table.column("place").to_pylist() != list(chunk.places):
+            raise ValueError("it contains other images")
+        return _columns(table)
+    except _DAMAGED as error:
+        log.warning("%s is damaged (%s). Its images are evaluated again.", file, _line(error))
+        _set_aside(file)
         return None
 
 
@@ -120,26 +131,69 @@ def write_images(folder: Path, chunk: Chunk, evaluation: Evaluation) -> None:
 def read_scores(folder: Path) -> Columns:
     """All finished chunks of an evaluation as columns. Also writes them to `folder`/scores.parquet.
 
+    Damaged files are reported as a warning, renamed to damaged-NAME.old, and left out.
+
     Raises:
-        SettingsError: no chunk is finished, or a file cannot be read.
+        SettingsError: no chunk is finished.
     """
     files = sorted((folder / "scores").glob("*/*.parquet"))
-    if not files:
-        raise SettingsError(
-            f"{folder}: contains no scores yet. Run `flowgrain evaluate ... --out {folder}`."
-        )
     tables = []
     for file in files:
         try:
-            tables.append(parquet.read_table(file))
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise SettingsError(
-                f"{file}: cannot be read ({error}). Delete it and repeat the command, which "
-                "evaluates these images again."
-            ) from None
+            tables.append(_read_table(file))
+        except _DAMAGED as error:
+            log.warning(
+                "%s is damaged (%s). It is left out. Repeat the command that evaluated it.",
+                *(file, _line(error)),
+            )
+            _set_aside(file)
+    if not tables:
+        raise SettingsError(
+            f"{folder}: contains no scores yet. Run `flowgrain evaluate ... --out {folder}`."
+        )
     table = pyarrow.concat_tables(tables, promote_options="default")
     _write_table(table, folder / "scores.parquet")
     return _columns(table)
+
+
+def _set_aside(file: Path) -> None:
+    """Rename a damaged file, so that it is not read again."""
+    with contextlib.suppress(OSError):  # a read-only directory
+        file.rename(file.with_name(f"damaged-{file.name}.old"))
+
+
+def _read_table(file: Path, metrics: Iterable[str] = ()) -> Any:
+    """The table in `file`, with all columns that a table of scores has.
+
+    Raises:
+        ValueError: a column is missing or has another type, or one of `_DAMAGED`.
+    """
+    table = parquet.read_table(file)
+    required = {"model": "text", "prompt": "text", **dict.fromkeys(metrics, "number")}
+    required |= dict.fromkeys(("steps", "seed", "place"), "integer")
+    missing = [name for name in required if name not in table.column_names]
+    if missing or not table.num_rows:
+        raise ValueError(f"it has no column {missing[0]}" if missing else "it has no rows")
+    for name in table.column_names:
+        kind, column = table.schema.field(name).type, table.column(name)
+        expected = required.get(name, "number")
+        if not _IS[expected](kind) or (name in required and column.null_count):
+            raise ValueError(f"its column {name} is not {expected}")
+    return table
+
+
+_IS: Mapping[str, Callable[[Any], bool]] = {
+    "text": lambda kind: pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind),
+    "integer": pyarrow.types.is_integer,
+    "number": pyarrow.types.is_floating,
+}
+_DAMAGED = (pyarrow.ArrowException, OSError, ValueError, KeyError)
+"""What reading a damaged file raises."""
+
+
+def _line(error: Exception) -> str:
+    """The message of `error` in one line."""
+    return " ".join(str(error).split())
 
 
 def _columns(table: Any) -> Columns:

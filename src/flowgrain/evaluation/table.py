@@ -18,6 +18,7 @@ from flowgrain.evaluation.published import PublishedRow, published
 from flowgrain.evaluation.request import read_record
 from flowgrain.evaluation.statistics import Interval, confidence_interval
 from flowgrain.evaluation.storage import PART_WEIGHT, Columns, read_scores
+from flowgrain.settings import SettingsError
 from flowgrain.training.evaluate import mean
 
 Floats = NDArray[np.floating[Any]]
@@ -108,6 +109,9 @@ def make_table(
     record = read_record(folder)
     images = _numbered(read_scores(folder))
     columns, metrics = images.columns, record["metrics"]
+    for metric in metrics:
+        if metric not in columns:
+            raise SettingsError(f"{folder}: no file in scores/ has a column {metric!r}.")
     models = list(record["models"]) if models is None else models
     steps = sorted(set(columns["steps"].tolist())) if steps is None else steps
     rows = []

@@ -13,7 +13,12 @@ from flowgrain.models.base import (
     register_backbone,
     take,
 )
-from flowgrain.models.contract import check_backbone, load_backbone
+from flowgrain.models.contract import (
+    check_backbone,
+    check_results,
+    check_training,
+    load_backbone,
+)
 
 __all__ = [
     "BACKBONES",
@@ -26,6 +31,8 @@ __all__ = [
     "NoLora",
     "Shift",
     "check_backbone",
+    "check_results",
+    "check_training",
     "load_backbone",
     "register_backbone",
     "take",

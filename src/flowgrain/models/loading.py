@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flowgrain.hub import UNREACHABLE, use_cache_if_offline
 from flowgrain.models.base import Dtypes, ModelConfig
 from flowgrain.models.embeddings import EmbeddingCache, fingerprint
 from flowgrain.settings import SettingsError
@@ -27,10 +28,11 @@ def saved_parts(pipeline: Any, model: ModelConfig) -> set[str]:
             f"model.path={model.path}: the directory contains no model_index.json. "
             "Give the directory of a diffusers pipeline."
         )
+    offline = use_cache_if_offline(model.path)
     try:
         index = pipeline.load_config(model.path, revision=model.revision)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"model.path={model.path}: {error}") from error
+        raise SettingsError(_not_loaded(model, error, offline)) from error
     # An entry is a pair of library and class, or a pair of None for a part that was left out.
     return {name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
 
@@ -50,10 +52,21 @@ def load_pipeline(
         SettingsError: the pipeline cannot be loaded.
     """
     names = {"transformer": dtypes.transformer, "vae": dtypes.vae, "default": dtypes.encoders}
+    offline = use_cache_if_offline(model.path)
     try:
         return pipeline.from_pretrained(model.path, revision=model.revision, dtype=names, **parts)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"model.path={model.path}: {error}") from error
+        raise SettingsError(_not_loaded(model, error, offline)) from error
+
+
+def _not_loaded(model: ModelConfig, error: Exception, offline: bool) -> str:
+    """The message of a model that cannot be loaded."""
+    if offline and isinstance(error, OSError):
+        return (
+            f"model.path={model.path}: there is no such directory, and it is {UNREACHABLE}. "
+            "Give a directory, or connect this machine."
+        )
+    return f"model.path={model.path}: {' '.join(str(error).split())}"
 
 
 def check_size(model: ModelConfig, side: int) -> None:

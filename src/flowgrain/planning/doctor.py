@@ -9,14 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
+from flowgrain.data import Prompt, read_prompts
 from flowgrain.methods.calibration import calibration_cost
+from flowgrain.models import Backbone
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.trials import (
     Trial,
@@ -29,11 +31,14 @@ from flowgrain.planning.trials import (
     score_noise,
     tail_quality,
 )
+from flowgrain.rewards import build_reward
+from flowgrain.settings import SettingsError
 from flowgrain.training import Trainer
 from flowgrain.training.fit import existing_parent, in_bytes
-from flowgrain.training.load import compute_device, compute_dtype, load_model
+from flowgrain.training.load import compute_device, compute_dtype, load_model, load_prompts
 from flowgrain.training.memory import checkpoint_bytes, memory
 from flowgrain.training.sizes import ModelSize, model_size, size_of_loaded
+from flowgrain.units import duration
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
@@ -59,33 +64,89 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
     """Check everything that `config` needs. Nothing is trained or written.
 
     Memory is checked before the weights are loaded, if the size of the model is known without
-    loading it. If the memory is too small, the checks that need the model are skipped.
+    loading it. If the memory is too small, the checks that need the model are skipped. All other
+    checks are made, whatever the results of the checks before them.
 
     Args:
         config: configuration of the run.
         out: directory of the run. Default: runs/NAME.
-
-    Raises:
-        SettingsError: a setting cannot be used.
     """
     out = out or Path("runs") / config.name
-    device = compute_device(config.runtime.device)
-    size = model_size(config.model, config.lora.target_modules)
-    backbone = None
-    if size is None:
-        backbone = load_model(config)
-        size = size_of_loaded(backbone, config.lora.target_modules)
+    on_device = attempt(
+        "device",
+        partial(compute_device, config.runtime.device),
+        lambda found: check_device(config, found).message,
+    )
+    findings = [check_versions(), on_device.finding]
+    if on_device.result is None:  # the rest is checked on the CPU
+        runtime = config.runtime.model_copy(update={"device": "cpu"})
+        config = config.model_copy(update={"runtime": runtime})
+    device = on_device.result or torch.device("cpu")
+    cost = check_cost(config, rows_per_row=None, rate=None)
+    measured = attempt("model", partial(_measure, config), lambda _: "")
+    if measured.result is None:
+        return [*findings, measured.finding, *check_separately(config, None), cost]
+    size, backbone = measured.result
     enough = check_memory(config, size, device, loaded=backbone is not None)
-    before = [check_versions(), check_device(config, device), enough, check_disk(config, size, out)]
+    findings += [enough, check_disk(config, size, out)]
     if not enough.ok:
-        return [*before, check_cost(config, rows_per_row=None, rate=None)]
-    try:
-        trainer = Trainer(config, out, backbone=backbone)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        message = f"The model cannot be loaded: {reason} {_less_memory(config)}"
-        return [*before, Finding("loading", False, message)]
-    return [*before, *check_parts(trainer)]
+        return [*findings, *check_files(config, None), cost]
+    loading = attempt("start", partial(Trainer, config, out, backbone=backbone), lambda _: "")
+    if loading.result is not None:
+        return [*findings, *check_parts(loading.result)]
+    parts = check_separately(config, backbone)
+    if all(part.ok for part in parts):  # the parts do not fit together
+        parts.append(loading.finding)
+    return [*findings, *parts, cost]
+
+
+def _measure(config: Config) -> tuple[ModelSize, Backbone | None]:
+    """The size of the model, and the model if it was loaded to measure its size."""
+    size = model_size(config.model, config.lora.target_modules)
+    if size is not None:
+        return size, None
+    backbone = load_model(config)
+    return size_of_loaded(backbone, config.lora.target_modules), backbone
+
+
+def check_separately(config: Config, backbone: Backbone | None) -> list[Finding]:
+    """Check the model, the prompts and every reward one by one, if the run cannot start.
+
+    Args:
+        config: configuration of the run.
+        backbone: the model, if it is loaded.
+    """
+    findings = []
+    if backbone is None:
+        model = attempt("model", partial(load_model, config), lambda found: type(found).__name__)
+        if not model.finding.ok and "out of memory" in model.finding.message:
+            message = f"{model.finding.message} {_less_memory(config)}"
+            model = Attempt(Finding("model", False, message), None)
+        findings.append(model.finding)
+        backbone = model.result
+    findings += check_files(config, backbone)
+    for reward in {r.name: r for r in (*config.evaluation.rewards, *config.rewards)}.values():
+        name = f"reward {reward.name}"
+        findings.append(attempt(name, partial(build_reward, reward), lambda _: "loads").finding)
+    return findings
+
+
+def check_files(config: Config, backbone: Backbone | None) -> list[Finding]:
+    """Check the prompts. Without a model only whether their files can be read."""
+    findings = []
+    uses: tuple[tuple[Literal["train", "eval"], str, str | None], ...] = (
+        ("train", "data.prompts", config.data.prompts),
+        ("eval", "data.eval_prompts", config.data.eval_prompts),
+    )
+    for use, name, path in uses:
+        if backbone is not None:
+            read: Callable[[], list[Prompt]] = partial(load_prompts, config, backbone, use)
+        elif path is not None:
+            read = partial(read_prompts, name, path)
+        else:
+            continue
+        findings.append(attempt(name, read, lambda found: f"{len(found):,} prompts").finding)
+    return findings
 
 
 def check_parts(trainer: Trainer) -> list[Finding]:
@@ -125,6 +186,8 @@ def attempt(name: str, check: Callable[[], T], describe: Callable[[T], str]) -> 
     """Run a check that returns a result or raises an error. `describe` makes text of a result."""
     try:
         result = check()
+    except SettingsError as error:
+        return Attempt(Finding(name, False, str(error)), None)
     except Exception as error:  # a check runs code of models and rewards, which may raise anything
         return Attempt(Finding(name, False, f"{type(error).__name__}: {error}"), None)
     return Attempt(Finding(name, True, describe(result)), result)
@@ -206,10 +269,9 @@ def check_cost(config: Config, rows_per_row: int | None, rate: float | None) -> 
         sentences.append(f"The calibration takes {calibration:,} forward passes first.")
     if rate is not None:
         seconds = cost.passes * training.prompts_per_step / rate
-        hours = seconds * training.max_steps / 3600
         sentences.append(
-            f"About {seconds:.0f} s per step and {hours:.1f} h in total, "
-            "without decoding and scoring."
+            f"About {duration(seconds)} per step and {duration(seconds * training.max_steps)} in "
+            "total, without decoding and scoring."
         )
     return Finding("cost", True, " ".join(sentences))
 
@@ -221,9 +283,9 @@ def check_prompts(trainer: Trainer) -> Finding:
     eval_texts = [prompt.text for prompt in trainer.eval_prompts]
     repeats, shared = len(texts) - len(set(texts)), len(set(texts) & set(eval_texts))
     epochs = training.max_steps * training.prompts_per_step / len(texts)
-    sentences = [
-        f"{len(texts):,} for training ({epochs:.2g} epochs), {len(eval_texts):,} for evaluation."
-    ]
+    rounds = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
+    rounds += " epoch" if rounds == "1" else " epochs"
+    sentences = [f"{len(texts):,} for training ({rounds}), {len(eval_texts):,} for evaluation."]
     if repeats:
         sentences.append(f"{repeats:,} training prompts are repeats.")
     if shared:

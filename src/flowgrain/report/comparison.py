@@ -3,8 +3,8 @@
 Shapes: S seeds, K points of a curve.
 """
 
-import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flowgrain.report.comparison_table import (
     shown_metrics,
 )
 from flowgrain.report.render import data_uri, tiles, write_page
+from flowgrain.report.run_data import undamaged
 from flowgrain.report.svg import Curve, Figure, draw_figure
 from flowgrain.settings import SettingsError
 from flowgrain.studies.comparison import Comparison
@@ -29,6 +30,7 @@ from flowgrain.studies.measure import NUM_SHOWN
 from flowgrain.studies.results import (
     BASE,
     read_comparison,
+    read_result,
     result_file,
     results,
     units_of_step,
@@ -129,7 +131,7 @@ def finished_runs(comparison: Comparison, folder: Path, reward_set: str) -> dict
     runs: dict[str, list[Path]] = {label: [] for label in method_labels(comparison)}
     for entry in plan_entries(comparison):
         file = result_file(folder, entry.name)
-        if entry.reward_set == reward_set and file.exists():
+        if entry.reward_set == reward_set and read_result(file) is not None:
             runs[entry.label].append(file.parent)
     return {label: folders for label, folders in runs.items() if folders}
 
@@ -213,9 +215,9 @@ def _images(
     base = result_file(folder, BASE).parent
     first_runs = {BASE: base, **{label: folders[0] for label, folders in runs.items()}}
     for label, run in first_runs.items():
-        if not (run / name).exists():
-            continue
-        own = json.loads((run / "result.json").read_text())["prompts"]
-        prompts = prompts or own
-        rows.append((label, [data_uri(tile) for tile in tiles(run / name, NUM_SHOWN, len(own))]))
+        own = (read_result(run / "result.json") or {}).get("prompts", [])
+        sheet = undamaged(run / name, partial(tiles, columns=NUM_SHOWN, count=len(own)))
+        if sheet:
+            prompts = prompts or own
+            rows.append((label, [data_uri(tile) for tile in sheet]))
     return prompts, rows

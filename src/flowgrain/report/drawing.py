@@ -3,6 +3,7 @@
 from collections import defaultdict
 from typing import NamedTuple
 
+from rich.markup import escape
 from rich.tree import Tree as Drawing
 
 from flowgrain.config.schema import Config
@@ -42,8 +43,9 @@ def draw_tree(tree: Tree, config: Config) -> Drawing:
             below=tuple(sorted(subtrees[child] for child in children[row])),
         )
     method = config.method
+    title = escape(method.title or method.name)
     drawing = Drawing(
-        f"[bold]{method.title or method.name}[/], {config.sampling.num_steps} sampling steps. "
+        f"[bold]{title}[/], {config.sampling.num_steps} sampling steps. "
         "Numbers are grid indices.   ~ stochastic step   - ODE step   # image"
     )
     for root, count in _counted([subtrees[row] for row in children[ROOT]]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from flowgrain.report.render import data_uri, tiles
-from flowgrain.report.run_data import RunData, SavedEvaluation
+from flowgrain.report.run_data import RunData, SavedEvaluation, undamaged
 from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
 
 MAX_PAIRS = 16
@@ -61,7 +61,7 @@ def image_pairs(run: RunData) -> list[ImagePair]:
     if len(run.evaluations) < 2:
         return []
     first, last = run.evaluations[0], run.evaluations[-1]
-    before, after = _images(run.folder, first), _images(run.folder, last)
+    before, after = _images(run.folder, first) or [], _images(run.folder, last) or []
     return [
         ImagePair(
             prompt=first.prompts[i],
@@ -76,9 +76,10 @@ def image_pairs(run: RunData) -> list[ImagePair]:
     ]
 
 
-def _images(folder: Path, evaluation: SavedEvaluation) -> list[Image.Image]:
+def _images(folder: Path, evaluation: SavedEvaluation) -> list[Image.Image] | None:
     path = folder / "images" / f"evaluation-{evaluation.step:06d}.png"
-    return tiles(path, EVALUATION_COLUMNS, min(EVALUATION_IMAGES, len(evaluation.prompts)))
+    count = min(EVALUATION_IMAGES, len(evaluation.prompts))
+    return undamaged(path, lambda file: tiles(file, EVALUATION_COLUMNS, count))
 
 
 def part_changes(run: RunData) -> list[PartChange]:

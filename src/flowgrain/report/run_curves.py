@@ -109,8 +109,8 @@ def calibrated_noise(run: RunData) -> Figure | None:
     """The noise strengths psi before and after calibration."""
     if run.calibration is None:
         return None
-    rounds = run.calibration["rounds"]
-    before, after = rounds[0]["psi"], run.calibration["psi"]
+    rounds = run.calibration.rounds
+    before, after = rounds[0].psi, run.calibration.psi
     grid = list(range(len(after)))
     curves = [
         Curve(grid, before, "before calibration", markers=True, dashed=True),
@@ -124,13 +124,15 @@ def calibration_balance(run: RunData) -> Figure | None:
     """Shares of trajectories that gained and lost reward, in the first and the last round."""
     if run.calibration is None:
         return None
-    first, last = run.calibration["rounds"][0], run.calibration["rounds"][-1]
+    first, last = run.calibration.rounds[0], run.calibration.rounds[-1]
     curves = []
     for values, name, dashed in ((first, "first round", True), (last, "last round", False)):
-        for key, color in (("gained", PALETTE[2]), ("lost", PALETTE[4])):
-            grid = list(range(len(values[key])))
-            label = f"{key}, {name}"
-            curves.append(Curve(grid, values[key], label, dashed=dashed, color=color))
+        for key, shares, color in (
+            ("gained", values.gained, PALETTE[2]),
+            ("lost", values.lost, PALETTE[4]),
+        ):
+            grid = list(range(len(shares)))
+            curves.append(Curve(grid, shares, f"{key}, {name}", dashed=dashed, color=color))
     title, ylabel = "Reward gained or lost at a step", "share of trajectories"
     return draw_figure(title, curves, "grid step", ylabel, ylim=(0, 1))
 

@@ -1,19 +1,23 @@
 """The files of a run that its page shows."""
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flowgrain.config.schema import Config
 from flowgrain.training.run_files import read_metrics, read_run, read_run_config
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 Metrics = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class SavedEvaluation:
+class SavedEvaluation(BaseModel):
     """An evaluation during training.
 
     Attributes:
@@ -30,8 +34,29 @@ class SavedEvaluation:
     scores: dict[str, list[float]]
     parts: dict[str, float]
 
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "SavedEvaluation":
+        if not self.prompts or any(len(v) != len(self.prompts) for v in self.scores.values()):
+            raise ValueError("a reward has another number of scores than there are prompts")
+        return self
 
-@dataclass(frozen=True)
+
+class CalibrationRound(BaseModel):
+    """A round of the calibration: psi and the shares of trajectories, by grid step."""
+
+    psi: list[float]
+    gained: list[float]
+    lost: list[float]
+
+
+class SavedCalibration(BaseModel):
+    """The calibration of the noise: its rounds, and psi at the end."""
+
+    psi: list[float]
+    rounds: list[CalibrationRound] = Field(min_length=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunData:
     """A run.
 
@@ -41,7 +66,7 @@ class RunData:
         record: content of run.yaml.
         steps: metrics of every training step.
         evaluations: evaluations in the order of their steps.
-        calibration: content of calibration.json, or None.
+        calibration: the calibration of the noise, or None.
     """
 
     folder: Path
@@ -49,7 +74,7 @@ class RunData:
     record: dict[str, Any]
     steps: list[Metrics]
     evaluations: list[SavedEvaluation]
-    calibration: dict[str, Any] | None
+    calibration: SavedCalibration | None
 
     @property
     def trained_rewards(self) -> list[str]:
@@ -64,31 +89,44 @@ class RunData:
 
 
 def read_run_data(folder: Path) -> RunData:
-    """The run in `folder`.
+    """The run in `folder`. Damaged files are left out, with a warning.
 
     Raises:
         SettingsError: the directory contains no run.
     """
     config = read_run_config(folder)
-    calibration = folder / "calibration.json"
+    calibration = _readable([folder / "calibration.json"], SavedCalibration)
     return RunData(
         folder=folder,
         config=config,
         record=read_run(folder),
         steps=[line for line in read_metrics(folder) if line["step"] > 0],
-        evaluations=[
-            _read_evaluation(path) for path in sorted((folder / "evaluations").glob("step-*.json"))
-        ],
-        calibration=json.loads(calibration.read_text()) if calibration.exists() else None,
+        evaluations=_readable(
+            sorted((folder / "evaluations").glob("step-*.json")), SavedEvaluation
+        ),
+        calibration=calibration[0] if calibration else None,
     )
 
 
-def _read_evaluation(path: Path) -> SavedEvaluation:
-    values = json.loads(path.read_text())
-    return SavedEvaluation(
-        step=values["step"],
-        num_steps=values["num_steps"],
-        prompts=values["prompts"],
-        scores=values["scores"],
-        parts=values["parts"],
+def _readable(paths: Iterable[Path], kind: type[M]) -> list[M]:
+    """The content of all undamaged JSON files."""
+    found = (
+        undamaged(path, lambda file: kind.model_validate_json(file.read_bytes())) for path in paths
     )
+    return [content for content in found if content is not None]
+
+
+def undamaged(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` returns for `path`. None if the file is missing, or damaged, with a warning."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+    except Exception as error:  # libraries raise many errors for damaged files
+        reason = f"{type(error).__name__}: {error}"
+    log.warning("%s is damaged (%s). It is left out.", path, " ".join(reason.split())[:300])
+    return None

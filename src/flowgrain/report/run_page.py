@@ -10,7 +10,7 @@ from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.report.image_pairs import image_pairs, part_changes
 from flowgrain.report.render import write_page
 from flowgrain.report.run_curves import run_figures
-from flowgrain.report.run_data import RunData, read_run_data
+from flowgrain.report.run_data import RunData, read_run_data, undamaged
 from flowgrain.report.tree_picture import read_tree_picture
 
 
@@ -29,22 +29,25 @@ def write_report(folder: Path) -> Path:
         SettingsError: the directory contains no run.
     """
     run = read_run_data(folder)
-    method, versions = run.config.method, run.record.get("versions", {})
+    method, versions = run.config.method, run.record.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    trees = [
+        undamaged(path, read_tree_picture)
+        for path in sorted((folder / "images").glob("tree-*.json"))
+    ]
     software = [f"{name} {versions[name]}" for name in ("flowgrain", "torch") if name in versions]
     revision = run.record.get("git_revision")
     values = {
         "config": run.config,
         "method": method.title or method.name,
-        "software": [*software, *([f"commit {revision[:10]}"] if revision else [])],
+        "software": [*software, *([f"commit {str(revision)[:10]}"] if revision else [])],
         "steps_done": run.steps[-1]["step"] if run.steps else 0,
         "facts": [*evaluation_facts(run), *training_facts(run)],
         "figures_drawn": run_figures(run),
         "pairs": image_pairs(run),
         "parts": part_changes(run),
         "tree_summary": method.summary,
-        "trees": [
-            read_tree_picture(path) for path in sorted((folder / "images").glob("tree-*.json"))
-        ],
+        "trees": [tree for tree in trees if tree is not None],
         "settings": yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True),
     }
     return write_page(folder / "report.html", "run.html", values)
@@ -90,7 +93,7 @@ def training_facts(run: RunData) -> list[Fact]:
         Fact(
             _duration(seconds),
             f"training time of {len(run.steps)} steps, "
-            f"{passes / seconds:,.0f} sampling forward passes per second",
+            f"{passes / max(seconds, 1e-9):,.0f} sampling forward passes per second",
         ),
     ]
     failed = sum(

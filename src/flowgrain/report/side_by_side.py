@@ -179,5 +179,9 @@ def _image(folder: Path, columns: Columns, row: int) -> str | None:
 
 
 def _width(file: Path) -> int:
-    with Image.open(file) as image:
-        return image.width
+    """Width of an image in pixels, or 0 if it is damaged."""
+    try:
+        with Image.open(file) as image:
+            return image.width
+    except (OSError, ValueError, SyntaxError):
+        return 0

@@ -142,7 +142,9 @@ class _TreeFile:
 
 def read_tree_picture(path: Path) -> TreePicture:
     """The tree in the file `path`, images/tree-STEP.json of a run."""
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if any(not ROOT <= parent < row for row, parent in enumerate(values["parent"])):
+        raise ValueError("a row comes before its parent")  # the way to the root might not end
     sheet = tiles(path.with_suffix(".png"), TREE_COLUMNS, len(values["leaves"]))
     images = {
         leaf: data_uri(tile, _SIZE) for leaf, tile in zip(values["leaves"], sheet, strict=True)

@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowgrain.hub import UNREACHABLE, use_cache_if_offline
 from flowgrain.rewards.options import OptionError
 
 _HUB_FILE = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)/(?P<file>.+)")
@@ -40,9 +41,15 @@ def checkpoint_file(checkpoint: str, allow_pickle: bool) -> Path:
         )
     if on_hub is None:
         return path
+    offline = use_cache_if_offline(checkpoint)
     try:
         return Path(hf_hub_download(on_hub["repository"], on_hub["file"]))
     except (OSError, ValueError) as error:
+        if offline and isinstance(error, OSError):
+            raise OptionError(
+                f"checkpoint={checkpoint}: there is no such local file, and it is {UNREACHABLE}. "
+                "Give the path of a file, or connect this machine."
+            ) from error
         raise OptionError(
             f"checkpoint={checkpoint}: there is no such local file, "
             f"and the download from the Hugging Face Hub failed: {error}"
@@ -129,6 +136,7 @@ def loading(path: str) -> Iterator[None]:
     Raises:
         OptionError: the model cannot be loaded, or a package is missing.
     """
+    offline = use_cache_if_offline(path)
     try:
         yield
     except ImportError as error:
@@ -137,7 +145,12 @@ def loading(path: str) -> Iterator[None]:
             "SigLIP models need: pip install 'flowgrain[siglip]'"
         ) from error
     except (OSError, ValueError) as error:
+        if offline and isinstance(error, OSError):
+            raise OptionError(
+                f"path={path}: there is no such directory, and it is {UNREACHABLE}. "
+                "Give a directory, or connect this machine."
+            ) from error
         raise OptionError(
-            f"path={path}: the model cannot be loaded ({error}). "
+            f"path={path}: the model cannot be loaded ({' '.join(str(error).split())}). "
             "Give a directory or a repository on the Hugging Face Hub."
         ) from error

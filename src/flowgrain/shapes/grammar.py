@@ -16,6 +16,8 @@ RELATIONS = ("above", "below", "left of", "right of")
 _LINKS = ("and", "above", "below", "left", "right", "of")
 VOCABULARY = ("<pad>", *NUMBERS, *COLORS, *SHAPES, *(s + "s" for s in SHAPES), *_LINKS)
 MAX_WORDS = 6
+_SHOWN = 100
+"""Characters of a prompt in an error message."""
 NUM_VALIDATION = 256
 """Number of validation prompts."""
 
@@ -53,6 +55,7 @@ def parse(prompt: str) -> Scene:
         if all(color in COLORS and shape in SHAPES for color, shape in pairs):
             objects = tuple((COLORS.index(color), SHAPES.index(shape)) for color, shape in pairs)
             return Scene(objects, None if middle == "and" else middle)
+    prompt = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}..."
     if len(words) > MAX_WORDS:
         raise ValueError(
             f"the prompt {prompt!r} has {len(words)} words. The maximum of the shapes model is "

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from flowgrain.config.load import validate
+from flowgrain.config.load import read_yaml, validate
 from flowgrain.heap import retain_freed_memory
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.models.quiet import quiet_libraries
@@ -21,7 +21,13 @@ from flowgrain.studies import workers
 from flowgrain.studies.comparison import Comparison, Measurement
 from flowgrain.studies.entries import Entry, plan_entries
 from flowgrain.studies.measure import NUM_SHOWN, measure
-from flowgrain.studies.results import BASE, Result, result_file, units_of_step
+from flowgrain.studies.results import (
+    BASE,
+    Result,
+    read_result,
+    result_file,
+    units_of_step,
+)
 from flowgrain.training import Diverged, Interrupted, RunStopped, Trainer
 from flowgrain.training.files import write_atomically
 from flowgrain.training.run_files import describe_environment
@@ -101,7 +107,7 @@ def run_comparison(
     state = Progress(len(entries) + 1)
     all_jobs = [_base_job(comparison, folder, entries[0])]
     all_jobs += [_job(comparison, folder, entry) for entry in entries]
-    pending = [job for job in all_jobs if not result_file(folder, job.name).exists()]
+    pending = [job for job in all_jobs if read_result(result_file(folder, job.name)) is None]
     state.done = len(all_jobs) - len(pending)
     failures: dict[str, str] = {}
 
@@ -236,7 +242,9 @@ def _claim(comparison: Comparison, folder: Path) -> None:
     """
     file, values = folder / "comparison.yaml", comparison.model_dump(mode="json")
     if file.exists():
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))["comparison"]
+        saved = read_yaml(file).get("comparison")
+        if not isinstance(saved, dict):
+            raise SettingsError(f"{file}: contains no comparison. Use another directory.")
         changed = [key for key in values if saved.get(key) != values[key]]
         if changed:
             raise SettingsError(

@@ -161,7 +161,7 @@ def mark_damaged(path: Path) -> None:
 def _score(path: Path) -> float | None:
     try:
         score = json.loads((path / "manifest.json").read_text())["score"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
 
@@ -191,7 +191,14 @@ def load(path: Path) -> dict[str, Any]:
             if _checksum(path / name) != checksum:
                 raise ValueError(f"the checksum of {name} does not match")
         return dict(manifest["state"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 

@@ -8,6 +8,7 @@ import torch
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
 from flowgrain.models import Backbone, Dtypes, load_backbone
+from flowgrain.models.quiet import quiet_libraries
 from flowgrain.rewards import Reward, build_reward
 from flowgrain.settings import SettingsError
 
@@ -60,6 +61,7 @@ def load_model(config: Config, train: bool = True) -> Backbone:
     Raises:
         SettingsError: a setting of the model cannot be used.
     """
+    quiet_libraries()
     try:
         return load_backbone(config.model, load_dtypes(config, train))
     except ValueError as error:
@@ -78,6 +80,7 @@ def load_rewards(
     Raises:
         SettingsError: a reward cannot be loaded.
     """
+    quiet_libraries()
     if given is not None:
         trained = dict(given)
     else:

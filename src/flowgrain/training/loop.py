@@ -34,10 +34,10 @@ def run_steps(
         Interrupted: a signal arrived. The run is saved.
     """
     config, main = trainer.config, trainer.world.is_main
-    every, limit = config.evaluation.every, config.training.max_seconds
+    limit = config.training.max_seconds
     seconds = sum(m["seconds"] for m in trainer.recorder.read_metrics() if "seconds" in m)
     seconds = trainer.world.gather(seconds)[0]
-    if trainer.steps_done == 0 and every:
+    if trainer.steps_done == 0 and config.evaluation.is_due(0, last=False):
         first = {"step": 0, **_unless_stopped(trainer, partial(evaluate_and_record, trainer, 0))}
         if main:
             trainer.recorder.write_metrics(first)
@@ -54,7 +54,7 @@ def run_steps(
         diverged = trainer.optimizer.diverged
         failure: RunStopped | None = Diverged(_divergence(trainer)) if diverged else None
         last = step == config.training.max_steps or (limit is not None and seconds >= limit)
-        if every and (step % every == 0 or last) and not diverged:
+        if config.evaluation.is_due(step, last) and not diverged:
             try:
                 metrics |= evaluate_and_record(trainer, step)
             except EvaluationFailed as error:
@@ -101,10 +101,9 @@ def _unless_stopped(trainer: Trainer, work: Callable[[], Metrics]) -> Metrics:
 def _repeat_evaluation(trainer: Trainer) -> None:
     """Repeat the evaluation of the last step, if a signal stopped it."""
     step, config = trainer.steps_done, trainer.config
-    every = config.evaluation.every
     lines = trainer.recorder.read_metrics()
     line = lines[-1] if lines and lines[-1]["step"] == step else {}
-    due = bool(every) and (step % every == 0 or step == config.training.max_steps)
+    due = config.evaluation.is_due(step, last=step == config.training.max_steps)
     evaluated = any(name.startswith("eval/") for name in line)
     if not trainer.world.gather(step > 0 and due and bool(line) and not evaluated)[0]:
         return
@@ -126,7 +125,7 @@ def what_is_kept(trainer: Trainer) -> str:
 
 def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
     """Evaluate the policy after training step `step`. Returns the metrics "eval/NAME"."""
-    evaluation = trainer.evaluate()
+    evaluation = trainer.evaluate(num_images=trainer.config.evaluation.images_of_run)
     check_evaluation(trainer, step, evaluation)
     if trainer.world.is_main:
         trainer.recorder.write_evaluation(step, evaluation)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from flowgrain.config.schema import Config
 from flowgrain.distributed import SINGLE, World
 from flowgrain.distributed.sharding import copy_into
-from flowgrain.models import Backbone
+from flowgrain.models import Backbone, check_training
+from flowgrain.settings import SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.copies import Copies, add_adapter, make_copies, names_of_blocks
 from flowgrain.training.load import compute_dtype
@@ -55,7 +56,15 @@ class Policy(Velocities):
     def for_training(
         cls, config: Config, backbone: Backbone, device: torch.device, world: World = SINGLE
     ) -> "Policy":
-        """A policy with the copies and the EMA that training needs."""
+        """A policy with the copies and the EMA that training needs.
+
+        Raises:
+            SettingsError: the backbone cannot be trained with these settings.
+        """
+        try:
+            check_training(backbone, lora=config.lora.rank > 0, sharded=world.size > 1)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
         dtype = compute_dtype(config.runtime.dtype, device)
         policy = cls(
             config, backbone, make_copies(config, backbone, device, dtype, world), device, world
@@ -65,6 +74,7 @@ class Policy(Velocities):
 
             parameters = list(policy.parameters.values())
             policy.ema = EMAModel(parameters, decay=config.training.ema_decay)
+        policy.check_backbone()
         return policy
 
     @classmethod
@@ -165,7 +175,12 @@ class Policy(Velocities):
             CheckpointError: the checkpoint is damaged or belongs to another model.
         """
         state = checkpoint.load(path)
-        kind = "ema" if state["config"]["training"]["ema_decay"] else "weights"
+        try:
+            kind = "ema" if state["config"]["training"]["ema_decay"] else "weights"
+        except (KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint {path} is damaged: it contains no settings"
+            ) from error
         parameters = self.parameters or dict(self.model.named_parameters())
         names = list(parameters)
         for first in range(0, len(names), _READ_TOGETHER):  # limits the memory of float32 buffers

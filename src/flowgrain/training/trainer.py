@@ -216,18 +216,22 @@ class Trainer:
         return f"flowgrain train --resume {self.out}"
 
     def evaluate(
-        self, num_steps: int | None = None, prompts: Sequence[str | Prompt] | None = None
+        self,
+        num_steps: int | None = None,
+        prompts: Sequence[str | Prompt] | None = None,
+        num_images: int | None = None,
     ) -> Evaluation:
         """Sample an image for each prompt with the EMA parameters, and score it by every reward.
 
         Args:
             num_steps: ODE steps. Default: evaluation.num_steps.
-            prompts: prompts to evaluate. Default: evaluation.num_prompts of the held-out prompts,
-                which are repeated with other noise if there are fewer.
+            prompts: prompts to evaluate. Default: the held-out prompts, which are repeated with
+                other noise if there are fewer than `num_images`.
+            num_images: images without `prompts`. Default: evaluation.num_prompts.
         """
         config = self.config
         if prompts is None:
-            count, available = config.evaluation.num_prompts, self.eval_prompts
+            count, available = num_images or config.evaluation.num_prompts, self.eval_prompts
             prompts = [available[i % len(available)] for i in range(count)]
         return evaluate_on_ranks(
             self.policy,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flowgrain.config.schema import Config
-from flowgrain.models import Backbone, Conditioning, CustomGuidance, take
+from flowgrain.models import Backbone, Conditioning, CustomGuidance, check_results, take
+from flowgrain.settings import SettingsError
 from flowgrain.training.copies import Copies
 from flowgrain.training.load import compute_dtype
 
@@ -44,6 +45,21 @@ class Velocities:
         for module in copies.distinct():
             self.compile_blocks(module)
         self.unconditional: Conditioning = {}
+
+    def check_backbone(self) -> None:
+        """Check what the methods of a backbone from outside of this package return.
+
+        Raises:
+            SettingsError: a method raises an error, or returns another type or shape.
+        """
+        try:
+            check_results(
+                self.backbone,
+                self.device,
+                lambda x, sigma, cond: self.sample_velocity(x, sigma, cond, 1.0),
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
     def encode(self, texts: list[str]) -> Conditioning:
         """Conditioning of `texts` on the policy's device, one row per text."""
