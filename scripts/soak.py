@@ -118,6 +118,8 @@ class Soak:
             self._second_resume(run)
             too_late = not processes.alive()
         gentle = fault in ("stop", "server")
+        if gentle:  # the last step is finished, and so is the run
+            too_late |= run.last_step >= run.config.training.max_steps - 1
         number = signal.SIGTERM if gentle else signal.SIGKILL
         processes.signal(number, everyone=fault in KILLS)
         return too_late
