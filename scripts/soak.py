@@ -105,7 +105,8 @@ class Soak:
     def _interrupt(self, run: Run, fault: str, steps: int, processes: Processes) -> bool:
         """Send a signal after up to `steps` steps. Returns whether the run ended before it."""
         target = len(run.metrics()) + self.chance.randint(0, steps)
-        needed = 2 if fault == "truncate" else 0  # it needs an older checkpoint to resume from
+        # Checkpoints to resume from, and to restore metrics from.
+        needed = {"truncate": 2, "metrics": 1}.get(fault, 0)
         while processes.alive() and not (
             len(run.metrics()) > target and len(run.checkpoints()) >= needed
         ):
@@ -118,6 +119,8 @@ class Soak:
             self._second_resume(run)
             too_late = not processes.alive()
         gentle = fault in ("stop", "server")
+        if gentle:  # the last step is finished, and so is the run
+            too_late |= run.last_step >= run.config.training.max_steps - 1
         number = signal.SIGTERM if gentle else signal.SIGKILL
         processes.signal(number, everyone=fault in KILLS)
         return too_late

@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
+import socket
 
 import pytest
 import twins
 from command_line import SMALL, flowgrain, refused, succeeded
 
 from flowgrain.config import load_config
+from flowgrain.training.run_lock import RunLock
 
 REWARD = """
 def brightness(images, prompts):
@@ -105,6 +108,34 @@ class TestResume:
         assert "must keep it" in message
         assert len(metrics_of(short)) == 1
         assert "method 'g2rpo'" in refused("train", "--resume", short, "method.name=flow_grpo")
+
+    def test_a_directory_in_which_another_process_trains(self, short):
+        lock = RunLock(short)
+        lock.acquire()
+        message = refused("train", "--resume", short, "training.max_steps=2")
+        assert message.count("\n") == 1
+        assert f"another process trains in this directory (host {socket.gethostname()}" in message
+        assert len(metrics_of(short)) == 1
+        lock.release()
+        succeeded("train", "--resume", short, "training.max_steps=2")
+
+    def test_settings_that_no_step_was_trained_with_are_not_recorded(self, short):
+        settings = (short / "run.yaml").read_text()
+        succeeded("train", "--resume", short, "optimizer.learning_rate=1e-9")
+        assert (short / "run.yaml").read_text() == settings
+
+    def test_a_run_without_its_checkpoints(self, short):
+        shutil.rmtree(short / "checkpoints")
+        assert "start a new run" in refused("train", "--resume", short)
+        assert len(metrics_of(short)) == 1
+
+    def test_damaged_metrics_are_reported(self, short):
+        with (short / "metrics.jsonl").open("ab") as file:
+            file.write(b'\xff{"step')
+        result = flowgrain("train", "--resume", short, "training.max_steps=2")
+        assert result.status == 0, result.stderr
+        assert result.stderr.count("metrics.jsonl: line 2 is damaged (not UTF-8)") == 1
+        assert [line["step"] for line in metrics_of(short)] == [1, 2]
 
     def test_fewer_steps_than_done(self, short):
         succeeded("train", "--resume", short, "training.max_steps=2")

@@ -26,9 +26,9 @@ def soak():
 
 @pytest.fixture(scope="module")
 def result(soak, tmp_path_factory):
-    """Ten steps with every fault of a single process once, and the directory."""
+    """Twelve steps with every fault of a single process once, and the directory."""
     folder = tmp_path_factory.mktemp("soak")
-    return soak.soak(folder, steps=10, seed=1, faults=len(soak.FAULTS) - 1), folder
+    return soak.soak(folder, steps=12, seed=1, faults=len(soak.FAULTS) - 1), folder
 
 
 def test_every_fault_once(soak, result):
