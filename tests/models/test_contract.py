@@ -176,7 +176,10 @@ class ToyWithoutExport(nn.Module):
     [
         ({"encode": lambda self, texts: [1]}, r"'encode' returns \[1\]. Define it as a method"),
         ({"encode": lambda self, texts: {}}, "'encode' returns {}"),
-        ({"encode": lambda self, texts: {"n": torch.zeros(1)}}, r"'n': a tensor \[1\] of float32"),
+        (
+            {"encode": lambda self, texts: {"n": torch.zeros(1)}},
+            r"'encode' returns {'n': a tensor \[1\] of",
+        ),
         ({"encode": lambda self, texts: 1 / 0}, "'encode' raises ZeroDivisionError"),
         (
             {"velocity": lambda self, net, x, sigma, cond: x[:, :1]},
@@ -204,10 +207,10 @@ def test_a_transformer_without_what_training_needs(tiny, tmp_path):
         check_training(backbone, lora=False, sharded=True)
     backbone.lora_targets = ["w1"]
     lora = tiny.with_changes({"lora.rank": 2})
-    with pytest.raises(SettingsError, match=r"no method add_adapter, which lora.rank needs"):
+    with pytest.raises(SettingsError, match="a method add_adapter, which lora.rank needs"):
         Trainer(lora, tmp_path / "run", backbone=backbone, rewards={"red": red})
     backbone.transformer = ToyWithoutExport()
-    with pytest.raises(SettingsError, match="'transformer' is ToyWithoutExport.* save_pretrained"):
+    with pytest.raises(SettingsError, match=r"'transformer' is ToyWithoutExport.* save_pretrained"):
         Trainer(tiny, tmp_path / "run", backbone=backbone, rewards={"red": red})
     assert not (tmp_path / "run").exists()
 
