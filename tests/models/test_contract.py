@@ -207,7 +207,7 @@ def test_a_transformer_without_what_training_needs(tiny, tmp_path):
         check_training(backbone, lora=False, sharded=True)
     backbone.lora_targets = ["w1"]
     lora = tiny.with_changes({"lora.rank": 2})
-    with pytest.raises(SettingsError, match="a method add_adapter, which lora.rank needs"):
+    with pytest.raises(SettingsError, match=r"a method add_adapter, which lora.rank needs"):
         Trainer(lora, tmp_path / "run", backbone=backbone, rewards={"red": red})
     backbone.transformer = ToyWithoutExport()
     with pytest.raises(SettingsError, match=r"'transformer' is ToyWithoutExport.* save_pretrained"):
