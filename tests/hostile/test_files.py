@@ -329,10 +329,9 @@ RECORDS = {
         "truncated": b'{"step": 1, "pare',
         "empty": b"",
         "list": b"[]",
-        "loop": b'{"step": 1, "prompt": "a", "num_steps": 1, "parent": [1, 0],'
-        b' "grid_index": [0, 1],'
+        "loop": b'{"step": 1, "prompt": "a", "num_steps": 1, "parent": [1, 0], "edges": [0],'
         b' "stochastic": [true, true], "leaves": [1], "image": [1], "channel": [0], "rewards": {},'
-        b' "edges": [0], "advantage": [1.0]}',
+        b' "grid_index": [0, 1], "advantage": [1.0]}',
     },
     "calibration.json": {
         **ANY,

@@ -5,9 +5,9 @@ import types
 import pytest
 import torch
 from torch import nn
-from toy import Toy
+from toy import Toy, ToyNet, red
 
-from flowgrain import SettingsError
+from flowgrain import SettingsError, Trainer
 from flowgrain.core.sde import sigma_grid
 from flowgrain.models import (
     BACKBONES,
@@ -16,6 +16,7 @@ from flowgrain.models import (
     ModelConfig,
     Shift,
     check_backbone,
+    check_training,
     load_backbone,
     register_backbone,
 )
@@ -123,10 +124,13 @@ def test_a_member_of_another_type_is_named(name):
     ("changes", "message"),
     [
         ({"transformer": nn.Linear(2, 2)}, "'transformer'.* a method save_pretrained"),
-        (
-            {"latent_shape": [2, 3]},
-            r"'latent_shape' is \[2, 3\]. Define it as a tuple of positive integers",
-        ),
+        ({"latent_shape": [2, 3]}, r"'latent_shape' is \[2, 3\]. Define it as a tuple of positive"),
+        ({"latent_shape": (2, 0)}, r"'latent_shape' is \(2, 0\)"),
+        ({"latent_shape": ()}, r"'latent_shape' is \(\)"),
+        ({"natural_shift": lambda steps: None}, "'natural_shift' returns None"),
+        ({"natural_shift": lambda steps: ("3", None)}, "'natural_shift' returns .*'3'"),
+        ({"natural_shift": lambda: 1}, "'natural_shift' raises TypeError: .*argument"),
+        ({"bundled_prompts": lambda split: "abc"}, "'bundled_prompts' returns 'abc'"),
         ({"lora_targets": "to_q"}, "'lora_targets' is 'to_q'. Define it as a list of strings"),
         ({"lora_format": dict}, "'lora_format'.* or NoLora"),
         ({"blocks": [nn.Linear(2, 2)]}, "'blocks' contains other modules"),
@@ -147,6 +151,68 @@ def test_an_error_inside_a_property_is_shown():
 
     with pytest.raises(ValueError, match=r"'blocks' is missing .*no attribute 'layers'"):
         check_backbone(Broken())
+
+
+def test_a_property_that_raises_another_error():
+    class Broken(Toy):
+        @property
+        def lora_format(self):
+            return {}["format"]
+
+    with pytest.raises(ValueError, match=r"member 'lora_format' raises KeyError: 'format'"):
+        check_backbone(Broken())
+
+
+class ToyWithoutExport(nn.Module):
+    """A transformer that can be trained, but not exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ToyNet()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encode": lambda self, texts: [1]}, r"'encode' returns \[1\]. Define it as a method"),
+        ({"encode": lambda self, texts: {}}, "'encode' returns {}"),
+        (
+            {"encode": lambda self, texts: {"n": torch.zeros(1)}},
+            r"'encode' returns {'n': a tensor \[1\] of",
+        ),
+        ({"encode": lambda self, texts: 1 / 0}, "'encode' raises ZeroDivisionError"),
+        (
+            {"velocity": lambda self, net, x, sigma, cond: x[:, :1]},
+            r"'velocity' returns a tensor \[2, 1, 3\] of float32. .* here \[2, 2, 3\]",
+        ),
+        ({"velocity": lambda self, net, x, sigma: x}, "'velocity' raises TypeError"),
+        ({"decode": lambda self, x: x}, r"'decode' returns a tensor \[1, 2, 3\]"),
+        (
+            {"decode": lambda self, x: torch.zeros(len(x), 3, 4, 4, dtype=torch.uint8)},
+            "'decode' returns .* of uint8. Define it as a method that returns float32 images",
+        ),
+        ({"decode": lambda self, x: torch.zeros(1, 1, 4, 4)}, r"'decode' returns a tensor \[1, 1,"),
+    ],
+)
+def test_results_are_checked_before_training(tiny, tmp_path, changes, message):
+    backbone = type("Wrong", (Toy,), changes)()
+    with pytest.raises(SettingsError, match=f"backbone Wrong: member {message}"):
+        Trainer(tiny, tmp_path / "run", backbone=backbone, rewards={"red": red})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_transformer_without_what_training_needs(tiny, tmp_path):
+    backbone = Toy()
+    with pytest.raises(ValueError, match=r"'transformer' has no method to_json_string"):
+        check_training(backbone, lora=False, sharded=True)
+    backbone.lora_targets = ["w1"]
+    lora = tiny.with_changes({"lora.rank": 2})
+    with pytest.raises(SettingsError, match=r"a method add_adapter, which lora.rank needs"):
+        Trainer(lora, tmp_path / "run", backbone=backbone, rewards={"red": red})
+    backbone.transformer = ToyWithoutExport()
+    with pytest.raises(SettingsError, match=r"'transformer' is ToyWithoutExport.* save_pretrained"):
+        Trainer(tiny, tmp_path / "run", backbone=backbone, rewards={"red": red})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_backbone_without_lora_says_so(tmp_path):

@@ -35,7 +35,7 @@ def test_a_model_and_a_reward_are_refused_at_once(offline):
     with pytest.raises(SettingsError, match=r"path=nobody/nothing-here: .* is offline"):
         build_reward(RewardConfig(name="clip", path="nobody/nothing-here"))
     with pytest.raises(SettingsError, match=r"checkpoint=nobody/nothing/a.safetensors: .*offline"):
-        build_reward(RewardConfig(name="hps", checkpoint="nobody/nothing/a.safetensors"))
+        build_reward(RewardConfig(name="aesthetic", checkpoint="nobody/nothing/a.safetensors"))
     assert time.monotonic() - begin < 10  # 25 s for every file without the check
 
 

@@ -2,6 +2,7 @@
 
 import psutil
 import pytest
+import torch
 
 from flowgrain.config import load_config
 from flowgrain.models.shapes import ShapesBackbone
@@ -144,3 +145,51 @@ def test_a_backbone_of_unknown_size(tmp_path):
     failed = [name for name, finding in findings.items() if not finding.ok]
     assert failed == ["prompts"]  # the toy has the same prompts for training and evaluation
     assert "weights 0.0 MB" in findings["memory"].message
+
+
+def test_all_checks_are_made_after_the_first_failure(tiny, tmp_path):
+    """Nothing works: no GPU, no prompts, one reward that cannot be loaded, one that can."""
+    changes = {
+        "runtime.device": "cuda",
+        "data.prompts": str(tmp_path / "nothing.txt"),
+        "rewards": ["nothing:at_all", "towers", "aesthetic"],
+    }
+    config = tiny.with_changes(changes)
+    findings = findings_of(config, tmp_path / "run")
+    failed = [name for name, finding in findings.items() if not finding.ok]
+    rewards = ["reward nothing:at_all", "reward aesthetic"]
+    expected = ["data.prompts", *rewards]
+    if not torch.cuda.is_available():
+        expected = ["device", *expected]
+    assert failed == expected
+    assert findings["reward towers"].ok
+    assert findings["model"].ok
+    assert findings["data.eval_prompts"].ok
+    assert "Give the path of a text file" in findings["data.prompts"].message
+    assert "SettingsError" not in " ".join(finding.message for finding in findings.values())
+    assert findings["cost"].ok
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_loaded(tiny, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("two red circles\n")
+    changes = {"model.path": str(tmp_path), "data.prompts": str(file)}
+    findings = findings_of(tiny.with_changes(changes), tmp_path / "run")
+    failed = [name for name, finding in findings.items() if not finding.ok]
+    assert failed == ["model"]
+    assert "contains no words.safetensors" in findings["model"].message
+    assert findings["data.prompts"].message == "1 prompt"
+    assert findings["reward oracle"].ok
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"), [(1, "(0.5 epochs)"), (2, "(1 epoch)"), (2400, "(1,200 epochs)")]
+)
+def test_epochs_and_times_in_words(tiny, tmp_path, steps, words):
+    file = tmp_path / "a.txt"
+    file.write_text("two red circles\none blue square\none red square\nthree red circles\n")
+    changes = {"data.prompts": str(file), "training.max_steps": steps}
+    findings = findings_of(tiny.with_changes(changes), tmp_path / "run")
+    assert words in findings["prompts"].message
+    assert "0.0 h" not in findings["cost"].message

@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -166,7 +167,7 @@ def doctor(words: Words = None, plugins: Plugins = None, preset: Preset = None) 
     from flowgrain.planning.doctor import examine
 
     findings = examine(config_from(words, plugins, preset))
-    table = Table("check", "result", "found")
+    table = Table("check", "result", "found", box=box.SIMPLE)
     for finding in findings:
         result = "[green]ok[/]" if finding.ok else "[bold red]failed[/]"
         table.add_row(escape(finding.name), result, escape(finding.message))

@@ -47,7 +47,7 @@ def check_backbone(backbone: Any) -> Backbone:
         except Exception as error:  # a property of another package
             raise ValueError(_contract(backbone, name, _raises(error), expected)) from error
         if not valid(value):
-            raise ValueError(_contract(backbone, name, f"is {value!r:.80}", expected))
+            raise ValueError(_contract(backbone, name, f"is {_shown(value)}", expected))
     inside = {id(module) for module in backbone.transformer.modules()}
     if not all(id(block) in inside for block in backbone.blocks):
         raise ValueError(
@@ -155,7 +155,7 @@ def _shown(value: Any) -> str:
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_shown(entry)}" for key, entry in value.items()) + "}"
-    return f"{value!r:.80}"
+    return f"{' '.join(repr(value).split()):.80}"
 
 
 def _contract(backbone: Any, name: str, problem: str, expected: str) -> str:

@@ -5,7 +5,7 @@ Memory and disk are checked first, then the prompts, the model and every reward.
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,8 +145,12 @@ def check_files(config: Config, backbone: Backbone | None) -> list[Finding]:
             read = partial(read_prompts, name, path)
         else:
             continue
-        findings.append(attempt(name, read, lambda found: f"{len(found):,} prompts").finding)
+        findings.append(attempt(name, read, _describe_prompts).finding)
     return findings
+
+
+def _describe_prompts(prompts: Sequence[Prompt]) -> str:
+    return "1 prompt" if len(prompts) == 1 else f"{len(prompts):,} prompts"
 
 
 def check_parts(trainer: Trainer) -> list[Finding]:
