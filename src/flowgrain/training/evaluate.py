@@ -5,7 +5,7 @@ Shapes: I images, *L latent, H x W pixels.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -39,6 +39,7 @@ class Evaluation:
         parts: [I] by "reward/part", for rewards that report parts.
         part_weights: [I] by "reward/part", weights of the images in the mean of the part.
         images: [I, 3, H, W], or only the first images.
+        reasons: by reward, why images have no score. Only rewards that failed.
     """
 
     prompts: list[Prompt]
@@ -47,6 +48,7 @@ class Evaluation:
     parts: dict[str, Column]
     part_weights: dict[str, Column]
     images: Tensor
+    reasons: dict[str, str | None] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         """Mean score of each reward over the scored images."""
@@ -73,7 +75,8 @@ def interleave(parts: Sequence[Evaluation], prompts: list[Prompt]) -> Evaluation
         for kind, fill in (("scores", np.nan), ("parts", np.nan), ("part_weights", 0.0))
     }
     images = torch.stack([part.images for part in parts], 1).flatten(0, 1)[: len(prompts)]
-    return Evaluation(prompts, parts[0].num_steps, images=images, **columns)
+    reasons = {name: reason for part in parts for name, reason in part.reasons.items()}
+    return Evaluation(prompts, parts[0].num_steps, images=images, reasons=reasons, **columns)
 
 
 def _interleaved_columns(
@@ -242,6 +245,7 @@ def _add_scores(evaluation: Evaluation, name: str, reward: Reward, batch_size: i
     images, prompts = evaluation.images, evaluation.prompts
     scores, parts, weights = score_with_parts(reward, images, prompts, batch_size)
     if scores.failed:
+        evaluation.reasons[name] = scores.reason
         log.warning(
             "%s could not score %d of %d images: %s",
             name,

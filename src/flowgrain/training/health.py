@@ -70,8 +70,8 @@ def check_evaluation(trainer: Trainer, step: int, evaluation: Evaluation) -> Non
         if _too_many(failed, len(scores), allowed):
             raise EvaluationFailed(
                 f"evaluation after step {step}: reward {name!r} failed on {failed} of "
-                f"{len(scores)} images, {limit}. Fix the reward, then resume with "
-                f"{trainer.resume_command}"
+                f"{len(scores)} images ({evaluation.reasons.get(name)}), {limit}. "
+                f"Fix the reward, then resume with {trainer.resume_command}"
             )
 
 
