@@ -8,10 +8,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
-UNREACHABLE = (
-    "not in the cache of the Hugging Face Hub, which is offline "
-    "(no connection, or HF_HUB_OFFLINE is set)"
-)
+UNREACHABLE = "not in the cache of the Hugging Face Hub, which cannot be reached"
 """Why a repository of the Hub cannot be read, for error messages."""
 _TIMEOUT, _VALID = 3.0, 60.0
 """Seconds to wait for a connection, and seconds for which its result is used again."""
@@ -26,13 +23,13 @@ def use_cache_if_offline(path: str | None) -> bool:
     Otherwise huggingface_hub tries every file six times, which takes about 25 seconds each.
 
     Returns:
-        Whether only the cache is read.
+        Whether the Hub is unreachable. False if the user has set HF_HUB_OFFLINE.
     """
     global _switched_off
     if path is None or Path(path).expanduser().exists():
         return False
     if constants.HF_HUB_OFFLINE and not _switched_off:
-        return True  # the user's choice
+        return False  # the user's choice: huggingface_hub does not try
     if any(os.environ.get(name) for name in _PROXIES):
         return False  # only the proxy can connect
     _switched_off = not _reachable()

@@ -62,6 +62,7 @@ class Small(Toy):
 
     def __init__(self):
         self.transformer = Net()
+        self.transformer.to_json_string = lambda: "{}"  # a sharded export needs it
 
     @property
     def blocks(self):

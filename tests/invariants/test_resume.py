@@ -268,6 +268,7 @@ def test_methods_with_a_state_resume_to_the_bit(tmp_path, method, changes):
         "training.prompts_per_step": 2,
         "training.max_steps": 4,
         "training.checkpoint_every": 1,
+        "evaluation.every": 0,  # a shorter run is also evaluated after its own last step
     }
     config = load_config(method, {**shared, **changes})
     toy(config, tmp_path / "whole").train()

@@ -42,7 +42,7 @@ def check_yaml(text: str, mapping: bool = False) -> None:
         else:
             continue
         if mapping and depth == 0 and not isinstance(event, yaml.MappingEndEvent):
-            raise ValueError("not a mapping of keys to values")
+            raise ValueError("not a mapping of sections")
         if anchor is not None:
             sizes[anchor] = size
         above, total = open_parts[-1]
