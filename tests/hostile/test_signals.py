@@ -166,13 +166,17 @@ calls = []
 def hanging(images, prompts):
     calls.append(1)
     if len(calls) > 2:
-        print("hanging now", flush=True)
         {hang}
     return images.mean((1, 2, 3))
 """
 WAITS = {
-    "sleep": "time.sleep(60)",
-    "stubborn": "exec('''while True:\\n try: time.sleep(60)\\n except BaseException: pass''')",
+    "sleep": "print('hanging now', flush=True); time.sleep(60)",
+    "stubborn": """while True:
+            try:
+                print("hanging now", flush=True)
+                time.sleep(60)
+            except BaseException:
+                pass""",
 }
 
 

@@ -14,7 +14,7 @@ SMALL = {
     "training.prompts_per_step": 2,
     "training.max_steps": 2,
     "training.checkpoint_every": 1,
-    "evaluation.num_prompts": 2,
+    "evaluation.every": 0,
 }
 
 

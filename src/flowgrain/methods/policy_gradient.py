@@ -21,6 +21,7 @@ from flowgrain.core.sde import (
 )
 from flowgrain.core.tree import Planner, Tree
 from flowgrain.methods.base import Method
+from flowgrain.methods.cost import plan_tree
 from flowgrain.methods.plans import completed_trajectory
 from flowgrain.settings import Section, Setting
 
@@ -156,9 +157,7 @@ class PolicyGradient(Method):
                 f"{self.group_size}. Use such a number, or 0 for all samples."
             )
         if self.comparison == "parent":
-            planner = Planner(num_steps)
-            self.plan(planner, 1, 0)
-            tree = planner.tree()
+            tree = plan_tree(self, num_steps)
             if len(tree.trained_parents) == len(tree.edges):
                 raise ValueError(
                     "comparison=parent: no state of this method has several trained steps, so "

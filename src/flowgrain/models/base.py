@@ -46,8 +46,8 @@ class ModelConfig(Section):
     revision: str | None = Setting(
         None, "Branch, tag or commit of the Hub repository. Default: its main branch.", keep=True
     )
-    height: int = Setting(512, "Image height.", unit="pixels", keep=True, ge=8, le=16_384)
-    width: int = Setting(512, "Image width.", unit="pixels", keep=True, ge=8, le=16_384)
+    height: int = Setting(512, "Image height.", unit="pixels", keep=True, ge=8, le=32_768)
+    width: int = Setting(512, "Image width.", unit="pixels", keep=True, ge=8, le=32_768)
     max_prompt_tokens: int = Setting(
         256, "Sequence length of encoded prompts.", unit="tokens", keep=True, ge=1, le=8192
     )

@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
 from flowgrain.core.sde import Shift
 
 
@@ -16,6 +14,9 @@ def linear_mu(config: Mapping[str, Any], num_tokens: int) -> float:
         config: config of a FlowMatchEulerDiscreteScheduler.
         num_tokens: number of image tokens.
     """
+    # Imports transformers, which prints warnings unless `quiet_libraries` was called before.
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
     mu: float = calculate_shift(
         num_tokens,
         config.get("base_image_seq_len", 256),

@@ -24,8 +24,9 @@ from flowgrain.rewards.connections import Attempt, WatchedAdapter
 from flowgrain.rewards.options import OptionError
 
 log = logging.getLogger(__name__)
-# It logs tracebacks of damaged headers. The reason of the failed request says the same.
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+# They log tracebacks of damaged headers. The reason of the failed request says the same.
+for _name in ("urllib3.connection", "urllib3.connectionpool"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 T = TypeVar("T")
 

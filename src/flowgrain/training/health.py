@@ -71,7 +71,8 @@ def check_evaluation(trainer: Trainer, step: int, evaluation: Evaluation) -> Non
             raise EvaluationFailed(
                 f"evaluation after step {step}: reward {name!r} failed on {failed} of "
                 f"{len(scores)} images ({evaluation.reasons.get(name)}), {limit}. "
-                f"Fix the reward, then resume with {trainer.resume_command}"
+                f"Fix the reward or remove it from evaluation.rewards, then resume with "
+                f"{trainer.resume_command}"
             )
 
 

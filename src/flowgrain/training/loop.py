@@ -63,9 +63,8 @@ def run_steps(
                 stop, last = request.number, False
         if main:
             trainer.recorder.write_metrics(metrics)
-        interval = config.training.checkpoint_every
-        due = bool(interval) and step % interval == 0
-        if last or stop is not None or failure or due:
+        every = config.training.checkpoint_every
+        if last or stop is not None or failure or (every and step % every == 0):
             trainer.save(metrics)
         if progress is not None:
             progress(metrics)

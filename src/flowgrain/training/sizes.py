@@ -19,6 +19,7 @@ from flowgrain.config.schema import Config
 from flowgrain.models import BACKBONES, Backbone, ModelConfig
 from flowgrain.models.acceleration import QuantizedCopy
 from flowgrain.models.pipeline import JOINT_ATTENTION
+from flowgrain.models.quiet import quiet_libraries
 from flowgrain.models.shapes import WEIGHTS, ShapesBackbone
 from flowgrain.settings import SettingsError
 from flowgrain.training.copies import names_of_blocks
@@ -125,6 +126,7 @@ def size_before_loading(config: Config) -> ModelSize | None:
 
     `load_model` then reports what is wrong with them.
     """
+    quiet_libraries()
     try:
         return model_size(config.model, config.lora.target_modules)
     except (ValueError, TypeError, KeyError, AttributeError, OSError):

@@ -14,6 +14,7 @@ from flowgrain.methods import Method
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.errors import RunStopped
+from flowgrain.training.fit import check_disk
 from flowgrain.training.records import parse_metrics
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.run_files import read_run
@@ -144,10 +145,11 @@ def begin(trainer: Trainer) -> None:
     """Lock the directory of a run, and create its files.
 
     Raises:
-        SettingsError: the directory is locked, cannot be written, or contains a run that is not
-            being resumed.
+        SettingsError: the directory is locked, cannot be written, contains a run that is not
+            being resumed, or its disk is too small.
     """
     trainer.recorder.check()
+    check_disk(trainer.config, trainer.size, trainer.out)
     try:
         for message in trainer.lock.acquire():
             log.warning("%s: %s", trainer.out, message)

@@ -20,7 +20,7 @@ from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
 from flowgrain.training.export import export_policy
-from flowgrain.training.fit import check_disk, check_loaded, check_memory, check_start
+from flowgrain.training.fit import check_loaded, check_memory, check_start
 from flowgrain.training.load import (
     compute_device,
     load_model,
@@ -123,12 +123,9 @@ class Trainer:
         Raises:
             SettingsError: another process trains in this directory, or it contains another run.
             RunStopped: the run cannot continue. It can be resumed from a checkpoint.
-            Interrupted: SIGINT or SIGTERM arrived. The run is saved. A step without an update is
-                abandoned, otherwise it is finished.
+            Interrupted: SIGINT or SIGTERM arrived. The run is saved.
         """
         try:
-            if self.world.is_main:
-                check_disk(self.config, self.size, self.out)
             self.world.on_main(lambda: state.begin(self))
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):
@@ -233,13 +230,9 @@ class Trainer:
         if prompts is None:
             count, available = num_images or config.evaluation.num_prompts, self.eval_prompts
             prompts = [available[i % len(available)] for i in range(count)]
+        steps, rewards = num_steps or config.evaluation.num_steps, self.eval_rewards
         return evaluate_on_ranks(
-            self.policy,
-            config,
-            prompts,
-            self.eval_rewards,
-            num_steps=num_steps or config.evaluation.num_steps,
-            num_images=EVALUATION_IMAGES,
+            self.policy, config, prompts, rewards, num_steps=steps, num_images=EVALUATION_IMAGES
         )
 
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:
