@@ -56,7 +56,13 @@ def single(tmp_path_factory):
     return rank_work.every_case(tmp_path_factory.mktemp("one"), CASES)
 
 
-@pytest.mark.parametrize(("size", "machines"), [(2, 1), (4, 1), (4, 2)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("size", "machines"),
+    [(2, 1), pytest.param(4, 1, marks=SLOW), pytest.param(4, 2, marks=SLOW)],
+)
 def test_every_method_is_the_same_run(tmp_path, pool, single, size, machines):
     """Within 1e-6: sums over ranks have another order, and other rows share a model call.
 

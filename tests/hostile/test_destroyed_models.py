@@ -31,6 +31,7 @@ def steps_of(folder):
     return [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_destroys_the_model(tmp_path):
     """By the command of a user: exit status 1, one line, no export."""
     words = (

@@ -350,6 +350,7 @@ RECORDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "content"), cases(RECORDS))
 def test_the_report_leaves_damaged_records_out(directory, run, caplog, name, content):
     write(run / name, content)
@@ -434,6 +435,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "content"), cases(RESULTS))
 def test_results_of_a_comparison(directory, name, content, caplog):
     status, stdout, _ = command("compare", "quick", "--dry-run", "--json")

@@ -155,6 +155,7 @@ def client(kind, url, **options):
     return Remote(url, "red", **options) if kind == "remote" else Judge(url, "model", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), TABLE, ids=[f"{k}-{n}" for n, k in TABLE])
 def test_a_hostile_server_gives_a_reason_in_bounded_time_and_memory(name, kind, caplog, capfd):
     case = CASES[name]

@@ -85,6 +85,7 @@ SLOW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOW)
 def test_a_slow_connection_is_closed(kind):
     first, drip = SLOW[kind]
@@ -110,6 +111,7 @@ def test_a_slow_connection_is_closed(kind):
         assert b"408" in received.split(b"\r\n")[0]
 
 
+@pytest.mark.slow
 def test_many_half_open_connections_and_slow_bodies():
     with serving(body_seconds=1.0, header_seconds=1.0) as port:
         process = psutil.Process()
@@ -131,6 +133,7 @@ def test_many_half_open_connections_and_slow_bodies():
         assert len(process.net_connections("tcp")) <= before + 4
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_answered_with_503_and_the_client_waits():
     with serving(max_queue=2) as port, concurrent.futures.ThreadPoolExecutor(6) as pool:
         url = f"http://127.0.0.1:{port}"
@@ -147,6 +150,7 @@ def test_a_full_queue_is_answered_with_503_and_the_client_waits():
         assert all(scores.failed == 0 for scores in found)
 
 
+@pytest.mark.slow
 def test_bodies_do_not_exceed_the_memory():
     """Slow uploads hold at most max_bytes together. The one too many gets 503."""
     with serving(max_bytes=100_000, body_seconds=2.0) as port:
@@ -234,6 +238,7 @@ def command(*words, **environment):
         process.wait()
 
 
+@pytest.mark.slow
 def test_memory_after_a_burst():
     """100 requests of 200 images. The memory returns to its base."""
     with command("oracle", "--port", "0") as process:
@@ -259,6 +264,7 @@ def test_memory_after_a_burst():
         assert "Traceback" not in process.communicate(timeout=20)[1]
 
 
+@pytest.mark.slow
 def test_serving_is_printed_only_after_the_address_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -197,6 +197,7 @@ def command(tmp_path, hang):
     return process
 
 
+@pytest.mark.slow
 def test_the_command_says_what_happens_and_ends_with_the_run_saved(tmp_path):
     process = command(tmp_path, "sleep")
     begin = time.monotonic()
@@ -211,6 +212,7 @@ def test_the_command_says_what_happens_and_ends_with_the_run_saved(tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, {143}), (signal.SIGINT, {130, 1})], ids=["TERM", "INT"]
 )

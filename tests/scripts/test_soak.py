@@ -31,6 +31,7 @@ def result(soak, tmp_path_factory):
     return soak.soak(folder, steps=12, seed=1, faults=len(soak.FAULTS) - 1), folder
 
 
+@pytest.mark.slow
 def test_every_fault_once(soak, result):
     report, _ = result
     # A test of the invariants kills one of two processes.
@@ -39,6 +40,7 @@ def test_every_fault_once(soak, result):
     assert report.memory_growth == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.slow
 def test_the_faults_disturbed_the_run(result):
     """A fault that stopped the disturbed run has left its message, and no other fault has."""
     report, folder = result
@@ -50,6 +52,7 @@ def test_the_faults_disturbed_the_run(result):
     assert not (folder / "whole.messages").exists()
 
 
+@pytest.mark.slow
 def test_a_difference_is_noticed(soak, result, tmp_path):
     _, folder = result
     for name in ("whole", "cut"):

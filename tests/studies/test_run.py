@@ -54,6 +54,7 @@ def metrics(folder, name):
     return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_continues(tmp_path):
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(SMALL))
