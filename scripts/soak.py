@@ -3,9 +3,9 @@
     python scripts/soak.py --minutes 60 [--processes 2] [--seed 0] [--out runs/soak]
 
 The bundled model is trained twice with the same settings and a reward server: once undisturbed, and
-once while a seeded schedule injects faults. Every fault must either have no effect or end the run
-with a message, and the run is then resumed. At the end, metrics and checkpoints must be equal, and
-memory must not grow.
+once while a seeded schedule injects faults and hostile clients abuse the reward server. Every fault
+must either have no effect or end the run with a message, and the run is then resumed. At the end,
+metrics and checkpoints must be equal, and the memory of the run and of the server must not grow.
 
 Faults:
     kill      SIGKILL to all processes of the run
@@ -15,6 +15,7 @@ Faults:
     nan       the reward returns NaN for an image
     stall     the reward takes a second longer
     server    the reward server is killed and started again
+    peer      the reward server is replaced for seconds by one that hangs, drips or answers badly
     disk      files may not grow beyond a limit, as on a full disk
     truncate  SIGKILL, and the last checkpoint is truncated
     lock      a second resume in the same directory, which must be refused
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from soak_peers import hostile_clients, hostile_server
 from soak_run import FINISHED, INTERRUPTED, REFUSED, SETTINGS, STOPPED, Processes, Run, Server
 from torch import Tensor
 
@@ -40,11 +42,18 @@ from flowgrain.config import load_config
 
 FAULTS = (
     *("kill", "rank", "stop", "raise", "nan", "stall", "server", "disk", "truncate"),
-    *("lock", "metrics"),
+    *("lock", "metrics", "peer"),
 )
 KILLS = ("kill", "truncate", "lock", "metrics")
 """Faults that end with SIGKILL to all processes."""
-PRELOAD = ("soak_run", "flowgrain.models.shapes", "diffusers.training_utils", "uvicorn", "fastapi")
+PRELOAD = (
+    "soak_run",
+    "soak_peers",
+    "flowgrain.models.shapes",
+    "diffusers.training_utils",
+    "uvicorn",
+    "fastapi",
+)
 """Slow imports that the fork server does once for all processes."""
 
 EXPECTED = {
@@ -60,6 +69,7 @@ EXPECTED = {
     "nan": (STOPPED,),
     "disk": (STOPPED, 1),  # one process reports the full disk, the others report an error
     "server": (INTERRUPTED, STOPPED),  # STOPPED: the server was away longer than the client retries
+    "peer": (INTERRUPTED, STOPPED),
 }
 """Exit codes that each fault may cause."""
 
@@ -90,7 +100,7 @@ class Soak:
         faulty = int(self.chance.random() * self.processes)
         port = self.server.port
         processes = Processes(self.context, run, port, self.processes, fault, at_call, faulty)
-        if fault in (*KILLS, "rank", "stop", "server"):
+        if fault in (*KILLS, "rank", "stop", "server", "peer"):
             too_late = self._interrupt(run, fault, steps, processes)
         code = processes.wait()
         if fault == "truncate" and len(run.checkpoints()) > 1:
@@ -113,12 +123,12 @@ class Soak:
             time.sleep(0.01)
         time.sleep(self.chance.random() * 0.5)
         too_late = not processes.alive()
-        if fault == "server":
-            too_late = self._restart_server(run, processes)
+        if fault in ("server", "peer"):
+            too_late = self._replace_server(run, processes, hostile=fault == "peer")
         if fault == "lock" and not too_late:
             self._second_resume(run)
             too_late = not processes.alive()
-        gentle = fault in ("stop", "server")
+        gentle = fault in ("stop", "server", "peer")
         if gentle:  # the last step is finished, and so is the run
             too_late |= run.last_step >= run.config.training.max_steps - 1
         number = signal.SIGTERM if gentle else signal.SIGKILL
@@ -135,13 +145,23 @@ class Soak:
         code = second.wait()
         assert code == REFUSED or run.finished, f"lock: the second resume ended with {code}"
 
-    def _restart_server(self, run: Run, processes: Processes) -> bool:
+    def _replace_server(self, run: Run, processes: Processes, hostile: bool) -> bool:
         """Kill the server for up to 6 s, possibly longer than the client retries.
+
+        Args:
+            hostile: a hostile server takes its place.
 
         Returns whether the run ended before it could train two more steps.
         """
         self.server.kill()
+        arguments = (self.server.port, self.chance.randrange(10**6))
+        peer = self.context.Process(target=hostile_server, args=arguments, daemon=True)
+        if hostile:
+            peer.start()
         time.sleep(self.chance.random() * 6)
+        if hostile:
+            peer.kill()
+            peer.join()
         self.server.start()
         target = len(run.metrics()) + 2
         while processes.alive() and len(run.metrics()) <= target:
@@ -193,10 +213,18 @@ def memory_growth(run: Run) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a soak: (fault, outcome) for every fault, and the growth of memory."""
+    """The result of a soak.
+
+    Attributes:
+        faults: (fault, outcome) of every fault.
+        memory_growth: of the run without faults, see `memory_growth`.
+        server_memory: resident memory of the abused reward server at the end, divided by that
+            after its start.
+    """
 
     faults: list[tuple[str, str]]
     memory_growth: float
+    server_memory: float
 
 
 def soak(folder: Path, steps: int, seed: int, faults: int, processes: int = 1) -> Report:
@@ -223,6 +251,9 @@ def soak(folder: Path, steps: int, seed: int, faults: int, processes: int = 1) -
     kinds = [fault for fault in FAULTS if fault != "rank" or processes > 1]
     schedule = [*kinds, *(chance.choice(kinds) for _ in range(faults))][:faults]
     chance.shuffle(schedule)
+    arguments = (place.server.port, seed)
+    clients = context.Process(target=hostile_clients, args=arguments, daemon=True)
+    clients.start()
     outcomes = []
     for fault in schedule:
         if fault == "stall":  # would let the run finish before other faults
@@ -231,10 +262,15 @@ def soak(folder: Path, steps: int, seed: int, faults: int, processes: int = 1) -
         else:
             outcomes.append((fault, place.inject(cut, fault, max(1, steps // faults))))
         print(f"{fault}: {outcomes[-1][1]} at step {cut.last_step}", flush=True)
+    place.server.kill()
+    place.server.start()
+    started = place.server.memory()
     assert place.finish(cut) == FINISHED
+    clients.kill()
+    growth = place.server.memory() / started
     place.server.kill()
     check_equal(whole, cut)
-    return Report(outcomes, memory_growth(whole))
+    return Report(outcomes, memory_growth(whole), growth)
 
 
 def main() -> None:
@@ -259,6 +295,7 @@ def main() -> None:
         "equal to the bit"
     )
     print(f"memory of the last third of the run / second third: {report.memory_growth:.3f}")
+    print(f"memory of the abused server at the end / at the start: {report.server_memory:.3f}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,14 @@ class Server:
     def __init__(self, context: ForkServerContext) -> None:
         self.context, self.port = context, free_port()
         self.start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the server accepts connections.
+
+        Raises:
+            OSError: it does not start within a minute.
+        """
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
@@ -87,6 +95,11 @@ class Server:
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
+
+    def memory(self) -> int:
+        """Resident memory in bytes, once it accepts connections."""
+        self.wait()
+        return int(psutil.Process(self.process.pid).memory_info().rss)
 
 
 class FaultyReward:

@@ -38,6 +38,7 @@ def test_every_fault_once(soak, result):
     assert {fault for fault, _ in report.faults} == set(soak.FAULTS) - {"rank"}
     assert sum(outcome == "stopped" for _, outcome in report.faults) >= 4
     assert report.memory_growth == pytest.approx(1, abs=0.2)
+    assert report.server_memory < 1.5
 
 
 @pytest.mark.slow
