@@ -21,7 +21,7 @@ from flowgrain.config.warnings import warnings_of
 from flowgrain.core.schedule import TailSchedule
 from flowgrain.core.sde import Shift, sigma_grid
 from flowgrain.core.tree import Tree, tail_length
-from flowgrain.methods import Method, build_method, plan_tree
+from flowgrain.methods import ForwardProcess, Method, build_method, plan_tree
 from flowgrain.models.base import Backbone, ModelConfig
 from flowgrain.rewards.base import RewardConfig
 from flowgrain.settings import Section, Setting
@@ -198,6 +198,8 @@ class Config(Section):
                 f"runtime.compile={compile_}: sampling.tail_cache={cache} changes the compiled "
                 "blocks. Remove one of the two settings."
             )
+        if isinstance(self.method, ForwardProcess):
+            self._check_exact_images()
         if cache != "none":
             needed = 3 if cache.startswith("taylorseer") else 2
             length = tail_length(self.tree())
@@ -206,6 +208,23 @@ class Config(Section):
                     f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
                     f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
                     "steps follow."
+                )
+
+    def _check_exact_images(self) -> None:
+        """Check that the images that a forward-process method trains on are exact samples.
+
+        Raises:
+            ValueError: a setting makes them approximate.
+        """
+        for setting, value, exact in (
+            ("tail_cache", self.sampling.tail_cache, "none"),
+            ("tail_weights", self.sampling.tail_weights, "same"),
+        ):
+            if value != exact:
+                raise ValueError(
+                    f"sampling.{setting}={value}: the images of method {self.method.name!r} enter "
+                    f"its loss, and approximate images would be its target. Sample them exactly: "
+                    f"sampling.{setting}={exact}."
                 )
 
     @model_validator(mode="after")

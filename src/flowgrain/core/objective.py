@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flowgrain.core.sde import Gaussian, Step, per_row
+from flowgrain.core.sde import Gaussian, Step
 
 KLForm = Literal["gaussian", "published"]
 """Exact Gaussian KL, or the form of Flow-GRPO's published code, which divides by s^2."""
@@ -65,8 +65,8 @@ class Edges:
 Objective = Callable[[Edges], EdgeLoss]
 
 
-def _surrogate(ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A) [E], and whether the clipped term is the smaller term [E]."""
+def surrogate(ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r) A) [E], and whether the clipped term is the smaller term [E] (PPO)."""
     free, bound = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
     return -torch.minimum(free, bound), bound < free
 
@@ -101,7 +101,7 @@ def clipped(
 
     def objective(edges: Edges) -> EdgeLoss:
         ratio = edges.log_ratio.exp()
-        loss, active = _surrogate(ratio, edges.advantage, clip_range)
+        loss, active = surrogate(ratio, edges.advantage, clip_range)
         if step_weights is not None:
             loss = loss * torch.tensor(step_weights, device=loss.device)[edges.step.index]
         kl = _kl(edges, kl_form)
@@ -121,42 +121,8 @@ def guarded(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussi
         log_ratio = edges.log_ratio
         drift = edges.transition.kl(edges.old_transition)
         ratio = (edges.transition.std * (log_ratio + drift)).exp()
-        loss, active = _surrogate(ratio, edges.advantage, clip_range)
+        loss, active = surrogate(ratio, edges.advantage, clip_range)
         kl = _kl(edges, kl_form)
         return EdgeLoss(loss / -edges.step.dt + kl_weight * kl, ratio, active, kl)
 
     return objective
-
-
-def nft_loss(
-    v: Tensor,
-    v_old: Tensor,
-    target: Tensor,
-    sigma: Tensor,
-    advantage: Tensor,
-    beta: float,
-    advantage_clip: float,
-) -> Tensor:
-    """DiffusionNFT's loss [B] on noised images (arXiv 2509.16117 eq. 5 and published code).
-
-    The loss uses the squared error of the x0 estimate, sigma^2 ||v - u||^2, divided by the mean
-    absolute error of the same estimate.
-
-    Args:
-        v: [B, *L] velocity of the trained policy.
-        v_old: [B, *L] velocity of the old policy.
-        target: [B, *L] u = eps - x0.
-        sigma: [B] noise levels.
-        advantage: [B].
-        beta: scale of v+ and v-, which are v_old + beta (v - v_old) and v_old - beta (v - v_old).
-        advantage_clip: advantage at which the optimality probability r is 1.
-    """
-    r = (advantage / advantage_clip / 2 + 0.5).clamp(0, 1)
-
-    def square(velocity: Tensor) -> Tensor:
-        error = (per_row(sigma, v) * (velocity - target)).flatten(1)
-        scale = error.detach().abs().mean(1).clamp(min=1e-5)
-        return error.square().mean(1) / scale
-
-    plus, minus = (v_old + sign * beta * (v - v_old) for sign in (1, -1))
-    return advantage_clip / beta * (r * square(plus) + (1 - r) * square(minus))

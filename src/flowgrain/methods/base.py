@@ -130,6 +130,11 @@ class Method(Section, ABC):
         """
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the loss needs the velocity of the model before training."""
+        return self.kl_weight > 0
+
+    @property
     def plan_varies(self) -> bool:
         """Whether the tree changes between training steps."""
         return False

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from flowgrain.core.cost import Cost, cost, count_updates
 from flowgrain.core.tree import Planner, Tree, TreeTooLarge
 from flowgrain.methods.base import Method
@@ -44,10 +46,13 @@ def price(
     tree = plan_tree(method, num_steps, step, seed)
     counted = cost(tree, num_rewards)
     if isinstance(method, ForwardProcess):
-        gradient = old = float(len(tree.leaves) * method.num_levels(num_steps))
+        levels, images = method.num_levels(num_steps), len(tree.leaves)
+        gradient = images * levels
+        updates = num_updates(method, tree, prompts_per_step)
+        first = len(np.array_split(np.arange(images), updates)[0])
+        frozen = float(method.frozen_passes(gradient, (images - first) * levels))
     else:
-        gradient = float(counted.train_forward_passes)
+        gradient = int(counted.train_forward_passes)
         later = count_updates(tree, method.updates_per_rollout, prompts_per_step)[1]
-        old = later / prompts_per_step
-    frozen = old + (gradient if method.kl_weight else 0)
-    return replace(counted, train_forward_passes=int(gradient), frozen_forward_passes=frozen)
+        frozen = later / prompts_per_step + (gradient if method.kl_weight else 0)
+    return replace(counted, train_forward_passes=gradient, frozen_forward_passes=frozen)

@@ -5,7 +5,7 @@ sampler: samples rollouts. The model itself, or a copy in the compute dtype, or 
     complete parameters on each rank.
 reference: the model before training, for the KL of a full fine-tune. With LoRA, the model with its
     adapter disabled is the reference.
-old: the slowly moving policy of a forward-process method.
+old: the slowly moving policy of a forward-process method, which may sample the rollouts.
 """
 
 import copy
@@ -36,6 +36,7 @@ class Copies:
         block_names: names of the repeated blocks.
         sharded: whether the parameters of the model are sharded over ranks.
         sampler_sharded: whether the transformer that samples rollouts is sharded.
+        old_samples: whether the old policy samples rollouts.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Copies:
     block_names: list[str]
     sharded: bool = False
     sampler_sharded: bool = False
+    old_samples: bool = False
 
     def distinct(self) -> list[nn.Module]:
         """Every module once."""
@@ -65,12 +67,14 @@ def make_copies(
     block_names = names_of_blocks(model, backbone.blocks)
     replica = several and holds_replica(config, model, dtype, device, world)
     sharded = several and not (lora and replica)
-    reference = reference_copy(model) if config.method.kl_weight > 0 and not lora else None
+    reference = reference_copy(model) if config.method.needs_reference and not lora else None
     own_sampler = not lora and (dtype != torch.float32 or replica)
     sampler = sampler_copy(model, dtype) if own_sampler else model
-    samples_old = isinstance(config.method, ForwardProcess)
-    old = old_copy(model, share_frozen=not sharded) if samples_old else None
-    copies = Copies(model, sampler, reference, old, block_names, sharded)
+    method = config.method
+    keeps_old = isinstance(method, ForwardProcess) and method.needs_old
+    samples_old = isinstance(method, ForwardProcess) and method.old_samples
+    old = old_copy(model, share_frozen=not sharded) if keeps_old else None
+    copies = Copies(model, sampler, reference, old, block_names, sharded, old_samples=samples_old)
     copies.sampler_sharded = sharded if samples_old else several and not replica
     if sharded:
         for module in (model, reference, old, None if replica or not own_sampler else sampler):

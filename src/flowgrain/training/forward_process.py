@@ -1,28 +1,45 @@
 """The losses of methods that train on finished images by adding noise to them again.
 
-Shapes: I images, B rows of a micro-batch, *L latent.
+Shapes: I images of this rank in an update, N draws of an image, B rows of a micro-batch, *L latent.
+A row is one draw of one image.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
+from flowgrain.core.regression import Noised, Quantities, linearized, squared_error
 from flowgrain.core.sde import per_row
+from flowgrain.core.tree import Ints
 from flowgrain.data import latent_noise
 from flowgrain.methods import ForwardProcess
-from flowgrain.models import take
+from flowgrain.models import Conditioning, take
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+from flowgrain.training.signals import check_stop
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a micro-batch: inputs of the model, and what the loss needs besides velocities."""
+
+    inputs: tuple[Tensor, Tensor, Conditioning, float]
+    target: Tensor
+    advantage: Tensor
 
 
 class ForwardProcessLoss:
     """The losses of a forward-process method. See `losses.RolloutLoss`.
 
-    Noise of several random grid levels is added to every image.
+    If the loss of a draw depends on other draws of its group (`method.reduces`), an update has two
+    passes. The first computes one number per draw, without gradient. From these follow the losses
+    and their derivatives in the numbers. The second pass computes the gradient of the numbers, one
+    micro-batch at a time. A group is never split over ranks, because a rank holds whole prompts.
     """
 
     def __init__(
@@ -33,19 +50,23 @@ class ForwardProcessLoss:
         batch: RolloutBatch,
         sigmas: Tensor,
     ) -> None:
-        self.method, self.policy, self.batch, self.sigmas = method, policy, batch, sigmas
+        self.method, self.policy, self.batch = method, policy, batch
         self.seed, self.guidance = config.runtime.seed, config.sampling.guidance_scale
-        num_steps = len(sigmas) - 1
-        self.num_levels = method.num_levels(num_steps)
         self.leaves = leaves = batch.tree.leaves
+        prompt = batch.tree.prompt[leaves]
+        self.group = np.unique(prompt, return_inverse=True)[1] if method.shares_draws else None
         random = np.random.default_rng([self.seed, batch.step])
-        indices = np.tile(np.arange(num_steps), (len(leaves), 1))
-        self.levels = random.permuted(indices, axis=1)[:, : self.num_levels]  # (I, num_levels)
+        count = len(leaves) if self.group is None else int(self.group.max()) + 1
+        self.levels = method.draw_levels(random, count, sigmas.cpu().numpy())
+        self.num_draws = self.levels.sigma.shape[1]
         self.updates: Sequence[Update] = [
             self._update(rows, config.micro_batch_size) for rows in self._shares()
         ]
+        self._old: list[list[Tensor]] = []
+        self._linear: tuple[Tensor, Tensor] | None = None
+        self._passed: list[Tensor] = []
 
-    def _shares(self) -> list[np.ndarray]:
+    def _shares(self) -> list[Ints]:
         """The leaves of every optimizer update: equal shares of the images of every prompt."""
         prompt = self.batch.tree.prompt[self.leaves]
         updates = int(self.method.updates_per_rollout)
@@ -54,54 +75,158 @@ class ForwardProcessLoss:
         shares = [np.sort(np.concatenate(part)) for part in parts]
         return [share for share in shares if len(share)]
 
-    def _update(self, leaves: np.ndarray, size: int) -> Update:
-        # A row is one level of one image.
-        rows = leaves.repeat(self.num_levels)
+    def _update(self, leaves: Ints, size: int) -> Update:
+        rows = leaves.repeat(self.num_draws)
         return Update(leaves, self.batch.micro_batches(rows, size), len(rows))
 
+    @torch.no_grad()
     def prepare(self) -> None:
-        """Nothing to do."""
+        """Compute the quantities of later updates under the policy that sampled.
+
+        Only if the trained policy sampled: after the first update it is another policy.
+        """
+        if not self.method.needs_quantity or self.method.compares_slow:
+            return
+        for number, update in enumerate(self.updates):
+            self._old.append([])
+            for place in range(len(update.micro_batches)) if number else ():
+                check_stop(self.batch.world)
+                rows = self._rows(number, place)
+                self._old[-1].append(self._quantity(rows, self.policy.train_velocity))
 
     def terms(self, number: int, place: int) -> Terms:
         """Loss [B] of a micro-batch. With a KL weight, also the distance [B] to the reference."""
-        batch, policy = self.batch, self.policy
+        method, policy = self.method, self.policy
+        if method.reduces and place == 0:
+            self._first_pass(number)
+        rows = self._rows(number, place)
+        needs_reference = method.kl_weight > 0 if method.reduces else method.needs_reference
+        needs_old = method.needs_old and not method.reduces
+        old = policy.old_velocity(*rows.inputs) if needs_old else None
+        reference = policy.reference_velocity(*rows.inputs) if needs_reference else None
+        v = policy.train_velocity(*rows.inputs)
+        x = Noised(v, rows.target, rows.inputs[1], rows.advantage, old, reference)
+        x = replace(x, old_quantity=self._old_quantity(x, number, place))
+        if method.reduces:
+            loss = self._linear_loss(method.quantity(x), number, place)
+        else:
+            loss = method.loss(x)
+        added = method.regularizer(x)
+        terms = {"loss": loss if added is None else loss + added}
+        if method.kl_weight and reference is not None:
+            terms["kl"] = squared_error(v.detach(), reference)
+        return terms
+
+    def _old_quantity(self, x: Noised, number: int, place: int) -> Tensor | None:
+        """The quantities [B] under the old policy. None: they equal those of the trained policy."""
+        method = self.method
+        if not method.needs_quantity:
+            return None
+        if method.reduces:
+            return self._passed[place]
+        if method.compares_slow:
+            assert x.old is not None
+            return method.quantity(replace(x, v=x.old))
+        return self._old[number][place] if number else None
+
+    @torch.no_grad()
+    def _first_pass(self, number: int) -> None:
+        """Compute the quantities of all draws of an update, their losses and derivatives."""
+        method, policy = self.method, self.policy
+        places = range(len(self.updates[number].micro_batches))
+        trained, old, reference = [], [], []
+        for place in places:
+            if number == 0:
+                check_stop(self.batch.world)
+            rows = self._rows(number, place)
+            trained.append(self._quantity(rows, policy.train_velocity))
+            if method.compares_slow:
+                old.append(self._quantity(rows, policy.old_velocity))
+            if method.reduces_reference:
+                reference.append(self._quantity(rows, policy.reference_velocity))
+        if not method.compares_slow:
+            old = self._old[number] if number else trained
+        self._passed = old
+        self._linear = self._linearize(number, trained, old, reference)
+
+    def _linearize(
+        self, number: int, trained: list[Tensor], old: list[Tensor], reference: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and derivatives [rows] of the draws of this rank that count."""
+        update = self.updates[number]
+        counts = [micro_batch.counts for micro_batch in update.micro_batches]
+        if not any(counts):
+            return torch.zeros(0), torch.zeros(0)
+
+        def per_image(parts: list[Tensor]) -> Tensor:
+            counted = [part for part, count in zip(parts, counts, strict=True) if count]
+            return torch.cat(counted).reshape(-1, self.num_draws)
+
+        mine = self.batch.local_rows(update.rows)
+        image = np.searchsorted(self.leaves, self.batch.global_rows(mine))
+        group = np.unique(self.batch.rollout.tree.prompt[mine], return_inverse=True)[1]
+        device = self.policy.device
+        q = Quantities(
+            per_image(trained),
+            per_image(old),
+            per_image(reference) if reference else None,
+            self.batch.advantage[torch.from_numpy(image)].to(device),
+            torch.from_numpy(group).to(device),
+        )
+        values, derivative = linearized(self.method.group_loss, q)
+        return values.flatten(), derivative.flatten()
+
+    def _linear_loss(self, quantity: Tensor, number: int, place: int) -> Tensor:
+        """Losses [B] with the value and the gradient of the losses of whole groups."""
+        assert self._linear is not None
+        micro_batches = self.updates[number].micro_batches
+        if not micro_batches[place].counts:
+            return quantity * 0
+        first = sum(len(before.rows) for before in micro_batches[:place])
+        values, derivative = (of[first : first + len(quantity)] for of in self._linear)
+        return values + derivative * (quantity - quantity.detach())
+
+    def _quantity(self, rows: _Rows, velocity: Callable[..., Tensor]) -> Tensor:
+        """The method's quantity [B] of the rows under one of the policies."""
+        v = velocity(*rows.inputs)
+        x = Noised(v, rows.target, rows.inputs[1], rows.advantage)
+        return self.method.quantity(x)
+
+    def _rows(self, number: int, place: int) -> _Rows:
+        """The rows of micro-batch `place` of update `number`."""
+        batch, device = self.batch, self.policy.device
         micro_batches = self.updates[number].micro_batches
         rows = micro_batches[place].rows
         taken = sum(len(before.rows) for before in micro_batches[:place])
         image = np.searchsorted(self.leaves, batch.global_rows(rows)).clip(max=len(self.leaves) - 1)
-        k = self.levels[image, np.arange(taken, taken + len(rows)) % self.num_levels]
+        owner = image if self.group is None else self.group[image]
+        place_of = owner, np.arange(taken, taken + len(rows)) % self.num_draws
         x0 = batch.rollout.at(rows).float()  # (B, *L)
-        eps = self._noise(image, k, x0)
-        sigma = self.sigmas[torch.from_numpy(k).to(policy.device)]
+        eps = self._noise(owner, self.levels.number[place_of], x0)
+        sigma = torch.from_numpy(self.levels.sigma[place_of]).to(device)
         x = (1 - per_row(sigma, x0)) * x0 + per_row(sigma, x0) * eps
-        prompt = torch.from_numpy(batch.rollout.tree.prompt[rows]).to(policy.device)
-        inputs = (x, sigma, take(batch.cond, prompt), self.guidance)
-        v = policy.train_velocity(*inputs)
-        advantage = batch.advantage[torch.from_numpy(image)].to(policy.device)
-        loss = self.method.loss(v, policy.old_velocity(*inputs), eps - x0, sigma, advantage)
-        if not self.method.kl_weight:
-            return {"loss": loss}
-        distance = (v - policy.reference_velocity(*inputs)).square().flatten(1).mean(1)
-        return {"loss": loss + self.method.kl_weight * distance, "kl": distance}
+        prompt = torch.from_numpy(batch.rollout.tree.prompt[rows]).to(device)
+        advantage = batch.advantage[torch.from_numpy(image)].to(device)
+        return _Rows((x, sigma, take(batch.cond, prompt), self.guidance), eps - x0, advantage)
 
-    def _noise(self, image: np.ndarray, k: np.ndarray, x0: Tensor) -> Tensor:
-        """eps [B, *L] of image number `image` [B] at grid index `k` [B]."""
-        step = self.batch.step
-        keys = zip(image.tolist(), k.tolist(), strict=True)
-        noise = [latent_noise(x0.shape[1:], "forward", self.seed, step, *key) for key in keys]
+    def _noise(self, owner: Ints, number: Ints, x0: Tensor) -> Tensor:
+        """eps [B, *L] of draw `number` [B] of image or group `owner` [B]."""
+        kind = "forward" if self.group is None else "forward of group"
+        keys = zip(owner.tolist(), number.tolist(), strict=True)
+        noise = [latent_noise(x0.shape[1:], kind, self.seed, self.batch.step, *key) for key in keys]
         return torch.stack(noise).to(x0)
 
     def finish(self) -> None:
         """Move the old policy toward the trained policy."""
-        self.policy.move_old(self.method.decay(self.policy.updates))
+        if self.method.needs_old:
+            self.policy.move_old(self.method.decay(self.policy.updates))
 
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002
         """Loss, distance to the reference, and forward passes of the step."""
-        rows = len(self.leaves) * self.num_levels
-        weighted = bool(self.method.kl_weight)
+        rows = [len(update.rows) * self.num_draws for update in self.updates]
         metrics: Metrics = {
             "loss": means["loss"],
-            "train_forward_passes": rows,
-            "frozen_forward_passes": rows * (2 if weighted else 1),
+            "train_forward_passes": sum(rows),
+            "frozen_forward_passes": self.method.frozen_passes(sum(rows), sum(rows[1:])),
         }
-        return metrics | ({"kl": means["kl"]} if weighted else {})
+        return metrics | ({"kl": means["kl"]} if self.method.kl_weight else {})

@@ -71,8 +71,8 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
     # Trained parameters, gradients and optimizer states are float32.
     frozen = width * size.transformer if layout.lora else 0
     weights = (frozen + 4 * trained) / shards
-    keeps_reference = config.method.kl_weight > 0 and not layout.lora
-    keeps_old = isinstance(config.method, ForwardProcess)
+    keeps_reference = config.method.needs_reference and not layout.lora
+    keeps_old = _keeps_old(config)
     shares_frozen = layout.lora and shards == 1
     parts = {
         "weights": weights,
@@ -92,13 +92,18 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
 def checkpoint_bytes(config: Config, size: ModelSize) -> int:
     """Bytes of all checkpoints that a run keeps on the disk at once."""
     trained = config.lora.rank * size.adapter if config.lora.rank else size.transformer
-    keeps_old = isinstance(config.method, ForwardProcess)
+    keeps_old = _keeps_old(config)
     copies = 3 + bool(config.training.ema_decay) + keeps_old  # parameters and two moments
     training = config.training
     written = training.max_steps // training.checkpoint_every if training.checkpoint_every else 0
     # the best, and one that is being written
     count = min(training.keep_checkpoints, written + 1) + 2
     return 4 * trained * copies * count
+
+
+def _keeps_old(config: Config) -> bool:
+    """Whether the run has a slowly moving policy."""
+    return isinstance(config.method, ForwardProcess) and config.method.needs_old
 
 
 def _sampling_copy(size: ModelSize, dtype: torch.dtype, layout: Layout) -> float:

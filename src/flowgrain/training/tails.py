@@ -7,7 +7,7 @@ the exact policy.
 import contextlib
 from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowgrain.config.sections import SamplingConfig
 from flowgrain.models import Conditioning
@@ -34,33 +34,26 @@ class Tails:
 
     def __init__(self, policy: Policy, sampling: SamplingConfig) -> None:
         self.policy, self.cache = policy, sampling.tail_cache
-        remedy = "Use LoRA (lora.rank)"
-        if policy.old is None:
-            remedy = "Set runtime.rollout_weights=replica"
         check_tails(
             tail_cache=sampling.tail_cache,
             tail_weights=sampling.tail_weights,
             model=policy.model,
             device=policy.device,
             sharded=policy.copies.sampler_sharded,
-            remedy=remedy,
+            remedy="Set runtime.rollout_weights=replica",
         )
         self.quantized: QuantizedCopy | None = None
         self._version = policy.version
         if sampling.tail_weights != "same":
             names = policy.copies.block_names
-            copy = QuantizedCopy(self._source, names, sampling.tail_weights, policy.dtype)
+            copy = QuantizedCopy(policy.sampler, names, sampling.tail_weights, policy.dtype)
             self.quantized = copy.to(policy.device)
             policy.compile_blocks(self.quantized.model)
-
-    @property
-    def _source(self) -> nn.Module:
-        return self.policy.old or self.policy.sampler
 
     @contextlib.contextmanager
     def open(self) -> Iterator[ConditionedTail]:
         """Tail velocities inside this context. No other code may call the model in the meantime."""
-        policy, source = self.policy, self._source
+        policy, source = self.policy, self.policy.sampler
         if self.quantized is not None and self._version != policy.version:
             parameters = zip(policy.parameters, policy.parameters_of(source), strict=True)
             self.quantized.update(dict(parameters))

@@ -28,7 +28,7 @@ class Velocities:
         model: the trained transformer.
         sampler: the transformer that samples, which may be `model`.
         reference: the transformer before training, if a full fine-tune needs it.
-        old: the old policy of a forward-process method. It then samples the rollouts.
+        old: the slowly moving policy of a forward-process method, which may sample the rollouts.
         lora: whether the model has a LoRA adapter.
     """
 
@@ -117,8 +117,8 @@ class Velocities:
     def rollout_velocity(
         self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
     ) -> Tensor:
-        """v [B, *L] of the policy that samples rollouts: the old policy if any, or the sampler."""
-        sample = self.sample_velocity if self.old is None else self.old_velocity
+        """v [B, *L] of the policy that samples rollouts: the old policy or the sampler."""
+        sample = self.old_velocity if self.copies.old_samples else self.sample_velocity
         return sample(x, sigma, cond, guidance)
 
     def train_velocity(
@@ -135,14 +135,14 @@ class Velocities:
         """v [B, *L] of the model before training.
 
         Raises:
-            RuntimeError: this is a full fine-tune without KL, which has no reference.
+            RuntimeError: this is a full fine-tune with a method that needs no reference.
         """
         with self._autocast():
             if self.lora:
                 with self._adapter_disabled():
                     return self.velocity(self.model, x, sigma, cond, guidance).float()
             if self.reference is None:
-                raise RuntimeError("a full fine-tune has a reference only if kl_weight > 0")
+                raise RuntimeError("this method needs no reference, so there is no copy of it")
             return self.velocity(self.reference, x, sigma, cond, guidance).float()
 
     @torch.no_grad()
