@@ -17,7 +17,9 @@ BUILT_IN = {
     for name in METHODS
     if METHODS.get(name).__module__.startswith("flowgrain.")
 }
-SOURCE = re.compile(r"#.*(section|appendix|eq\.|published code|paper|own choice)")
+SOURCE = re.compile(
+    r"#.*(section|appendix|eq\.|published code|paper|own choice|Flow-Factory|reports)"
+)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -64,7 +66,9 @@ def test_every_changed_default_has_a_source(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_papers_values_can_be_used(name):
     """A method's name alone is a valid configuration, with the defaults of its class."""
-    config = load_config(name, {"model.name": "sd3"})
+    published = any(BUILT_IN[name].learning_rates)
+    rate = {} if published else {"optimizer.learning_rate": 1e-5}
+    config = load_config(name, {"model.name": "sd3", **rate})
     assert config.method == BUILT_IN[name]()
     assert load_config(name).method == config.method  # the bundled model, which has no LoRA
     for section, values in BUILT_IN[name].config_defaults.items():
@@ -163,8 +167,89 @@ PAPER_VALUES = {
         "reward_mix": "reward",
     },
 }
+PAPER_VALUES |= {
+    "awm": {
+        "group_size": 24,
+        "updates_per_rollout": 1,
+        "kl_weight": 0.003,
+        "ema_weight": 1.0,
+        "draws": 6,
+        "levels": "binned_grid",
+        "weighting": "generalized_huber",
+        "power": 0.25,
+        "clip_range": 1.0,
+        "advantage_clip": 5.0,
+        "advantage_scale": 1.0,
+        "std_scope": "global",
+        "ratio": "draw",
+        "kl_weighting": "uniform",
+        "max_decay": 0.3,
+        "decay_rate": 0.001,
+    },
+    "ram": {
+        "group_size": 24,
+        "eta": 100.0,
+        "draws": 8,
+        "levels": "toward_noise",
+        "kl_weight": 0.0,
+        "std_scope": "global",
+        "residual": "old",
+        "max_decay": 0.9,
+        "decay_rate": 0.01,
+    },
+    "flowawr": {
+        "group_size": 24,
+        "updates_per_rollout": 1,
+        "kl_weight": 1e-4,
+        "tail_order": 2,
+        "timestep_fraction": 0.99,
+        "advantage_clip": 3.0,
+        "logit_clip": 5.0,
+        "gating": "soft",
+        "max_decay": 0.5,
+        "decay_rate": 0.001,
+        "std_scope": "global",
+    },
+    "vgrpo": {
+        "group_size": 24,
+        "updates_per_rollout": 1,
+        "kl_weight": 0.0,
+        "draws": 4,
+        "levels": "binned_grid",
+        "shared_draws": True,
+        "soft_clip": 3.0,
+    },
+    "dgpo": {
+        "group_size": 24,
+        "kl_weight": 0.02,
+        "draws": 4,
+        "levels": "grid",
+        "level_range": (0.0, 0.5),
+        "shared_draws": True,
+        "beta": 100.0,
+        "clip_range": 0.01,
+        "clip_kl": False,
+        "anchor": "reference",
+        "max_decay": 0.3,
+        "std_scope": "group",
+    },
+    "crd": {
+        "group_size": 24,
+        "updates_per_rollout": 2,
+        "kl_weight": 0.1,
+        "beta": 1.0,
+        "temperature": None,
+        "matching": "mse",
+        "normalized_error": True,
+        "adaptive_kl": True,
+        "decay_rate": 0.005,
+        "decay_start": -50,
+        "max_decay": 0.999,
+    },
+}
 NUM_STEPS = {"g2rpo": 16, "dancegrpo": 16, "branchgrpo": 20}
 NUM_STEPS |= dict.fromkeys(("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"), 25)
+NUM_STEPS |= {"awm": 14, "ram": 20, "vgrpo": 40}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

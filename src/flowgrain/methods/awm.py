@@ -20,10 +20,9 @@ from flowgrain.settings import Setting
 
 KlWeighting = Literal["uniform", "elbo"]
 
-# Published code; alpha 64: twice the rank.
 RUN: dict[str, dict[str, Any]] = {
     "sampling": {"num_steps": 14},
-    "lora": {"rank": 32},
+    "lora": {"rank": 32},  # alpha 64: twice the rank
 }
 
 
@@ -41,7 +40,7 @@ class AWM(SlowPolicy, Draws):
     summary = (
         "The images of a group are compared with each other. No step of the sampler is trained."
     )
-    config_defaults = RUN
+    config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
 
     group_size: int = 24  # published code
@@ -83,6 +82,10 @@ class AWM(SlowPolicy, Draws):
     @property
     def needs_quantity(self) -> bool:
         return True
+
+    @property
+    def regularizes_old(self) -> bool:
+        return self.ema_weight > 0
 
     @property
     def reduces(self) -> bool:

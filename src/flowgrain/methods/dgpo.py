@@ -17,10 +17,9 @@ from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.forward_process import Draws, Range, SlowPolicy
 from flowgrain.settings import Setting
 
-# Published code; alpha 128: twice the rank.
 RUN: dict[str, dict[str, Any]] = {
     "sampling": {"num_steps": 10},
-    "lora": {"rank": 64},
+    "lora": {"rank": 64},  # alpha 128: twice the rank
 }
 
 
@@ -37,7 +36,7 @@ class DGPO(SlowPolicy, Draws):
     summary = (
         "The images of a group are compared with each other. No step of the sampler is trained."
     )
-    config_defaults = RUN
+    config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
 
     group_size: int = 24  # paper; the published configurations for 4 GPUs use 16

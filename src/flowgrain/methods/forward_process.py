@@ -122,6 +122,11 @@ class ForwardProcess(Method):
         return self.old_samples
 
     @property
+    def regularizes_old(self) -> bool:
+        """Whether `regularizer` needs the velocity of the slowly moving policy."""
+        return False
+
+    @property
     def reduces_reference(self) -> bool:
         """Whether `group_loss` needs the quantity under the reference."""
         return False
@@ -142,7 +147,8 @@ class ForwardProcess(Method):
             later_rows: draws of all updates except the first.
         """
         if self.reduces:  # quantities of all draws come before the loss of a draw
-            per_row = 1 + self.compares_slow + self.reduces_reference + (self.kl_weight > 0)
+            first = 1 + self.compares_slow + self.reduces_reference
+            per_row = first + self.regularizes_old + (self.kl_weight > 0)
         else:
             per_row = self.needs_old + self.needs_reference
         starts = self.needs_quantity and not self.compares_slow

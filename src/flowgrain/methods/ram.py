@@ -10,7 +10,7 @@ from flowgrain.methods.base import register
 from flowgrain.methods.forward_process import Draws, Levels, SlowPolicy
 from flowgrain.settings import Setting
 
-RUN: dict[str, dict[str, Any]] = {"sampling": {"num_steps": 20}}  # reports of the published code
+RUN: dict[str, dict[str, Any]] = {"sampling": {"num_steps": 20}}
 
 
 @register
@@ -26,7 +26,7 @@ class RAM(SlowPolicy, Draws):
     summary = (
         "The images of a group are compared with each other. No step of the sampler is trained."
     )
-    config_defaults = RUN
+    config_defaults = RUN  # reports
 
     # The published code was not read. "Reports": descriptions and ports by others, which agree.
     group_size: int = 24  # reports

@@ -9,10 +9,9 @@ from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.forward_process import Draws, Levels
 from flowgrain.settings import Setting
 
-# Paper; alpha 64: twice the rank.
 RUN: dict[str, dict[str, Any]] = {
     "sampling": {"num_steps": 40},
-    "lora": {"rank": 32},
+    "lora": {"rank": 32},  # alpha 64: twice the rank
 }
 
 
@@ -26,7 +25,7 @@ class VGRPO(Draws):
     summary = (
         "The images of a group are compared with each other. No step of the sampler is trained."
     )
-    config_defaults = RUN
+    config_defaults = RUN  # paper
     learning_rates = LearningRates(lora=3e-4)  # paper
 
     group_size: int = 24  # paper

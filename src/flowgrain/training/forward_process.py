@@ -101,7 +101,7 @@ class ForwardProcessLoss:
             self._first_pass(number)
         rows = self._rows(number, place)
         needs_reference = method.kl_weight > 0 if method.reduces else method.needs_reference
-        needs_old = method.needs_old and not method.reduces
+        needs_old = method.regularizes_old if method.reduces else method.needs_old
         old = policy.old_velocity(*rows.inputs) if needs_old else None
         reference = policy.reference_velocity(*rows.inputs) if needs_reference else None
         v = policy.train_velocity(*rows.inputs)

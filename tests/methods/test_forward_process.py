@@ -1,0 +1,332 @@
+"""Methods that train on finished images: draws, anchors, and losses of whole groups."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_trainer import SEED, STEP, P, compare_gradients, toy_config, toy_trainer
+
+from flowgrain.config import load_config
+from flowgrain.core.regression import (
+    Noised,
+    Quantities,
+    crd_loss,
+    dgpo_loss,
+    flow_awr_energy,
+    group_softmax,
+    linearized,
+    ram_loss,
+    squared_error,
+)
+from flowgrain.core.sde import sigma_grid
+from flowgrain.data import latent_noise
+from flowgrain.methods import METHODS, ForwardProcess
+from flowgrain.settings import SettingsError
+from flowgrain.training.step import rollout_loss, update
+
+FORWARD = [name for name in METHODS if issubclass(METHODS.get(name), ForwardProcess)]
+OPTIONS = {
+    "awm-image": ("awm", {"method.ratio": "image", "method.updates_per_rollout": 2}),
+    "awm-elbo": ("awm", {"method.kl_weighting": "elbo", "method.weighting": "t_squared"}),
+    "awm-huber": ("awm", {"method.weighting": "huber", "method.updates_per_rollout": 3}),
+    "ram-trained": ("ram", {"method.residual": "trained", "method.eta": 0.5}),
+    "flowawr-hard": ("flowawr", {"method.gating": "hard", "method.logit_clip": 2.0}),
+    "vgrpo-two": ("vgrpo", {"method.updates_per_rollout": 2, "method.shared_draws": False}),
+    "dgpo-slow": ("dgpo", {"method.anchor": "slow", "method.clip_kl": True, "method.beta": 3.0}),
+    "dgpo-no-clip": ("dgpo", {"method.clip_range": None, "method.levels": "uniform"}),
+    "crd-softmax": ("crd", {"method.temperature": 0.5, "method.matching": "bce"}),
+    "crd-plain": ("crd", {"method.normalized_error": False, "method.adaptive_kl": False}),
+    "diffusionnft-two": ("diffusionnft", {"method.updates_per_rollout": 2}),
+}
+CASES = {name: (name, {}) for name in FORWARD} | OPTIONS
+
+
+def moved_trainer(name, out, changes=None):
+    """A trainer whose trained policy is neither the old policy nor the reference."""
+    method, options = CASES[name]
+    config = toy_config(method, {"method.tail_order": 1, **options, **(changes or {})})
+    trainer = toy_trainer(config, out)
+    with torch.no_grad():
+        for p in trainer.policy.model.parameters():
+            p += 0.05 * torch.sin(torch.arange(p.numel()).reshape(p.shape))
+    trainer.policy.refresh()
+    return trainer
+
+
+def draws_of(trainer, batch):
+    """Noise levels, noises and images [I, N, ...] of a batch, written without the trainer's code.
+
+    Every draw is derived from the number of the image, or of the group if draws are shared.
+    """
+    method, sigmas = trainer.method, trainer.sigmas.numpy()
+    leaves, prompt = batch.tree.leaves, batch.tree.prompt[batch.tree.leaves]
+    owner = prompt if method.shares_draws else np.arange(len(leaves))
+    kind = "forward of group" if method.shares_draws else "forward"
+    random = np.random.default_rng([SEED, STEP])
+    levels = method.draw_levels(random, len(set(owner.tolist())), sigmas)
+    x0 = batch.rollout.at(leaves)
+    eps = [
+        torch.stack([latent_noise((2, 3), kind, SEED, STEP, o, int(n)) for n in levels.number[o]])
+        for o in owner.tolist()
+    ]
+    return torch.from_numpy(levels.sigma[owner]), torch.stack(eps), x0, prompt
+
+
+def whole_loss(trainer, batch, images, start):
+    """The mean loss of the draws of `images`, in one graph.
+
+    Args:
+        start: quantities [I, N] of the trained policy before the first update.
+    """
+    method, policy = trainer.method, trainer.policy
+    sigma, eps, x0, prompt = draws_of(trainer, batch)
+    n = sigma.shape[1]
+    x0, eps, t = x0[images].repeat_interleave(n, 0), eps[images].flatten(0, 1), sigma[images]
+    t = t.flatten()
+    state = (1 - t)[:, None, None] * x0 + t[:, None, None] * eps
+    row_prompt = torch.from_numpy(prompt)[images].repeat_interleave(n)
+    cond = {key: value[row_prompt] for key, value in batch.cond.items()}
+    inputs = (state, t, cond, trainer.config.sampling.guidance_scale)
+    reference = policy.reference_velocity(*inputs) if method.needs_reference else None
+    old = policy.old_velocity(*inputs) if method.needs_old else None
+    v = policy.train_velocity(*inputs)
+    advantage = batch.advantage[images]
+    x = Noised(v, eps - x0, t, advantage.repeat_interleave(n), old, reference)
+    quantity = method.quantity(x)
+    before = quantity.detach() if start is None else start[images].flatten()
+    if method.compares_slow:
+        before = method.quantity(replace(x, v=old))
+    x = replace(x, old_quantity=before)
+    if method.reduces:
+        group = torch.from_numpy(np.unique(prompt[images], return_inverse=True)[1])
+        anchor = None
+        if method.reduces_reference:
+            anchor = method.quantity(replace(x, v=reference)).reshape(-1, n)
+        q = Quantities(quantity.reshape(-1, n), before.reshape(-1, n), anchor, advantage, group)
+        loss = method.group_loss(q).flatten()
+    else:
+        loss = method.loss(x)
+    added = method.regularizer(x)
+    return (loss if added is None else loss + added).mean(), quantity.detach().reshape(-1, n)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_that_of_one_graph_at_any_batch_size(name, size, tmp_path, monkeypatch):
+    changes = {"training.micro_batch_size": size, "method.kl_weight": 0.2}
+    trainer = moved_trainer(name, tmp_path, changes)
+    batch = trainer.collector.collect(STEP)
+    shares = rollout_loss(
+        trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas
+    ).updates
+    leaves = batch.tree.leaves
+    every = np.arange(len(leaves))
+    with torch.no_grad():
+        start = whole_loss(trainer, batch, every, None)[1]
+
+    def naive(number):
+        images = np.searchsorted(leaves, shares[number].rows)
+        return whole_loss(trainer, batch, images, start if number else None)[0]
+
+    distances = compare_gradients(trainer, monkeypatch, naive)
+    metrics = update(
+        trainer.config, trainer.method, trainer.policy, trainer.optimizer, batch, trainer.sigmas
+    )
+    assert len(distances) == len(shares)
+    # float32: the two-pass gradient rounds every row once more.
+    assert max(distances) < 2e-4
+    assert metrics["train_forward_passes"] == len(leaves) * len(start[0])
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_draws_are_shared_by_the_group_or_not(name, tmp_path):
+    for shared in (False, True):
+        if "shared_draws" not in METHODS.get(name).model_fields:
+            return
+        changes = {"method.shared_draws": shared, "method.levels": "uniform"}
+        trainer = moved_trainer(name, tmp_path, changes)
+        batch = trainer.collector.collect(STEP)
+        losses = rollout_loss(trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas)
+        rows = [losses._rows(0, place) for place in range(len(losses.updates[0].micro_batches))]
+        sigma = torch.cat([row.inputs[1] for row in rows])
+        n = losses.num_draws
+        counted = sigma[: len(losses.updates[0].rows) * n].reshape(P, -1, n)
+        same = (counted == counted[:, :1]).all()
+        assert bool(same) == shared
+
+
+def test_the_anchors_of_a_method_exist_only_if_it_needs_them(tmp_path):
+    for name, changes, old, reference in (
+        ("vgrpo", {"method.kl_weight": 0.0}, False, False),
+        ("awm", {"method.ema_weight": 0.0, "method.kl_weight": 0.0}, False, False),
+        ("awm", {}, True, True),
+        ("ram", {"method.residual": "trained", "method.kl_weight": 0.0}, False, True),
+        ("dgpo", {"method.anchor": "slow", "method.kl_weight": 0.0}, True, False),
+        ("diffusionnft", {"method.kl_weight": 0.0}, True, False),
+    ):
+        policy = toy_trainer(toy_config(name, changes), tmp_path / name).policy
+        assert (policy.old is not None, policy.reference is not None) == (old, reference), name
+
+
+def test_who_samples(tmp_path):
+    """With an old policy that only anchors, the trained policy samples."""
+    for name, samples in (("diffusionnft", True), ("flowawr", True), ("ram", True)):
+        assert METHODS.get(name)().old_samples == samples
+    trainer = moved_trainer("awm", tmp_path)
+    cond = trainer.policy.encode(["zero"])
+    inputs = (torch.ones(1, 2, 3), torch.full((1,), 0.5), cond, 1.0)
+    sampled = trainer.policy.rollout_velocity(*inputs)
+    torch.testing.assert_close(sampled, trainer.policy.train_velocity(*inputs).detach())
+    assert not torch.equal(sampled, trainer.policy.old_velocity(*inputs))
+
+
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("setting", ["tail_cache=taylorseer:2", "tail_weights=int8"])
+def test_approximate_images_are_refused(name, setting):
+    changes = ["optimizer.learning_rate=1e-4", f"sampling.{setting}"]
+    with pytest.raises(SettingsError, match=rf"sampling\.{setting}: .* Sample them exactly"):
+        load_config(name, changes)
+
+
+# ------------------------------------------------------------------------------- noise levels
+
+
+@given(
+    levels=st.sampled_from(["grid", "binned_grid", "uniform", "binned", "toward_noise"]),
+    draws=st.integers(1, 12),
+    first=st.floats(0, 0.6),
+    width=st.floats(0.2, 0.4),
+    num_steps=st.integers(6, 30),
+)
+def test_noise_levels_are_in_their_range(levels, draws, first, width, num_steps):
+    method = METHODS.get("vgrpo")(levels=levels, draws=draws, level_range=(first, first + width))
+    method.check(num_steps)
+    sigmas = sigma_grid(num_steps, 3.0).numpy()
+    found = method.draw_levels(np.random.default_rng(0), 7, sigmas)
+    assert found.sigma.shape == found.number.shape == (7, method.num_levels(num_steps))
+    assert found.sigma.dtype == np.float32
+    assert all(len(set(row)) == len(row) for row in found.number.tolist())
+    if "grid" in levels:
+        low, high = int(first * num_steps), int((first + width) * num_steps)
+        assert set(found.sigma.ravel().tolist()) <= set(sigmas[low:high].tolist())
+    else:
+        assert (found.sigma >= first - 1e-6).all()
+        assert (found.sigma <= first + width + 1e-6).all()
+    if levels == "grid":
+        assert all(len(set(row)) == len(row) for row in found.sigma.tolist())
+    if levels in ("binned", "binned_grid"):
+        order = np.diff(found.sigma, axis=1)
+        assert (order >= 0).all() if levels == "binned" else (order <= 0).all()
+
+
+def test_the_density_toward_noise_is_2t():
+    method = METHODS.get("ram")(draws=50)
+    found = method.draw_levels(np.random.default_rng(0), 4000, sigma_grid(10, 1.0).numpy())
+    for t in (0.25, 0.5, 0.75):
+        assert (found.sigma < t).mean() == pytest.approx(t**2, abs=0.005)
+
+
+def test_awm_draws_the_published_bins():
+    method = METHODS.get("awm")()
+    sigmas = sigma_grid(14, 3.0).numpy()
+    found = method.draw_levels(np.random.default_rng(0), 2000, sigmas).sigma
+    index = 14 - np.searchsorted(sigmas[::-1], found)
+    bins = [(1, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12)]
+    for place, (low, high) in enumerate(bins):
+        assert set(index[:, place].tolist()) == set(range(low, high))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["method.level_range=[0.5,0.5]"], "two rising numbers"),
+        (["method.level_range=[0.9,0.91]"], "contains no level of a grid"),
+        (["method.draws=0"], "method.draws=0"),
+    ],
+)
+def test_impossible_draws(changes, message):
+    with pytest.raises(SettingsError, match=message):
+        load_config("dgpo", changes)
+
+
+# ------------------------------------------------------------------------------------- losses
+
+values = st.lists(st.floats(-3, 3), min_size=6, max_size=6)
+
+
+def quantities(numbers):
+    shape = torch.tensor(numbers).reshape(3, 2).double()
+    group = torch.tensor([0, 0, 1])
+    return Quantities(shape.exp(), shape.exp() + 0.1, shape.exp() - 0.2, shape[:, 0], group)
+
+
+@given(values)
+def test_linearized_losses_have_the_gradient_of_the_losses(numbers):
+    q = quantities(numbers)
+    for loss in (
+        lambda q: dgpo_loss(q, 5.0, 0.01),
+        lambda q: crd_loss(q, q.advantage.sigmoid(), 2.0, None, "mse"),
+        lambda q: crd_loss(q, q.advantage.sigmoid(), 2.0, 0.3, "bce"),
+        lambda q: (q.old - q.trained).mean(1, keepdim=True).exp().expand_as(q.trained),
+    ):
+        found, derivative = linearized(loss, q)
+        trained = q.trained.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(replace(q, trained=trained)).sum(), trained)
+        torch.testing.assert_close(derivative, expected)
+        torch.testing.assert_close(found, loss(q))
+
+
+@given(values)
+def test_the_loss_of_a_group_does_not_depend_on_other_groups(numbers):
+    q = quantities(numbers)
+    other = replace(q, trained=q.trained + torch.tensor([[0.0], [0.0], [1.0]]).double())
+    for loss in (
+        lambda q: dgpo_loss(q, 5.0, 0.01),
+        lambda q: crd_loss(q, q.advantage.sigmoid(), 2.0, 0.5, "mse"),
+    ):
+        torch.testing.assert_close(loss(q)[:2], loss(other)[:2])
+
+
+@given(values)
+def test_softmax_and_energy_of_groups(numbers):
+    advantage, group = torch.tensor(numbers), torch.tensor([0, 0, 1, 1, 1, 2])
+    weight = group_softmax(advantage, group)
+    for number in range(3):
+        torch.testing.assert_close(weight[group == number], advantage[group == number].softmax(0))
+    energy = flow_awr_energy(advantage, group, "soft")
+    sums = torch.zeros(3).index_add(0, group, energy)
+    torch.testing.assert_close(sums, torch.zeros(3), atol=1e-5, rtol=0)
+    assert energy[5] == 0
+
+
+def test_ram_has_the_gradient_of_the_reference_distance_and_the_weighted_error():
+    """grad of ||v - v_ref||^2 + eta A ||v - u||^2, if the residual is that of v (eq. 17)."""
+    torch.manual_seed(0)
+    v, u, reference = (torch.randn(4, 3, 2) for _ in range(3))
+    advantage = torch.randn(4)
+    v.requires_grad_()
+    x = Noised(v, u, torch.rand(4), advantage, reference=reference)
+    ours = torch.autograd.grad(ram_loss(x, 0.7).sum(), v)[0]
+    whole = squared_error(v, reference) + 0.7 * advantage * squared_error(v, u)
+    torch.testing.assert_close(ours, torch.autograd.grad(whole.sum(), v)[0])
+
+
+def test_flowawr_leaves_out_images_without_a_score():
+    config = load_config("flowawr", {"method.group_size": 4})
+    tree = config.tree()
+    rewards = torch.tensor([0.1, float("nan"), 0.7, 0.4])
+    how = config.method.normalization()
+    energy = config.method.credit(tree, rewards, how)
+    assert energy[1] == 0
+    assert energy.sum() == pytest.approx(0, abs=1e-5)
+    assert energy[2] > 0 > energy[0]
+
+
+def test_the_slow_policy_of_crd_starts_at_a_quarter():
+    method = METHODS.get("crd")()
+    assert method.decay(0) == pytest.approx(0.25)
+    assert method.decay(10) == pytest.approx(0.3)
+    assert method.decay(10_000) == 0.999
