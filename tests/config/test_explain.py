@@ -48,7 +48,7 @@ def test_an_unknown_setting_without_a_near_one_names_the_sections(path):
     [
         ("g2rpo", "granularity", "Did you mean 'method.granularities'?"),
         ("flow_grpo", "granularities", "Remove it, or use method 'g2rpo'."),
-        ("g2rpo", "beta", "Remove it, or use method 'diffusionnft'."),
+        ("g2rpo", "soft_clip", "Remove it, or use method 'vgrpo'."),
         ("diffusionnft", "sde_type", "Remove it, or use method "),
         ("g2rpo", "split_fan", "Remove it, or use method 'branchgrpo'."),
         ("g2rpo", "completion_steps", "Remove it, or use method 'densegrpo'."),
@@ -227,8 +227,8 @@ def test_an_impossible_combination_names_both_settings(source, changes, message)
 def test_a_method_is_a_section_and_must_exist():
     with pytest.raises(SettingsError, match=r"write method\.name=flow_grpo instead of method="):
         load_config("g2rpo", {"method": "flow_grpo"})
-    with pytest.raises(SettingsError, match=r"there is no method 'grpo'\. Did you mean 'g2rpo'"):
-        load_config("g2rpo", {"method.name": "grpo"})
+    with pytest.raises(SettingsError, match=r"there is no method 'g2rp'\. Did you mean 'g2rpo'"):
+        load_config("g2rpo", {"method.name": "g2rp"})
     with pytest.raises(SettingsError, match=r"required, but not set. Known methods: .*g2rpo"):
         load_config("g2rpo", {"method.name": None})
 

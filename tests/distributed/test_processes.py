@@ -107,8 +107,7 @@ def test_approximate_tails_of_two(tmp_path, pool, monkeypatch):
     difference = (two["weights"] - one["weights"]).abs()
     # Measured: .0004 to .004, depending on the kernels. Images of different noise differ by .2.
     assert difference.mean() < 0.01
-    assert "sharded. Set runtime.rollout_weights=replica" in two["g2rpo"]
-    assert "sharded. Use LoRA (lora.rank)" in two["diffusionnft"]
+    assert "sharded. Set runtime.rollout_weights=replica" in two["refused"]
 
 
 HELD = {

@@ -233,14 +233,12 @@ def test_int8_products_are_exact_in_the_reduced_range():
 
 
 def check(model, tail_cache="none", tail_weights="same", sharded=False):
-    remedy = "Set runtime.rollout_weights=replica"
     check_tails(
         tail_cache=tail_cache,
         tail_weights=tail_weights,
         model=model,
         device=CPU,
         sharded=sharded,
-        remedy=remedy,
     )
 
 

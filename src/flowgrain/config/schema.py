@@ -199,7 +199,7 @@ class Config(Section):
                 "blocks. Remove one of the two settings."
             )
         if isinstance(self.method, ForwardProcess):
-            self._check_exact_images()
+            self.sampling.check_exact(self.method.name)
         if cache != "none":
             needed = 3 if cache.startswith("taylorseer") else 2
             length = tail_length(self.tree())
@@ -208,23 +208,6 @@ class Config(Section):
                     f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
                     f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
                     "steps follow."
-                )
-
-    def _check_exact_images(self) -> None:
-        """Check that the images that a forward-process method trains on are exact samples.
-
-        Raises:
-            ValueError: a setting makes them approximate.
-        """
-        for setting, value, exact in (
-            ("tail_cache", self.sampling.tail_cache, "none"),
-            ("tail_weights", self.sampling.tail_weights, "same"),
-        ):
-            if value != exact:
-                raise ValueError(
-                    f"sampling.{setting}={value}: the images of method {self.method.name!r} enter "
-                    f"its loss, and approximate images would be its target. Sample them exactly: "
-                    f"sampling.{setting}={exact}."
                 )
 
     @model_validator(mode="after")

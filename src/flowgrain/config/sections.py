@@ -119,6 +119,23 @@ class SamplingConfig(Section):
         "Model weights for the tail: the same as for other steps, or a copy quantized by torchao.",
     )
 
+    def check_exact(self, method: str) -> None:
+        """Check that images are exact samples, because `method` trains on them.
+
+        Raises:
+            ValueError: a setting makes them approximate.
+        """
+        for setting, value, exact in (
+            ("tail_cache", self.tail_cache, "none"),
+            ("tail_weights", self.tail_weights, "same"),
+        ):
+            if value != exact:
+                raise ValueError(
+                    f"sampling.{setting}={value}: method {method!r} trains on the images, and "
+                    f"approximate images would be its target. Sample them exactly: "
+                    f"sampling.{setting}={exact}."
+                )
+
     def check(self) -> None:
         """Check that the grid of the model is not also given as numbers.
 

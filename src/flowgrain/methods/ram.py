@@ -6,11 +6,11 @@ from torch import Tensor
 
 from flowgrain.core.credit import RewardMix, Scope
 from flowgrain.core.regression import Noised, ram_loss
-from flowgrain.methods.base import register
+from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.forward_process import Draws, Levels, SlowPolicy
 from flowgrain.settings import Setting
 
-RUN: dict[str, dict[str, Any]] = {"sampling": {"num_steps": 20}}
+RUN: dict[str, dict[str, Any]] = {"sampling": {"num_steps": 20}, "lora": {"rank": 32}}
 
 
 @register
@@ -26,7 +26,8 @@ class RAM(SlowPolicy, Draws):
     summary = (
         "The images of a group are compared with each other. No step of the sampler is trained."
     )
-    config_defaults = RUN  # reports
+    config_defaults = RUN  # reports; the rank is an own choice
+    learning_rates = LearningRates(lora=3e-4)  # a port by others
 
     # The published code was not read. "Reports": descriptions and ports by others, which agree.
     group_size: int = 24  # reports

@@ -39,7 +39,6 @@ def check_tails(
     model: nn.Module,
     device: torch.device,
     sharded: bool,
-    remedy: str,
 ) -> None:
     """Check that the settings of approximate tails work with this model and device.
 
@@ -49,7 +48,6 @@ def check_tails(
         model: transformer.
         device: device on which it samples.
         sharded: whether the weights that sample are sharded over several processes.
-        remedy: fix for the error message, such as "Set runtime.rollout_weights=replica".
 
     Raises:
         SettingsError: a setting cannot be used.
@@ -59,7 +57,7 @@ def check_tails(
         setting = f"tail_cache={tail_cache}" if cached else f"tail_weights={tail_weights}"
         raise SettingsError(
             f"sampling.{setting}: needs unsharded weights in every process, but the weights "
-            f"are sharded. {remedy}, or remove this setting."
+            "are sharded. Set runtime.rollout_weights=replica, or remove this setting."
         )
     name = type(model).__name__.removeprefix("FSDP")
     if tail_cache.startswith("first_block") and name not in _FIRST_BLOCK_MODELS:

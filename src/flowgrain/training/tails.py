@@ -40,7 +40,6 @@ class Tails:
             model=policy.model,
             device=policy.device,
             sharded=policy.copies.sampler_sharded,
-            remedy="Set runtime.rollout_weights=replica",
         )
         self.quantized: QuantizedCopy | None = None
         self._version = policy.version
