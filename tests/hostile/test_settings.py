@@ -17,7 +17,8 @@ from command_line import SMALL, flowgrain
 
 from flowgrain import SettingsError, Trainer, load_config
 from flowgrain.settings import SettingsWarning
-from flowgrain.training import fit
+from flowgrain.training import fit, sizes
+from flowgrain.training.memory import checkpoint_bytes
 
 SECONDS = 10
 """A refusal may take this long, with the import of the libraries and on a busy machine."""
@@ -234,10 +235,28 @@ def test_a_disk_that_is_too_small(directory, monkeypatch):
     assert list(directory.iterdir()) == []
 
 
+def test_a_resumed_run_uses_the_space_of_its_own_checkpoints(tmp_path, monkeypatch):
+    config = load_config("demo")
+    size = sizes.size_before_loading(config)
+    needed = checkpoint_bytes(config, size)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 100}))
+    with pytest.raises(SettingsError, match="the checkpoints need"):
+        fit.check_disk(config, size, tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000001" / "tensors").write_bytes(bytes(100))
+    fit.check_disk(config, size, tmp_path)
+
+
+def test_a_directory_that_cannot_be_created_is_named(directory):
+    result = flowgrain("train", "demo", *SMALL, "--out", "/proc/q")
+    assert result.status == 2
+    assert "--out /proc/q: cannot be created" in result.stderr
+
+
 def test_python_is_refused_in_the_same_way(directory, monkeypatch):
     monkeypatch.setattr(fit, "machine_memory", lambda: 4e9)
     with pytest.raises(SettingsError, match=r"evaluation\.num_prompts=1000000: the images of an"):
-        Trainer(load_config("demo", {"evaluation.num_prompts": 1_000_000}))
+        Trainer(load_config("demo", {"evaluation.num_prompts": 1_000_000, "evaluation.every": 5}))
     with pytest.raises(SettingsError, match=r"runtime\.seed=.*must be less than"):
         load_config("demo", {"runtime.seed": 10**5000})
     assert list(directory.iterdir()) == []

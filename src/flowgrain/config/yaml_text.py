@@ -17,7 +17,7 @@ def check_yaml(text: str, mapping: bool = False) -> None:
         mapping: whether it must be a mapping, or empty.
 
     Raises:
-        ValueError: it is nested too deeply, or its aliases expand to too many values.
+        ValueError: it is nested too deeply, or it has too many values, counting aliases.
         YAMLError: it is not YAML.
     """
     depth = 0
@@ -47,5 +47,5 @@ def check_yaml(text: str, mapping: bool = False) -> None:
             sizes[anchor] = size
         above, total = open_parts[-1]
         if total + size > MAX_VALUES:
-            raise ValueError(f"its aliases expand to more than {MAX_VALUES:,} values")
+            raise ValueError(f"it has more than {MAX_VALUES:,} values, counting aliases")
         open_parts[-1] = (above, total + size)

@@ -152,7 +152,7 @@ class ScoringCall:
                 return answer
             except _Failure as failure:
                 tries += failure.busy_seconds is None
-                pause = failure.busy_seconds or server.backoff * 2 ** (tries - 1)
+                pause = failure.busy_seconds or server.backoff * 2 ** min(tries - 1, 30)
                 late = time.monotonic() + pause >= self._until
                 if late or not failure.again or tries > server.retries:
                     self._fail(str(failure), late and failure.again)

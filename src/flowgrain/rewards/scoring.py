@@ -244,9 +244,7 @@ def _checked(returned: Any, images: Tensor) -> Scores:
             values = returned.detach().cpu().float()
         else:
             values = torch.from_numpy(np.array(returned, dtype=np.float32))
-    except (
-        Exception
-    ) as error:  # numpy calls methods of the returned object, which may raise anything
+    except Exception as error:  # numpy calls methods of the object, which may raise anything
         return _failed(
             len(images),
             f"the reward returned {type(returned).__name__}, not a list of numbers ({error})",

@@ -19,6 +19,8 @@ from flowgrain.distributed import SINGLE, World
 from flowgrain.distributed.storage import read_tensors, write_tensors
 from flowgrain.training.files import flush
 
+METRICS = "metrics.jsonl"
+"""File of a checkpoint with the metrics of the run up to its step."""
 _NAME = re.compile(r"step-(\d{6,})$")
 
 
@@ -40,6 +42,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """The path of the checkpoint of training step `step`."""
+    return folder / f"step-{step:06d}"
+
+
 def save(
     folder: Path,
     step: int,
@@ -48,6 +55,7 @@ def save(
     score: float | None,
     keep: int,
     world: World = SINGLE,
+    metrics: str = "",
 ) -> Path:
     """Write a checkpoint to `folder`/step-NNNNNN, and delete old checkpoints.
 
@@ -61,12 +69,13 @@ def save(
         score: the checkpoint with the highest score is kept. None: the checkpoint has no score.
         keep: number of latest checkpoints to keep.
         world: ranks.
+        metrics: lines of metrics.jsonl, written to a file of the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint could not be written, or does not contain the written
             values. It is raised on all ranks. Earlier checkpoints are intact.
     """
-    final = folder / f"step-{step:06d}"
+    final = path_of(folder, step)
     temporary = folder / f".tmp-{final.name}"
 
     def begin() -> None:
@@ -77,6 +86,7 @@ def save(
 
     def end() -> None:
         if world.is_main:
+            (temporary / METRICS).write_text(metrics, encoding="utf-8")
             _write_manifest(temporary, {"step": step, "score": score, "state": state})
             replace_folder(temporary, final)
             flush(folder)
@@ -114,7 +124,7 @@ def _together(work: Callable[[], None], world: World) -> None:
 
 
 def _write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
-    files = sorted(folder.glob("*.safetensors"))
+    files = [*sorted(folder.glob("*.safetensors")), folder / METRICS]
     for file in files:
         flush(file)
     checksums = {file.name: _checksum(file) for file in files}
@@ -180,7 +190,7 @@ def _delete_old(folder: Path, keep: int, written: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The JSON state of checkpoint `path`, after verifying the checksums of its tensors.
+    """The JSON state of checkpoint `path`, after verifying the checksums of its files.
 
     Raises:
         CheckpointError: the checkpoint is damaged or incomplete.

@@ -32,6 +32,7 @@ from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
 from flowgrain.training.rollout_batch import Metrics
+from flowgrain.training.run_files import resume_command
 from flowgrain.training.run_lock import RunLock
 from flowgrain.training.setup import names_of_given, with_given
 from flowgrain.training.signals import StopSignal
@@ -142,14 +143,14 @@ class Trainer:
 
         Raises:
             RunStopped: too many rewards failed. The run is saved.
+            Diverged: too many images contain NaN or infinity. The step is not saved.
         """
         try:
             if isinstance(self.method, PolicyGradient) and self.method.needs_calibration:
                 self.calibrate()
             metrics, batch = train_step(step, self.config, self.collector, self.optimizer)
         except RunStopped as error:
-            saved = state.ensure_saved(self)
-            raise RunStopped(f"{error}; {saved}. Resume with {self.resume_command}") from error
+            raise state.stopped(self, step, error) from error
         self.steps_done = step  # before files are written, so that an error saves this step
         if self.world.is_main:
             self.recorder.write_tree(batch)
@@ -209,8 +210,8 @@ class Trainer:
 
     @property
     def resume_command(self) -> str:
-        """The command that resumes this run."""
-        return f"flowgrain train --resume {self.out}"
+        """How to resume this run: a command, or Python for a run with custom objects."""
+        return resume_command(self.out, self.recorder.given)
 
     def evaluate(
         self,
