@@ -194,7 +194,7 @@ def test_an_evaluated_reward_that_is_not_trained_can_be_removed(three, tmp_path)
     changes = {"evaluation.every": 1, "evaluation.rewards": ["towers"]}
     trainer = toy(three.with_changes(changes), tmp_path)
     trainer.eval_rewards["towers"] = lambda images, prompts: [torch.nan] * len(images)
-    with pytest.raises(EvaluationFailed, match="or remove it from evaluation.rewards, then"):
+    with pytest.raises(EvaluationFailed, match=r"or remove it from evaluation\.rewards, then"):
         trainer.train()
 
 

@@ -1,5 +1,6 @@
 """The application, its consoles, and the arguments that several commands share."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,8 +130,10 @@ def integers(option: str, text: str, least: int) -> list[int]:
 
 
 @contextmanager
-def writing(option: str) -> Iterator[None]:
-    """Turn an error of writing files inside this context into an error of `option`.
+def writing(option: str, folder: Path) -> Iterator[None]:
+    """Turn an error of writing to `folder` inside this context into an error of `option`.
+
+    Other errors, such as those of a network connection, are not changed.
 
     Raises:
         SettingsError: a file cannot be written.
@@ -138,11 +141,29 @@ def writing(option: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not _is_of(error, folder):
+            raise
         place = f"{error.filename}: " if error.filename is not None else ""
         reason = f"{place}{error.strerror or error}"
         raise SettingsError(
             f"{option}: cannot be written ({reason}). Use another directory."
         ) from error
+
+
+_OF_DISKS = {
+    *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR),
+    *(errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+}
+
+
+def _is_of(error: OSError, folder: Path) -> bool:
+    """Whether the error is about `folder`, a file in it, or a directory above it."""
+    names = [name for name in (error.filename, error.filename2) if name is not None]
+    if not names:
+        return error.errno in _OF_DISKS
+    folder = folder.absolute()
+    paths = [Path(os.fsdecode(name)).absolute() for name in names if not isinstance(name, int)]
+    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in paths)
 
 
 def say(text: str) -> None:

@@ -13,7 +13,7 @@ from flowgrain.cli import compare, report, config, serve  # noqa: F401
 # isort: on
 from flowgrain.cli.app import app, err
 from flowgrain.heap import retain_freed_memory
-from flowgrain.settings import SettingsError, SettingsWarning
+from flowgrain.settings import SettingsError, SettingsWarning, one_line
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit statuses: a setting cannot be used, a run failed, a run was interrupted."""
@@ -54,11 +54,11 @@ def _message(error: Exception) -> tuple[str, int]:
         names = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
         reason = error.strerror or type(error).__name__
         return f"{names}: {reason}. Check this path, or use --debug to see the traceback.", FAILURE
-    text = " ".join(str(error).split())
+    text = one_line(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
     return (
-        f"{type(error).__name__}: {text:.500} ({place}). Use --debug to see the traceback.",
+        f"{type(error).__name__}: {text} ({place}). Use --debug to see the traceback.",
         FAILURE,
     )
 

@@ -108,15 +108,17 @@ def _train(trainer: "Trainer") -> None:
     if not trainer.world.is_main:
         trainer.train()
         return
-    config = trainer.config
-    steps = config.training.max_steps
-    say(
-        f"{config.method.name} on {config.model.name}: {steps} steps from step "
-        f"{trainer.steps_done}, into {trainer.out}"
-    )
-    begin = time.perf_counter()
-    with ProgressDisplay("step", trainer.steps_done, steps) as display:
-        metrics = trainer.train(lambda step: display.show(step["step"], text=step_text(step)))
+    config, begin = trainer.config, time.perf_counter()
+    first, last = trainer.steps_done + 1, config.training.max_steps
+    steps = f"steps {first} to {last}" if first < last else f"step {last}"
+
+    def start() -> None:
+        say(f"{config.method.name} on {config.model.name}: {steps}, into {trainer.out}")
+
+    with ProgressDisplay("step", trainer.steps_done, last) as display:
+        metrics = trainer.train(
+            lambda step: display.show(step["step"], text=step_text(step)), started=start
+        )
     from flowgrain.report import write_report  # matplotlib and templates are not needed before
 
     say(f"done in {time.perf_counter() - begin:.0f} s. {_gain(metrics)}".rstrip())

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -11,14 +11,17 @@ from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, Method
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import canonical
+from flowgrain.rewards.base import REWARDS, SHAPES_REWARDS, RewardConfig
 from flowgrain.settings import Section, SettingsError, did_you_mean, nearest
 
 
 def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
     """Error messages, one for each wrong setting of `values`."""
     messages: dict[str, str] = {}
-    for detail in error.errors():
-        message = _shortened(_explain(detail, values))
+    details = error.errors()
+    words = {_path(d): d["ctx"]["expected"] for d in details if d["type"] == "literal_error"}
+    for detail in details:
+        message = _shortened(_explain(detail, values, words.get(_path(detail), "")))
         # pydantic reports every alternative of a union. The first message of a path is enough.
         messages.setdefault(message.partition("=")[0].partition(":")[0], message)
     nested = [path for path in messages if any(other.startswith(f"{path}.") for other in messages)]
@@ -58,20 +61,32 @@ def _paths(section: type[Section], prefix: str) -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+def _loc(detail: ErrorDetails) -> tuple[int | str, ...]:
+    """The keys of a setting, without the alternatives of a union."""
+    loc = tuple(part for part in detail["loc"] if isinstance(part, int) or part.isidentifier())
+    while loc and loc[-1] in _UNION_TAGS:
+        loc = loc[:-1]
+    return loc
+
+
+def _path(detail: ErrorDetails) -> str:
+    return ".".join(map(str, _loc(detail)))
+
+
+def _explain(detail: ErrorDetails, values: Mapping[str, Any], words: str) -> str:
+    """The message of a wrong setting. `words`: texts that it accepts, besides other types."""
     method, value = _method(values), detail["input"]
     if detail["loc"][:1] == ("method",) and method is None:
         return f"method.name: {_method_name(values)}"
     if detail["type"] == "extra_forbidden":
         return _unknown(".".join([*map(str, detail["loc"]), *_first_keys(value)]), method)
-    loc = tuple(part for part in detail["loc"] if isinstance(part, int) or part.isidentifier())
-    while loc and loc[-1] in _UNION_TAGS:
-        loc = loc[:-1]
-    path = ".".join(map(str, loc))
+    loc, path = _loc(detail), _path(detail)
     if detail["type"] == "missing" and isinstance(loc[-1], int):  # of a list of fixed length
         path = ".".join(map(str, loc[:-1]))
         return f"{path}={value!r}: has too few values. {_description(path, method)}"
-    message = _message(detail, path)
+    message = _message(detail, path, _field(path, method))
+    if words and detail["type"] != "literal_error" and words.strip("'") not in message:
+        message = f"{message}, or {words}"
     if not path:
         return f"{message}."
     if detail["type"] == "missing":
@@ -90,10 +105,10 @@ _UNION_TAGS = ("int", "float", "str", "tuple", "list", "none")
 """Names that pydantic appends to a path for an alternative of a union."""
 
 
-def _message(detail: ErrorDetails, path: str) -> str:
+def _message(detail: ErrorDetails, path: str, field: Any) -> str:
     """The reason and the fix, without the final full stop."""
     if detail["type"] == "tuple_type":
-        return f"must be a list. Write {path}=[{detail['input']}]"
+        return f"must be a list. Write {path}=[{_entries(detail['input'], field)}]"
     if detail["type"] == "too_short":
         return "must not be empty"
     if detail["type"] == "model_type":
@@ -101,6 +116,23 @@ def _message(detail: ErrorDetails, path: str) -> str:
     message = detail["msg"].removeprefix("Value error, ").rstrip(".")
     message = message.replace("Input should be", "must be")
     return message[0].lower() + message[1:] if path else message
+
+
+def _entries(value: Any, field: Any) -> str:
+    """The entries of an example of the list in `field`: `value` if it can be an entry."""
+    kinds = _entry_types(getattr(field, "annotation", None))
+    if RewardConfig in kinds and value not in REWARDS:
+        return SHAPES_REWARDS[0]
+    if int in kinds and not isinstance(value, int):
+        return "1"
+    return str(value) if Ellipsis in kinds else ",".join([str(value)] * max(len(kinds), 1))
+
+
+def _entry_types(kind: Any) -> tuple[Any, ...]:
+    """The arguments of a tuple type, which may be a part of a union. Empty if there is none."""
+    if get_origin(kind) is tuple:
+        return get_args(kind)
+    return next((found for part in get_args(kind) if (found := _entry_types(part))), ())
 
 
 def _missing(path: str, method: type[Method] | None, values: Mapping[str, Any]) -> str:
@@ -183,15 +215,20 @@ def _unknown(path: str, method: type[Method] | None) -> str:
 
 def _description(path: str, method: type[Method] | None) -> str:
     """The description of the setting at `path`, or of the list that contains it."""
-    section, description = Config, ""  # type: Any, str
+    return getattr(_field(path, method), "description", None) or ""
+
+
+def _field(path: str, method: type[Method] | None) -> Any:
+    """The field of the setting at `path`, or of the list that contains it. None if unknown."""
+    section, found = Config, None  # type: Any, Any
     for part in path.split("."):
         section = method if section is Method and method is not None else section
         if part.isdecimal():  # an entry of a list
             section = next((kind for kind in get_args(section) if _is_section(kind)), None)
         elif part in getattr(section, "model_fields", {}):
             field = section.model_fields[part]
-            section, description = field.annotation, field.description or ""
-    return description
+            section, found = field.annotation, field
+    return found
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:

@@ -23,7 +23,7 @@ from flowgrain.config.yaml_text import check_yaml
 from flowgrain.methods import METHODS
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
-from flowgrain.settings import SettingsError, did_you_mean
+from flowgrain.settings import SettingsError, did_you_mean, one_line
 
 DEFAULT = "demo"
 _RECIPES = files("flowgrain.config").joinpath("recipes")
@@ -129,7 +129,7 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
         text = " ".join(words)
         raise SettingsError(
             f"{text if len(text) < 500 else f'{text[:500]}...'}: "
-            f"not a YAML value ({_first_line(error)[:500]})."
+            f"not a YAML value ({one_line(error)})."
         ) from error
 
 
@@ -185,7 +185,7 @@ def read_source(source: str | Path) -> tuple[str, Values]:
         return file.stem, with_absolute_plugins(values, file.resolve().parent)
     if path.suffix in (".yaml", ".yml"):
         raise SettingsError(f"{text}: there is no such file. Give the path of a YAML file.")
-    known = [*recipe_names(), *METHODS]
+    known = [*METHODS, *recipe_names()]
     raise SettingsError(
         f"There is no recipe, method, file or run {text!r}. {did_you_mean(text, known)}"
     )
@@ -232,7 +232,7 @@ def read_yaml(file: Path | Traversable) -> Values:
         ValueError,
         RecursionError,
     ) as error:
-        raise SettingsError(f"{file}: not readable as YAML: {_first_line(error)}.") from error
+        raise SettingsError(f"{file}: not readable as YAML: {one_line(error)}.") from error
     if not all(isinstance(key, str) for key in values):
         raise SettingsError(
             f"{file}: keys must be text. Write `section:` and below it `key: value`."
@@ -325,7 +325,3 @@ def _reject_references(value: Any, path: str) -> None:
         entries = value.items() if isinstance(value, dict) else enumerate(value)
         for key, entry in entries:
             _reject_references(entry, f"{path}.{key}" if path else str(key))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -40,15 +40,13 @@ def export_run(folder: Path, name: str | None = None, out: Path | None = None) -
     model, device = load_model(config, train=False), compute_device("cpu")
     policy = Policy.for_sampling(config, model, device, adapter=config.lora.rank > 0)
     policy.load_for_sampling(source)
-    for parameter_name, parameter in policy.model.named_parameters():
-        if not parameter.isfinite().all():
-            raise RunStopped(
-                f"{source}: {parameter_name} contains NaN or infinity. Nothing was written. "
-                "Export an earlier checkpoint with --checkpoint STEP."
-            )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         export_policy(policy, target)
+    except RunStopped as error:
+        raise RunStopped(
+            f"{source}: {error}. Export an earlier checkpoint with --checkpoint STEP."
+        ) from error
     except OSError as error:
         raise SettingsError(
             f"--out {target}: cannot be written ({error.strerror or error}). Set another directory."

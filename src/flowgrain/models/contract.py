@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrain.models.base import BACKBONES, Backbone, Conditioning, Dtypes, ModelConfig
-from flowgrain.settings import SettingsError, did_you_mean
+from flowgrain.settings import SettingsError, did_you_mean, one_line
 
 
 def load_backbone(model: ModelConfig, dtypes: Dtypes) -> Backbone:
@@ -146,7 +146,7 @@ def _valid(
 
 
 def _raises(error: Exception) -> str:
-    return f"raises {type(error).__name__}: {' '.join(str(error).split()):.200}"
+    return f"raises {type(error).__name__}: {one_line(error, 200)}"
 
 
 def _shown(value: Any) -> str:
@@ -155,7 +155,7 @@ def _shown(value: Any) -> str:
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_shown(entry)}" for key, entry in value.items()) + "}"
-    return f"{' '.join(repr(value).split()):.80}"
+    return one_line(repr(value), 80)
 
 
 def _contract(backbone: Any, name: str, problem: str, expected: str) -> str:

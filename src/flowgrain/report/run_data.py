@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flowgrain.config.schema import Config
+from flowgrain.settings import one_line
 from flowgrain.training.run_files import read_metrics, read_run, read_run_config
 
 log = logging.getLogger(__name__)
@@ -128,5 +129,5 @@ def undamaged(path: Path, read: Callable[[Path], T]) -> T | None:
         reason = f"{place}: {first['msg']}" if place else first["msg"]
     except Exception as error:  # libraries raise many errors for damaged files
         reason = f"{type(error).__name__}: {error}"
-    log.warning("%s is damaged (%s). It is left out.", path, " ".join(reason.split())[:300])
+    log.warning("%s is damaged (%s). It is left out.", path, one_line(reason, 300))
     return None

@@ -18,7 +18,7 @@ from torch import Tensor
 from flowgrain.data import Prompt
 from flowgrain.registry import Registry
 from flowgrain.rewards.options import OptionError, checked_options
-from flowgrain.settings import Section, Setting, SettingsError, did_you_mean
+from flowgrain.settings import Section, Setting, SettingsError, did_you_mean, one_line
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -204,7 +204,7 @@ def describe(error: BaseException) -> str:
     The user's code is the innermost frame outside of this package, of installed packages and of
     the standard library.
     """
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = one_line(f"{type(error).__name__}: {error}")
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(_NOT_USER_CODE)]
     return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text

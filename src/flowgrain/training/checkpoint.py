@@ -98,17 +98,18 @@ def save(
     except OSError as error:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        rest = checkpoints(folder)
-        good = (
-            f"The last good checkpoint is {rest[-1]}" if rest else "There is no earlier checkpoint"
-        )
         raise CheckpointError(
-            f"could not write the checkpoint {final}: {error}. {good}. "
+            f"could not write the checkpoint {final}: {error}. {_last_good_text(folder)}. "
             "Free some disk space and resume"
         ) from error
     if world.is_main:
         _delete_old(folder, keep, final)
     return final
+
+
+def _last_good_text(folder: Path) -> str:
+    rest = checkpoints(folder)
+    return f"The last good checkpoint is {rest[-1]}" if rest else "There is no earlier checkpoint"
 
 
 def _together(work: Callable[[], None], world: World) -> None:

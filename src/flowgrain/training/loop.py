@@ -29,10 +29,9 @@ def run_steps(
         progress: called with the metrics of every step.
 
     Raises:
-        Diverged: too many updates in a row were skipped. The run is saved. Or the parameters or
-            too many images are not finite. The last step is not saved.
-        EvaluationFailed: a reward failed on too many images of an evaluation. The run is saved,
-            except before the first step.
+        Diverged: too many updates in a row were skipped (the run is saved), or parameters or
+            images are not finite (the last step is not saved).
+        EvaluationFailed: a reward failed on too many images. The run is saved, except at step 0.
         Interrupted: a signal arrived. The run is saved.
     """
     config, main = trainer.config, trainer.world.is_main

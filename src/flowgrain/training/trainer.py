@@ -112,11 +112,16 @@ class Trainer:
         self.lock = RunLock(self.out)
         self._stop = StopSignal()
 
-    def train(self, progress: Callable[[Metrics], None] | None = None) -> list[Metrics]:
+    def train(
+        self,
+        progress: Callable[[Metrics], None] | None = None,
+        started: Callable[[], None] = lambda: None,
+    ) -> list[Metrics]:
         """Train to training.max_steps, and write metrics, images, checkpoints and the export.
 
         Args:
             progress: called with the metrics of every step.
+            started: called after the files of the run were created.
 
         Returns:
             All metrics of the run.
@@ -128,6 +133,7 @@ class Trainer:
         """
         try:
             self.world.on_main(lambda: state.begin(self))
+            started()
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
