@@ -43,6 +43,13 @@ def test_the_default_directory_and_the_lines_that_are_printed(directory):
     assert (directory / "runs/demo/run.yaml").exists()
 
 
+def test_a_directory_with_a_run_is_refused_before_anything_is_printed(directory):
+    succeeded("train", *SMALL, "--out", "run")
+    result = flowgrain("train", *SMALL, "--out", "run")
+    assert result.status == 2
+    assert result.stdout == ""
+
+
 def test_a_report_that_cannot_be_written(directory):
     (directory / "run" / "report.html").mkdir(parents=True)  # a directory is not a file
     result = flowgrain("train", *SMALL, "--out", "run")
@@ -101,6 +108,9 @@ class TestResume:
         resumed, whole = metrics_of(short), metrics_of(directory / "whole")
         assert [line["step"] for line in resumed] == [1, 2]
         assert resumed[1]["loss"] == whole[1]["loss"]
+
+    def test_nothing_is_left(self, short):
+        assert "g2rpo on shapes: no step is left, into" in succeeded("train", "--resume", short)
 
     def test_settings_that_a_run_keeps(self, short):
         message = refused("train", "--resume", short, "sampling.num_steps=5")

@@ -111,6 +111,7 @@ def _train(trainer: "Trainer") -> None:
     config, begin = trainer.config, time.perf_counter()
     first, last = trainer.steps_done + 1, config.training.max_steps
     steps = f"steps {first} to {last}" if first < last else f"step {last}"
+    steps = steps if first <= last else "no step is left"
 
     def start() -> None:
         say(f"{config.method.name} on {config.model.name}: {steps}, into {trainer.out}")

@@ -115,7 +115,7 @@ class Trainer:
     def train(
         self,
         progress: Callable[[Metrics], None] | None = None,
-        started: Callable[[], None] = lambda: None,
+        started: Callable[[], None] | None = None,
     ) -> list[Metrics]:
         """Train to training.max_steps, and write metrics, images, checkpoints and the export.
 
@@ -133,7 +133,8 @@ class Trainer:
         """
         try:
             self.world.on_main(lambda: state.begin(self))
-            started()
+            if started is not None:
+                started()
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
