@@ -119,7 +119,7 @@ def check_separately(config: Config, backbone: Backbone | None) -> list[Finding]
     if backbone is None:
         model = attempt("model", partial(load_model, config), lambda found: type(found).__name__)
         if not model.finding.ok and "out of memory" in model.finding.message:
-            message = f"{model.finding.message} {_less_memory(config)}"
+            message = f"{model.finding.message} {_less_memory(config, 'weights')}"
             model = Attempt(Finding("model", False, message), None)
         findings.append(model.finding)
         backbone = model.result
