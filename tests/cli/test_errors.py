@@ -77,7 +77,7 @@ def test_a_run_that_stops(directory):
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted, 130), (RunStopped, 1)])
 def test_exit_statuses(monkeypatch, error, status):
-    def stop(self, progress, started):
+    def stop(self, progress, start):
         raise error("the reason")
 
     monkeypatch.setattr(Trainer, "train", stop)
@@ -87,7 +87,7 @@ def test_exit_statuses(monkeypatch, error, status):
 
 
 def test_other_errors_are_one_line_without_debug(monkeypatch):
-    def fail(self, progress, started):
+    def fail(self, progress, start):
         raise RuntimeError("a mistake in\nthe program")
 
     monkeypatch.setattr(Trainer, "train", fail)

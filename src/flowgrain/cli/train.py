@@ -118,7 +118,7 @@ def _train(trainer: "Trainer") -> None:
 
     with ProgressDisplay("step", trainer.steps_done, last) as display:
         metrics = trainer.train(
-            lambda step: display.show(step["step"], text=step_text(step)), started=start
+            lambda step: display.show(step["step"], text=step_text(step)), start=start
         )
     from flowgrain.report import write_report  # matplotlib and templates are not needed before
 

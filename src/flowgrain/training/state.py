@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,8 +148,8 @@ def _check_not_lost(trainer: Trainer) -> None:
         )
 
 
-def begin(trainer: Trainer) -> None:
-    """Lock the directory of a run, and create its files.
+def begin(trainer: Trainer, start: Callable[[], None] | None = None) -> None:
+    """Lock the directory of a run, create its files, and call `start`.
 
     Raises:
         SettingsError: the directory is locked, cannot be written, contains a run that is not
@@ -168,6 +168,8 @@ def begin(trainer: Trainer) -> None:
         raise SettingsError(
             f"--out {trainer.out}: cannot be created ({error}). Set another directory."
         ) from error
+    if start is not None:
+        start()
 
 
 def ensure_saved(trainer: Trainer) -> str:

@@ -40,6 +40,11 @@ from flowgrain.training.sizes import size_before_loading
 from flowgrain.training.step import train_step
 from flowgrain.training.timer import StageTimer
 
+Progress = Callable[[Metrics], None]
+"""Called with the metrics of a step."""
+Start = Callable[[], None]
+"""Called before the first step."""
+
 
 class Trainer:
     """A run: settings, a policy, rewards and prompts, and the directory that it writes.
@@ -112,16 +117,12 @@ class Trainer:
         self.lock = RunLock(self.out)
         self._stop = StopSignal()
 
-    def train(
-        self,
-        progress: Callable[[Metrics], None] | None = None,
-        started: Callable[[], None] | None = None,
-    ) -> list[Metrics]:
+    def train(self, progress: Progress | None = None, start: Start | None = None) -> list[Metrics]:
         """Train to training.max_steps, and write metrics, images, checkpoints and the export.
 
         Args:
             progress: called with the metrics of every step.
-            started: called after the files of the run were created.
+            start: called on the main rank after the files of the run were created.
 
         Returns:
             All metrics of the run.
@@ -132,9 +133,7 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM arrived. The run is saved.
         """
         try:
-            self.world.on_main(lambda: state.begin(self))
-            if started is not None:
-                started()
+            self.world.on_main(lambda: state.begin(self, start))
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
