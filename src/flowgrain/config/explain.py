@@ -94,6 +94,8 @@ def _message(detail: ErrorDetails, path: str) -> str:
     """The reason and the fix, without the final full stop."""
     if detail["type"] == "tuple_type":
         return f"must be a list. Write {path}=[{detail['input']}]"
+    if detail["type"] == "string_too_short":
+        return "is empty"
     if detail["type"] == "too_short":
         return "must not be empty"
     if detail["type"] == "model_type":

@@ -102,8 +102,13 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
     """
     if not isinstance(overrides, Mapping):
         for word in overrides:
-            if "=" not in word or word.startswith("="):
+            path, equals, value = word.partition("=")
+            if not equals or not path:
                 raise SettingsError(f"{word!r} is not an override. Write section.key=VALUE.")
+            if not value.strip():
+                raise SettingsError(
+                    f"{word}: is empty. Write {path}=VALUE, or remove it to use the default."
+                )
     try:
         if isinstance(overrides, Mapping):
             nested = OmegaConf.create()

@@ -44,7 +44,7 @@ def check_backbone(backbone: Any) -> Backbone:
             raise ValueError(
                 _contract(backbone, name, f"is missing ({error})", expected)
             ) from error
-        except Exception as error:  # a property of another package
+        except (Exception, SystemExit) as error:  # a property of another package
             raise ValueError(_contract(backbone, name, _raises(error), expected)) from error
         if not valid(value):
             raise ValueError(_contract(backbone, name, f"is {_shown(value)}", expected))
@@ -138,14 +138,14 @@ def _valid(
         value = call()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # code of another package
+    except (Exception, SystemExit) as error:  # code of another package
         raise ValueError(_contract(backbone, name, _raises(error), expected)) from error
     if not valid(value):
         raise ValueError(_contract(backbone, name, f"returns {_shown(value)}", expected))
     return value
 
 
-def _raises(error: Exception) -> str:
+def _raises(error: BaseException) -> str:
     return f"raises {type(error).__name__}: {' '.join(str(error).split()):.200}"
 
 

@@ -83,9 +83,21 @@ def _too_many(failed: int, count: int, allowed: float) -> bool:
 def _what_remains(trainer: Trainer) -> str:
     """The last checkpoint, and how to go on from it or from the start."""
     saved = checkpoint.checkpoints(trainer.out / "checkpoints")
-    rate = trainer.config.learning_rate
-    kept = f"The last checkpoint is {saved[-1]}" if saved else "There is no checkpoint"
+    kept = f"The last checkpoint is {saved[-1]}"
+    if not saved:
+        kept = "There is no checkpoint, so the resumed run starts again from step 0"
+    return f"Nothing was exported. {kept}. {smaller_rate(trainer)}"
+
+
+def smaller_rate(trainer: Trainer) -> str:
+    """The advice to resume with a smaller learning rate, at most the published rate."""
+    config, rate = trainer.config, trainer.config.learning_rate
+    optimizer = config.optimizer.model_copy(update={"learning_rate": None})
+    try:
+        published = config.model_copy(update={"optimizer": optimizer}).learning_rate
+    except ValueError:  # the method has none for this kind of training
+        published = 1e-4
     return (
-        f"Nothing was exported. {kept}. Use a smaller learning rate than {rate:g}: "
-        f"{trainer.resume_command} optimizer.learning_rate={rate / 3:g}"
+        f"Use a smaller learning rate than {rate:g}: "
+        f"{trainer.resume_command} optimizer.learning_rate={min(rate / 3, published):g}"
     )
