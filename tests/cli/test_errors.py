@@ -22,7 +22,10 @@ from flowgrain.training import Interrupted, RunStopped
         (["flow_grpo", "method.granularities=[1]"], "use method 'g2rpo'"),
         (["rewards=[{name: towers, wait: 1}]"], "wait"),
         # wrong types
-        (["sampling.num_steps=many"], "sampling.num_steps='many'"),
+        (
+            ["sampling.num_steps=many"],
+            "sampling.num_steps=many: must be a whole number, such as 40.",
+        ),
         (["method.granularities=[1,x]"], "method.granularities"),
         (["training.max_steps=[1]"], "training.max_steps"),
         (["sampling=4"], "sampling=4"),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Output directory.")]
 def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
     """The source, if the first word is not an override, and the overrides."""
     words = list(words or [])
-    source = words.pop(0) if words and "=" not in words[0] else None
+    setting = re.compile(r"[a-z]+\.(?!ya?ml$)[a-z_.]+")  # its value is missing
+    is_source = words and "=" not in words[0] and not setting.fullmatch(words[0])
+    source = words.pop(0) if is_source or (words and Path(words[0]).exists()) else None
     return source, words
 
 

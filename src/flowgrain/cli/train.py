@@ -68,9 +68,12 @@ def train(
 def _start(
     words: list[str] | None, plugins: list[str] | None, preset: str | None, folder: Path | None
 ) -> "Trainer":
-    from flowgrain.training import Trainer
+    from flowgrain.training import Interrupted, Trainer
 
-    return Trainer(config_from(words, plugins, preset), folder)
+    try:
+        return Trainer(config_from(words, plugins, preset), folder)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before the run started; nothing was written.") from None
 
 
 def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) -> "Trainer":

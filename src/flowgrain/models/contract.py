@@ -1,6 +1,7 @@
 """The contract of a backbone, checked when it is loaded or given from Python."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,10 @@ def check_backbone(backbone: Any) -> Backbone:
         try:
             value = getattr(backbone, name)
         except AttributeError as error:
-            raise ValueError(
-                _contract(backbone, name, f"is missing ({error})", expected)
-            ) from error
-        except Exception as error:  # a property of another package
+            own = error.obj is backbone and error.name == name
+            problem = "is missing" if own else f"is missing ({error})"
+            raise ValueError(_contract(backbone, name, problem, expected)) from error
+        except (Exception, SystemExit) as error:  # a property of another package
             raise ValueError(_contract(backbone, name, _raises(error), expected)) from error
         if not valid(value):
             raise ValueError(_contract(backbone, name, f"is {_shown(value)}", expected))
@@ -138,14 +139,14 @@ def _valid(
         value = call()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # code of another package
+    except (Exception, SystemExit) as error:  # code of another package
         raise ValueError(_contract(backbone, name, _raises(error), expected)) from error
     if not valid(value):
         raise ValueError(_contract(backbone, name, f"returns {_shown(value)}", expected))
     return value
 
 
-def _raises(error: Exception) -> str:
+def _raises(error: BaseException) -> str:
     return f"raises {type(error).__name__}: {one_line(error, 200)}"
 
 
@@ -159,8 +160,11 @@ def _shown(value: Any) -> str:
 
 
 def _contract(backbone: Any, name: str, problem: str, expected: str) -> str:
+    module = sys.modules.get(type(backbone).__module__)
+    file = getattr(module, "__file__", None)
+    place = f" ({file})" if file and not type(backbone).__module__.startswith("flowgrain.") else ""
     return (
-        f"backbone {type(backbone).__name__}: member {name!r} {problem}. "
+        f"backbone {type(backbone).__name__}{place}: member {name!r} {problem}. "
         f"Define it as {expected}. See flowgrain.models.Backbone."
     )
 

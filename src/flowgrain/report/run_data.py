@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flowgrain.config.schema import Config
-from flowgrain.settings import one_line
 from flowgrain.training.run_files import read_metrics, read_run, read_run_config
 
 log = logging.getLogger(__name__)
@@ -126,8 +125,11 @@ def undamaged(path: Path, read: Callable[[Path], T]) -> T | None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        reason = f"{place}: {first['msg']}" if place else first["msg"]
-    except Exception as error:  # libraries raise many errors for damaged files
-        reason = f"{type(error).__name__}: {error}"
-    log.warning("%s is damaged (%s). It is left out.", path, one_line(reason, 300))
+        reason = "not JSON" if first["type"] == "json_invalid" else "not a record of a run"
+        reason = f"the value of {place} is wrong or missing" if place else reason
+    except (KeyError, AttributeError, TypeError, IndexError):
+        reason = "not a record of a run"
+    except Exception:  # libraries raise many errors for damaged files
+        reason = "not an image" if path.suffix == ".png" else "not readable"
+    log.warning("%s is damaged (%s). It is left out.", path, reason)
     return None

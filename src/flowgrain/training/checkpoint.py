@@ -197,20 +197,33 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: the checkpoint is damaged or incomplete.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = _manifest(path)
         for name, checksum in manifest["sha256"].items():
             if _checksum(path / name) != checksum:
                 raise ValueError(f"the checksum of {name} does not match")
         return dict(manifest["state"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: manifest.json is not the record of a checkpoint"
+        ) from error
+
+
+def _manifest(path: Path) -> Any:
+    """The content of manifest.json of checkpoint `path`.
+
+    Raises:
+        ValueError: it is empty, or not JSON.
+        OSError: it cannot be read.
+    """
+    content = (path / "manifest.json").read_bytes()
+    if not content.strip(b"\0 \n"):
+        raise ValueError("manifest.json is empty")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("manifest.json is not JSON") from None
 
 
 def load_last_good(
@@ -243,8 +256,9 @@ def _last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]] | 
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
+        others = f" ({len(damaged)} checkpoints are damaged)" if len(damaged) > 1 else ""
         return CheckpointError(
-            f"{'; '.join(damaged)}. No undamaged checkpoint is left in {folder}. "
+            f"{damaged[0]}{others}. No undamaged checkpoint is left in {folder}. "
             "Start a new run with another --out"
         )
     return None, {}, damaged

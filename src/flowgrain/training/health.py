@@ -101,11 +101,20 @@ def destroyed(trainer: Trainer, place: str, reason: str) -> Diverged:
             f"{text}. No step was trained. Check the weights of "
             f"model.name={settings.model.name} and runtime.dtype={settings.runtime.dtype}"
         )
-    rate = trainer.config.learning_rate
-    command = resume_command(
-        trainer.out, trainer.recorder.given, {"optimizer.learning_rate": f"{rate / 3:g}"}
-    )
-    return Diverged(f"{text}. {kept}. Use a smaller learning rate than {rate:g}: {command}")
+    return Diverged(f"{text}. {kept}. {smaller_rate(trainer)}")
+
+
+def smaller_rate(trainer: Trainer) -> str:
+    """The advice to resume with a smaller learning rate, at most the published rate."""
+    config, rate = trainer.config, trainer.config.learning_rate
+    optimizer = config.optimizer.model_copy(update={"learning_rate": None})
+    try:
+        published = config.model_copy(update={"optimizer": optimizer}).learning_rate
+    except ValueError:  # the method has none for this kind of training
+        published = 1e-4
+    changes = {"optimizer.learning_rate": f"{min(rate / 3, published):g}"}
+    command = resume_command(trainer.out, trainer.recorder.given, changes)
+    return f"Use a smaller learning rate than {rate:g}: {command}"
 
 
 def _drop_checkpoint(trainer: Trainer) -> str:

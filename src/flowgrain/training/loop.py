@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 
 from flowgrain.training import checkpoint, state
 from flowgrain.training.errors import Diverged, Interrupted, RunStopped
-from flowgrain.training.health import EvaluationFailed, check_evaluation, check_weights
+from flowgrain.training.evaluate import warn_of_failures
+from flowgrain.training.health import (
+    EvaluationFailed,
+    check_evaluation,
+    check_weights,
+    smaller_rate,
+)
 from flowgrain.training.rollout_batch import Metrics
-from flowgrain.training.run_files import resume_command
 from flowgrain.training.signals import StopRequested, StopSignal, check_stop
 
 if TYPE_CHECKING:
@@ -134,6 +139,7 @@ def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
     evaluation = trainer.evaluate(num_images=trainer.config.evaluation.images_of_run)
     check_evaluation(trainer, step, evaluation)
     if trainer.world.is_main:
+        warn_of_failures(evaluation)
         trainer.recorder.write_evaluation(step, evaluation)
     values = evaluation.means() | evaluation.part_means()
     return {f"eval/{name}": value for name, value in values.items()}
@@ -142,11 +148,8 @@ def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
 def _divergence(trainer: Trainer) -> str:
     """The message of a run that diverged."""
     settings, skipped = trainer.config.optimizer, trainer.optimizer.skipped_in_a_row
-    rate = trainer.config.learning_rate
-    changes = {"optimizer.learning_rate": f"{rate / 3:g}"}
     return (
         f"{skipped} updates in a row had a non-finite loss or gradient and were skipped "
         f"(optimizer.max_skipped_updates={settings.max_skipped_updates}). "
-        f"Use a smaller learning rate than {rate:g}: "
-        f"{resume_command(trainer.out, trainer.recorder.given, changes)}"
+        f"{smaller_rate(trainer)}"
     )

@@ -52,8 +52,13 @@ class Recorder:
         """Check that the directory contains no other run.
 
         Raises:
-            SettingsError: the directory contains a run that is not being resumed.
+            SettingsError: the directory contains a run that is not being resumed, is a file, or is
+                not writable.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise SettingsError(f"--out {self.folder}: is a file. Give a directory.")
+        if self.folder.is_dir() and not os.access(self.folder, os.W_OK):
+            raise SettingsError(f"{self.folder}: is not writable. Give another --out, or chmod it.")
         if not self._resumed and (self.folder / "metrics.jsonl").exists():
             raise SettingsError(
                 f"{self.folder} already contains a run. "

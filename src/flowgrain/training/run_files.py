@@ -129,6 +129,8 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         SettingsError: there is no readable run.yaml.
     """
+    if path.is_file() and path.suffix not in (".yaml", ".yml"):
+        raise SettingsError(f"{path}: not the directory of a run. It is a file.")
     file = path / "run.yaml" if path.is_dir() else path
     if not file.exists():
         raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
@@ -164,6 +166,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         {key: math.nan if value is None else value for key, value in record.items()}
         for record in records
     ]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in a run's metrics.jsonl or in the history of its run.yaml. 0: not trained."""
+    history = read_run(folder).get("history")
+    entries = history if isinstance(history, list) else []
+    firsts = [entry.get("first_step") for entry in entries if isinstance(entry, dict)]
+    steps = [line["step"] for line in read_metrics(folder)]
+    return max([*steps, *(first - 1 for first in firsts if isinstance(first, int))], default=0)
 
 
 def describe_environment() -> dict[str, Any]:

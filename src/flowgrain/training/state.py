@@ -96,6 +96,8 @@ def resume(trainer: Trainer) -> list[str]:
         return _resume(trainer)
     except OSError as error:
         trainer.lock.release()
+        if isinstance(error, PermissionError):
+            raise SettingsError(f"{trainer.out}: is not writable ({error}). Chmod it.") from error
         raise RunStopped(
             f"the run in {trainer.out} cannot be resumed yet: {error}. Nothing is lost. "
             f"Free some disk space or repair the disk, then resume with {trainer.resume_command}"
