@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flowgrain.core.rollout import Noise
 from flowgrain.core.tree import Ints
-from flowgrain.settings import SettingsError, nearest, printable
+from flowgrain.settings import SettingsError, nearest, one_line, printable
 
 TEXT_FIELDS = ("prompt", "text", "caption", "prompt_en")
 """Column names that may hold the text of a prompt. The first name that a file has is used."""
@@ -155,7 +155,7 @@ def _from_parquet(file: Path) -> Iterator[tuple[int, Prompt]]:
     try:
         table = parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"not a Parquet file ({' '.join(str(error).split())})") from None
+        raise ValueError(f"not a Parquet file ({one_line(error)})") from None
     for number, row in enumerate(table.to_pylist(), 1):
         yield number, _prompt(row, number)
 

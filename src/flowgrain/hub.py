@@ -8,13 +8,24 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
-UNREACHABLE = "not in the cache of the Hugging Face Hub, which cannot be reached"
-"""Why a repository of the Hub cannot be read, for error messages."""
 _TIMEOUT, _VALID = 3.0, 60.0
 """Seconds to wait for a connection, and seconds for which its result is used again."""
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 _checked: tuple[float, bool] | None = None
 _switched_off = False
+
+
+def unreachable(setting: str, kind: str = "directory") -> str:
+    """The error message of a file or directory that neither exists nor is in the cache of the Hub.
+
+    Args:
+        setting: the setting and its value, such as "model.path=NAME".
+        kind: what is missing.
+    """
+    return (
+        f"{setting}: there is no such local {kind}, and it is not in the cache of the Hugging Face "
+        f"Hub, which cannot be reached. Give the path of a {kind}, or connect this machine."
+    )
 
 
 def use_cache_if_offline(path: str | None) -> bool:

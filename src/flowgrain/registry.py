@@ -7,6 +7,8 @@ import importlib.util
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -90,7 +92,7 @@ class Registry(Generic[T]):
                     self._objects[found] = getattr(importlib.import_module(module), attribute)
                 else:
                     self._objects[found] = self._published()[found].load()
-            except Exception as error:  # code of another package
+            except (Exception, SystemExit) as error:  # code of another package
                 raise SettingsError(
                     f"{self.kind} {found!r} cannot be imported: {error}."
                 ) from error
@@ -143,4 +145,25 @@ def load_plugin(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise SettingsError(f"plugin {path}: {type(error).__name__}: {error}") from error
+        fix = ". Install it." if isinstance(error, ModuleNotFoundError) else ""
+        raise SettingsError(f"plugin {path}: {describe(error)}{fix}") from error
+
+
+def describe(error: BaseException) -> str:
+    """Type and message of an exception, with the file and line of the user's code that raised it.
+
+    The user's code is the innermost frame outside of this package, of installed packages and of
+    the standard library.
+    """
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_USER_CODE)]
+    return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
+
+
+_NOT_USER_CODE = (
+    str(Path(__file__).parent) + os.sep,
+    "<",
+    *{sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "purelib", "platlib")},
+)
+"""Beginnings of the names of files that are not the user's."""

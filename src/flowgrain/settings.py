@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
+_LISTED = 20
+"""Number of known names that a message lists."""
+
 
 class SettingsError(ValueError):
     """A setting cannot be used. The message names the setting, its value and the fix."""
@@ -87,6 +90,12 @@ def printable(value: object) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def one_line(text: object, limit: int = 500) -> str:
+    """`text` in one line of at most `limit` characters, without control characters."""
+    line = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The entry of `known` with the spelling closest to `name`. None if no entry is close."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
@@ -94,7 +103,10 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Hint for an error message: the nearest known name, or all known names."""
+    """Hint for an error message: the nearest known name, or the first known names."""
     known = list(known)
     close = nearest(name, known, 0.5)
-    return f"Did you mean {close!r}?" if close else f"Known: {', '.join(known)}."
+    if close:
+        return f"Did you mean {close!r}?"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"Known: {', '.join(known[:_LISTED])}{more}."

@@ -1,11 +1,14 @@
 """Errors: one message on stderr, an exit status, no traceback, and nothing written."""
 
 import re
+from pathlib import Path
 
 import pytest
+import requests
 from command_line import SMALL, flowgrain, refused
 
-from flowgrain import Trainer, __version__
+from flowgrain import SettingsError, Trainer, __version__
+from flowgrain.cli.app import writing
 from flowgrain.training import Interrupted, RunStopped
 
 
@@ -19,7 +22,10 @@ from flowgrain.training import Interrupted, RunStopped
         (["flow_grpo", "method.granularities=[1]"], "use method 'g2rpo'"),
         (["rewards=[{name: towers, wait: 1}]"], "wait"),
         # wrong types
-        (["sampling.num_steps=many"], "sampling.num_steps='many'"),
+        (
+            ["sampling.num_steps=many"],
+            "sampling.num_steps=many: must be a whole number, such as 40.",
+        ),
         (["method.granularities=[1,x]"], "method.granularities"),
         (["training.max_steps=[1]"], "training.max_steps"),
         (["sampling=4"], "sampling=4"),
@@ -74,7 +80,7 @@ def test_a_run_that_stops(directory):
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted, 130), (RunStopped, 1)])
 def test_exit_statuses(monkeypatch, error, status):
-    def stop(self, progress):
+    def stop(self, progress, start):
         raise error("the reason")
 
     monkeypatch.setattr(Trainer, "train", stop)
@@ -84,7 +90,7 @@ def test_exit_statuses(monkeypatch, error, status):
 
 
 def test_other_errors_are_one_line_without_debug(monkeypatch):
-    def fail(self, progress):
+    def fail(self, progress, start):
         raise RuntimeError("a mistake in\nthe program")
 
     monkeypatch.setattr(Trainer, "train", fail)
@@ -100,6 +106,25 @@ def test_other_errors_are_one_line_without_debug(monkeypatch):
         assert result.status == 1
         assert "Traceback (most recent call last)" in result.stderr
         assert re.search(line, result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "converted"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (PermissionError(13, "Permission denied", "out/scores.parquet"), True),
+        (NotADirectoryError(20, "Not a directory", "."), True),  # above out
+        (FileNotFoundError(2, "No such file", "prompts.txt"), False),
+        (PermissionError(13, "Permission denied", "/root/model"), False),
+        (requests.ConnectionError("no answer"), False),
+        (TimeoutError(110, "Connection timed out"), False),
+    ],
+)
+def test_only_errors_of_writing_are_errors_of_the_directory(directory, error, converted):
+    with pytest.raises(SettingsError if converted else type(error)) as found:  # noqa: SIM117
+        with writing("--out out", Path("out")):
+            raise error
+    assert str(found.value).startswith("--out out: cannot be written (") == converted
 
 
 def test_an_expected_error_has_a_traceback_only_with_debug():

@@ -46,13 +46,14 @@ def test_what_cannot_be_exported(run, directory):
     assert "not the directory of a run" in refused("export", "nowhere")
     message = refused("export", run, "--checkpoint", "7")
     assert "--checkpoint 7: there is no such checkpoint" in message
-    assert "one of the steps 2" in message
+    assert message.endswith("Use best, or step 2.\n")
     assert "--checkpoint two" in refused("export", run, "--checkpoint", "two")
     (directory / "full").mkdir()
     (directory / "full" / "mine.txt").write_text("")
     assert "--out full: exists" in refused("export", run, "--out", "full")
     assert (directory / "full" / "mine.txt").exists()
     succeeded("train", "g2rpo", *SMALL, "--out", "new")
+    assert "Use step 2." in refused("export", "new", "--checkpoint", "99")
     assert "no checkpoint in new was evaluated" in refused("export", "new", "--checkpoint", "best")
     for file in (directory / "new").glob("checkpoints/*/*.safetensors"):
         file.write_bytes(b"")

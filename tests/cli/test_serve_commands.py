@@ -54,10 +54,15 @@ def test_serve_without_a_token(served, monkeypatch):
         (["{name: towers, path: x}"], "unknown option"),
         (["{weight: 1}"], "name: Field required"),
         (["{name: towers"], "not a YAML value"),
+        (["towers,preference"], "'towers,preference': not one reward. Separate rewards by spaces"),
+        ([""], "'': not one reward"),
+        (["{name: towers, weight: 0}"], "weight: the reward would have no effect"),
     ],
 )
 def test_rewards_that_cannot_be_served(served, words, message):
-    assert message in refused("serve", *words)
+    found = refused("serve", *words)
+    assert message in found
+    assert "Value error" not in found
     assert served == []
 
 

@@ -38,9 +38,16 @@ def test_what_a_run_writes(run):
 
 def test_the_default_directory_and_the_lines_that_are_printed(directory):
     output = succeeded("train", *SMALL)
-    assert output.startswith("g2rpo on shapes: 2 steps from step 0, into runs/demo\n")
+    assert output.startswith("g2rpo on shapes: steps 1 to 2, into runs/demo\n")
     assert re.search(r"done in \d+ s\.\nopen runs/demo/report.html\n$", output)
     assert (directory / "runs/demo/run.yaml").exists()
+
+
+def test_a_directory_with_a_run_is_refused_before_anything_is_printed(directory):
+    succeeded("train", *SMALL, "--out", "run")
+    result = flowgrain("train", *SMALL, "--out", "run")
+    assert result.status == 2
+    assert result.stdout == ""
 
 
 def test_a_report_that_cannot_be_written(directory):
@@ -96,11 +103,14 @@ class TestResume:
 
     def test_more_steps(self, short, directory):
         output = succeeded("train", "--resume", "runs/two", "training.max_steps=2")
-        assert "2 steps from step 1, into runs/two" in output
+        assert "g2rpo on shapes: step 2, into runs/two" in output
         succeeded("train", "g2rpo", *SMALL, "--out", "whole")
         resumed, whole = metrics_of(short), metrics_of(directory / "whole")
         assert [line["step"] for line in resumed] == [1, 2]
         assert resumed[1]["loss"] == whole[1]["loss"]
+
+    def test_nothing_is_left(self, short):
+        assert "g2rpo on shapes: no step is left, into" in succeeded("train", "--resume", short)
 
     def test_settings_that_a_run_keeps(self, short):
         message = refused("train", "--resume", short, "sampling.num_steps=5")

@@ -8,6 +8,7 @@ from flowgrain import METHODS, Config, SettingsError, load_config
 from flowgrain.config.explain import setting_paths
 from flowgrain.config.load import merge, parse_overrides, recipe_names
 from flowgrain.config.show import inline
+from flowgrain.config.yaml_text import check_yaml
 
 
 def at(config, path):
@@ -65,6 +66,13 @@ def test_a_yaml_file(tmp_path):
         assert (config.name, config.training.max_steps) == ("mine", 8)
         assert config.method.granularities == (1,)
     assert load_config(write(tmp_path / "b.yaml", {**config.to_dict(), "name": "x"})).name == "x"
+
+
+def test_a_list_with_too_many_values_and_a_long_list_of_names(tmp_path):
+    with pytest.raises(ValueError, match=r"more than 100,000 values, counting aliases"):
+        check_yaml(f"[{','.join(['1'] * 100_001)}]")
+    with pytest.raises(SettingsError, match=r"Known: .* and \d+ more\.$"):
+        load_config("qwertzuiop")
 
 
 def test_the_directory_of_a_run(tmp_path):

@@ -50,8 +50,8 @@ def test_a_learning_rate_that_destroys_the_model(tmp_path):
     assert done.returncode == 1, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "learning_rate=3.33e+11" in last or "training.max_failed_rewards" in last
+    assert last.startswith("error: step 2: the model is destroyed: ")
+    assert "optimizer.learning_rate=3.33333e+11" in last
     assert not (tmp_path / "run" / "export").exists()
 
 
@@ -74,9 +74,10 @@ def test_parameters_that_are_not_finite(three, tmp_path, value, kind):
         trainer.train()
     message = str(error.value)
     assert message.startswith(f"step 2: the model is destroyed: {kind}.")
-    assert "The last checkpoint is" in message
+    assert "A resume uses" in message
     assert "step-000001. Use a smaller learning rate than 0.0001" in message
-    assert message.endswith(f"--resume {tmp_path} optimizer.learning_rate=3.33333e-05")
+    assert "config.with_changes({'optimizer.learning_rate': 3.33333e-05}), " in message
+    assert message.endswith("call resume(), then train()")
     assert "\n" not in message
     assert steps_of(tmp_path) == ["step-000001"]
     assert not (tmp_path / "export").exists()
@@ -147,10 +148,54 @@ def test_a_reward_that_fails_on_images_of_an_evaluation(three, tmp_path, allowed
         trainer.train()
     message = str(error.value)
     assert f"after step 2: reward 'red' failed on {failing} of 4 images" in message
-    assert f"training.max_failed_rewards={allowed:g}" in message
-    assert message.endswith(f"resume with flowgrain train --resume {tmp_path}")
+    reason = ", which leaves none" if allowed == 1 else f"training.max_failed_rewards={allowed:g} "
+    assert reason in message
+    assert f"Fix the reward, then resume with Trainer(config, '{tmp_path}', " in message
     assert steps_of(tmp_path)[-1] == "step-000002"  # the weights are good
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_rollout_images_that_are_not_finite(three, tmp_path, first):
+    """The checkpoint before the broken rollout is not used again."""
+    trainer = toy(three, tmp_path)
+    update, decode = trainer.policy.after_update, trainer.backbone.decode
+
+    def broken():
+        update()
+        if trainer.policy.updates == first:
+            trainer.backbone.decode = lambda latents: decode(latents) * torch.nan
+
+    trainer.policy.after_update = broken
+    with pytest.raises(Diverged) as error:
+        trainer.train()
+    message = str(error.value)
+    assert message.startswith(f"step {first + 1}: the model is destroyed: ")
+    assert "images contain NaN or infinity" in message
+    assert f"Its checkpoint was renamed to damaged-step-{first:06d}" in message
+    assert "'optimizer.learning_rate': 3.33333e-05" in message
+    assert steps_of(tmp_path) == ["step-000001"][: first - 1]
+    assert (tmp_path / "checkpoints" / f"damaged-step-{first:06d}").is_dir()
+    again = toy(three.with_changes({"optimizer.learning_rate": 1e-5}), tmp_path)
+    again.resume()
+    assert again.steps_done == first - 1
+    assert [line["step"] for line in again.train()] == [1, 2, 3]
+
+
+def test_a_model_that_is_broken_before_training(three, tmp_path):
+    trainer = toy(three, tmp_path)
+    trainer.backbone.decode = lambda latents: torch.full((len(latents), 3, 2, 2), torch.nan)
+    with pytest.raises(Diverged, match=r"step 1: .*No step was trained\. Check .* runtime\.dtype="):
+        trainer.train()
+    assert steps_of(tmp_path) == []
+
+
+def test_an_evaluated_reward_that_is_not_trained_can_be_removed(three, tmp_path):
+    changes = {"evaluation.every": 1, "evaluation.rewards": ["towers"]}
+    trainer = toy(three.with_changes(changes), tmp_path)
+    trainer.eval_rewards["towers"] = lambda images, prompts: [torch.nan] * len(images)
+    with pytest.raises(EvaluationFailed, match=r"or remove it from evaluation\.rewards, then"):
+        trainer.train()
 
 
 def test_a_reward_that_fails_before_the_first_step(three, tmp_path):

@@ -413,6 +413,7 @@ RECORD = {
         "empty": b"",
         "no_models": b"metrics: []\n",
         "only_models": b"models: {}\n",
+        "aliases": BOMB,
     }
 }
 

@@ -82,9 +82,13 @@ def test_needs_grow_with_their_settings():
         return {need.purpose: need.size for need in fit._of_host(config, None, 1)}
 
     step, evaluation = "the images of a step", "the images of an evaluation"
-    base = needs(training__prompts_per_step=100)
+    base = needs(training__prompts_per_step=100, evaluation__every=5)
     assert needs(training__prompts_per_step=200)[step] == 2 * base[step]
-    assert needs(evaluation__num_prompts=512)[evaluation] == 2 * base[evaluation]
+    assert needs(evaluation__num_prompts=512, evaluation__every=5)[evaluation] == (
+        2 * base[evaluation]
+    )
+    assert needs(evaluation__num_prompts=10**6, evaluation__every=0)[evaluation] == 0
+    assert needs()[evaluation] == base[evaluation] / 4  # 64 images at the start and the end
     # 24 images of 3 x 32 x 32 float32 twice, and 24 x 11 rows, for each of the prompts
     assert base[step] == 100 * (24 * 2 * 4 * 3 * 32 * 32 + 24 * 11 * 100)
 

@@ -257,6 +257,15 @@ def test_a_busy_server_is_waited_for():
     assert found.values.tolist() == [1, 2]
 
 
+def test_a_waiting_time_after_many_retries_is_a_number():
+    with HostileServer(answer("", "500 Oops")) as server:
+        options = {"timeout": 1, "deadline": 1e300, "retries": 1100, "backoff": 1e-300}
+        connection = http_client.Server(server.url, "NO_TOKEN", **options)
+        call = http_client.ScoringCall(connection)
+        with pytest.raises(http_client.ServerError, match="500 Oops"):
+            call.post(b"{}", bytes)
+
+
 def test_a_long_wait_is_reported(monkeypatch, caplog):
     monkeypatch.setattr(http_client, "NOTICE_SECONDS", 0.2)
     with HostileServer(send(then="hang")) as server:

@@ -155,6 +155,15 @@ class TestLostCheckpoints:
         assert message.endswith(f"flowgrain train {tmp_path} --out NEW_DIRECTORY")
         assert contents(tmp_path) == before
 
+    @pytest.mark.parametrize("every", [0, 3, 100])
+    def test_a_resume_is_refused_after_the_only_checkpoint(self, three, tmp_path, every):
+        """The checkpoint at the end of a run, which checkpoint_every does not announce."""
+        config = three.with_changes({"training.checkpoint_every": every})
+        toy(config, tmp_path).train()
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "checkpoints").mkdir()
+        assert "trained to step 3" in refusal(toy(config, tmp_path).resume)
+
     @pytest.mark.parametrize("metrics", [b"", b'{"step": 0}\n', b'{"step": 0}\n{"step": 1}\n'])
     def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
         self, three, tmp_path, metrics
@@ -162,6 +171,7 @@ class TestLostCheckpoints:
         toy(three, tmp_path).train()
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "checkpoints").mkdir()
+        (tmp_path / ".saved").unlink()
         (tmp_path / "metrics.jsonl").write_bytes(metrics)
         again = toy(three, tmp_path)
         assert again.resume() == []
@@ -232,7 +242,7 @@ def test_damaged_metrics_are_set_aside_and_restored_from_the_checkpoint(trained,
         (message,) = messages
         assert message.startswith(f"{file}: line")
         assert reason in message
-        assert message.endswith("moved to metrics.damaged.jsonl")
+        assert message.endswith(". Moved to metrics.damaged.jsonl")
         good = before.splitlines()
         assert next(line for line in damaged.splitlines() if line not in good) in aside.read_bytes()
     assert [line["step"] for line in again.train()] == [0, 1, 2, 3, 4]
@@ -255,20 +265,22 @@ def test_the_metrics_are_those_of_the_last_good_checkpoint(trained, tmp_path):
     assert without_times(read_metrics(run)) == without_times(read_metrics(whole))
 
 
-def test_metrics_of_a_checkpoint_without_metrics_are_those_of_the_file(trained, tmp_path):
-    """Checkpoints of earlier versions have no metrics."""
+def test_a_manifest_does_not_grow_with_the_run(trained):
+    _, whole = trained
+    sizes = [len(m.read_bytes()) for m in sorted(whole.glob("checkpoints/*/manifest.json"))]
+    assert len(sizes) >= 2
+    assert max(sizes) - min(sizes) < 50
+
+
+def test_damaged_metrics_of_a_checkpoint_damage_the_checkpoint(trained, tmp_path):
     config, whole = trained
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    for manifest in run.glob("checkpoints/*/manifest.json"):
-        values = json.loads(manifest.read_text())
-        del values["state"]["metrics"]
-        manifest.write_text(json.dumps(values))
-    with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 3, "lo')
-    (message,) = toy(config, run).resume()
-    assert "line 5 is damaged" in message
-    assert read_metrics(run) == read_metrics(whole)
+    (run / "checkpoints" / "step-000003" / "metrics.jsonl").write_text("")
+    again = toy(config, run)
+    (message,) = again.resume()
+    assert "the checksum of metrics.jsonl does not match" in message
+    assert again.steps_done == 2
 
 
 def test_a_reader_leaves_damaged_lines_out_with_a_warning(tmp_path, caplog):

@@ -17,7 +17,8 @@ from command_line import SMALL, flowgrain
 
 from flowgrain import SettingsError, Trainer, load_config
 from flowgrain.settings import SettingsWarning
-from flowgrain.training import fit
+from flowgrain.training import fit, sizes
+from flowgrain.training.memory import checkpoint_bytes
 
 SECONDS = 10
 """A refusal may take this long, with the import of the libraries and on a busy machine."""
@@ -113,22 +114,22 @@ REWARDS = {
     "['os:']": "rewards[os:]: not the name of a reward",
     "['os:nothing']": "rewards[os:nothing]: cannot be imported",
     "['os:sep']": "rewards[os:sep]: an object of type str is not callable",
-    "[]": "rewards=[]: must not be empty",
+    "[]": "rewards=[]: must not be empty. Write for example rewards=[clip].",
     "oracle": "Write rewards=[oracle]",
     "[foo]": "there is no reward 'foo'. Known: oracle",
     "[orakle]": "Did you mean 'oracle'?",
     "[oracle,oracle]": "contains 'oracle' twice",
-    "[1]": "rewards.0=1",
+    "[1]": "rewards.0=1: is not a reward. Write a name, or {name: NAME, weight: 0.5}.",
     "[{weight: 1}]": "rewards.0.name: required",
-    "[{name: oracle, weight: 0}]": "rewards.0.weight=0: the reward would have no effect",
-    "[{name: oracle, weight: 1e-300}]": "rewards.0.weight=1e-300: the reward would",
-    "[{name: oracle, weight: .nan}]": "rewards.0.weight=nan: must be a finite number",
-    "[{name: oracle, weight: .inf}]": "rewards.0.weight=inf: must be a finite number",
-    "[{name: oracle, weight: 1e300}]": "rewards.0.weight=1e+300: must be less than",
-    "[{name: oracle, weight: -1e300}]": "rewards.0.weight=-1e+300: must be greater than",
-    "[{name: oracle, weight: heavy}]": "rewards.0.weight='heavy': must be a valid number",
-    "[{name: oracle, batch_size: 0}]": "rewards.0.batch_size=0",
-    "[{name: oracle, batch_size: 1000000000}]": "rewards.0.batch_size=1000000000",
+    "[{name: oracle, weight: 0}]": "rewards[oracle].weight=0: the reward would have no effect",
+    "[{name: oracle, weight: 1e-300}]": "rewards[oracle].weight=1e-300: the reward would",
+    "[{name: oracle, weight: .nan}]": "rewards[oracle].weight=nan: must be a finite number",
+    "[{name: oracle, weight: .inf}]": "rewards[oracle].weight=inf: must be a finite number",
+    "[{name: oracle, weight: 1e300}]": "rewards[oracle].weight=1e+300: must be less than",
+    "[{name: oracle, weight: -1e300}]": "rewards[oracle].weight=-1e+300: must be greater than",
+    "[{name: oracle, weight: heavy}]": "rewards[oracle].weight=heavy: must be a number.",
+    "[{name: oracle, batch_size: 0}]": "rewards[oracle].batch_size=0",
+    "[{name: oracle, batch_size: 1000000000}]": "rewards[oracle].batch_size=1000000000",
     "[{name: oracle, device: 'cuda:9'}]": "rewards[oracle].device='cuda:9': unknown option",
     "[{name: clip, device: 'cuda:9'}]": "rewards[clip].device=cuda:9",
     "[{name: clip, device: abacus}]": "rewards[clip].device=abacus: unknown device",
@@ -234,10 +235,28 @@ def test_a_disk_that_is_too_small(directory, monkeypatch):
     assert list(directory.iterdir()) == []
 
 
+def test_a_resumed_run_uses_the_space_of_its_own_checkpoints(tmp_path, monkeypatch):
+    config = load_config("demo")
+    size = sizes.size_before_loading(config)
+    needed = checkpoint_bytes(config, size)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 100}))
+    with pytest.raises(SettingsError, match="the checkpoints need"):
+        fit.check_disk(config, size, tmp_path)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000001" / "tensors").write_bytes(bytes(100))
+    fit.check_disk(config, size, tmp_path)
+
+
+def test_a_directory_that_cannot_be_created_is_named(directory):
+    result = flowgrain("train", "demo", *SMALL, "--out", "/proc/q")
+    assert result.status == 2
+    assert "--out /proc/q: cannot be created" in result.stderr
+
+
 def test_python_is_refused_in_the_same_way(directory, monkeypatch):
     monkeypatch.setattr(fit, "machine_memory", lambda: 4e9)
     with pytest.raises(SettingsError, match=r"evaluation\.num_prompts=1000000: the images of an"):
-        Trainer(load_config("demo", {"evaluation.num_prompts": 1_000_000}))
+        Trainer(load_config("demo", {"evaluation.num_prompts": 1_000_000, "evaluation.every": 5}))
     with pytest.raises(SettingsError, match=r"runtime\.seed=.*must be less than"):
         load_config("demo", {"runtime.seed": 10**5000})
     assert list(directory.iterdir()) == []

@@ -1,10 +1,12 @@
 """SIGINT and SIGTERM at any moment of a step: within two seconds, and without a loss."""
 
+import hashlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,6 +17,8 @@ from flowgrain import Trainer, load_config
 from flowgrain.rewards import Scorer
 from flowgrain.training import Interrupted, checkpoint
 from flowgrain.training import trainer as trainer_module
+from flowgrain.training.policy_gradient import PolicyGradientLoss
+from flowgrain.training.signals import StopSignal
 
 SMALL = {
     "sampling.num_steps": 4,
@@ -72,7 +76,7 @@ def test_a_hanging_reward_ends_within_two_seconds_and_the_run_is_exact(
     tmp_path, whole, call, step, number
 ):
     begin = time.monotonic()
-    with pytest.raises(Interrupted, match=rf"step {step}\b.*flowgrain train --resume"):
+    with pytest.raises(Interrupted, match=rf"step {step}\b.*call resume\(\)"):
         toy(tmp_path, signal_at(call, number)).train()
     assert time.monotonic() - begin < 2 + 2  # two seconds for the steps before
     assert checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name == f"step-{step:06d}"
@@ -141,6 +145,59 @@ def test_a_signal_during_a_checkpoint_is_obeyed_after_it(tmp_path, monkeypatch):
     with pytest.raises(Interrupted, match="stopped after step 1"):
         trainer.train()
     assert checkpoint.load(tmp_path / "checkpoints" / "step-000001")["step"] == 1
+
+
+def test_a_signal_before_the_old_transitions_of_later_updates(tmp_path, monkeypatch):
+    changes = {"evaluation.every": 0, "method.updates_per_rollout": 3}
+    trainer = toy(tmp_path, **changes)
+    prepare, velocity, calls = PolicyGradientLoss.prepare, trainer.policy.train_velocity, []
+
+    def stop(losses):
+        os.kill(os.getpid(), signal.SIGTERM)
+        prepare(losses)
+
+    def counted(*arguments):
+        calls.append(1)
+        return velocity(*arguments)
+
+    monkeypatch.setattr(PolicyGradientLoss, "prepare", stop)
+    monkeypatch.setattr(trainer.policy, "train_velocity", counted)
+    with pytest.raises(Interrupted, match="stopped after step 0"):
+        trainer.train()
+    assert calls == []
+
+
+def test_a_run_out_of_time_repeats_its_last_evaluation(tmp_path):
+    """Calls of the reward: evaluation 0, step 1, and the last evaluation, which is stopped."""
+    changes = {"training.max_seconds": 1e-9, "evaluation.every": 2}
+    with pytest.raises(Interrupted, match="step 1 is finished"):
+        toy(tmp_path, signal_at(3), **changes).train()
+    again = toy(tmp_path, **changes)
+    again.resume()
+    lines = again.train()
+    assert [line["step"] for line in lines] == [0, 1]
+    assert "eval/red" in lines[-1]
+
+
+def test_a_repeated_signal_during_a_long_c_call_is_one_signal(monkeypatch):
+    """The handler only runs after the call, but the thread sees both signals at once."""
+    ends, stop = [], StopSignal()
+    monkeypatch.setattr(os, "_exit", ends.append)
+
+    def send():
+        for _ in range(2):
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with stop.listen(lambda: "nothing"):
+        thread = threading.Thread(target=send)
+        thread.start()
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.3:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)  # without the GIL
+        thread.join()
+    assert stop.number == signal.SIGTERM
+    assert ends == []
 
 
 def test_threads_of_a_scorer_do_not_delay_an_error():

@@ -147,7 +147,9 @@ def test_a_signal_saves_and_says_how_to_resume(long, tmp_path):
             if metrics["step"] == 1:
                 os.kill(os.getpid(), number)
 
-        message = f"{folder.name}: stopped after step 1; .*--resume {folder}"
+        message = (
+            rf"{folder.name}: stopped after step 1; .*Trainer\(config, '{folder}', .*resume\(\)"
+        )
         with pytest.raises(Interrupted, match=message):
             trainer.train(send)
         assert checkpoint.checkpoints(folder / "checkpoints")[-1].name == "step-000001"
@@ -164,7 +166,7 @@ def test_a_full_disk_at_a_resume_changes_nothing(tiny, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     message = (
-        r"cannot be resumed yet: .*File too large\. Nothing is lost\. Free some disk .*--resume"
+        r"cannot be resumed yet: .*File too large\. Nothing is lost\. Free some disk .*resume\(\)"
     )
     try:
         with pytest.raises(RunStopped, match=message):
@@ -304,7 +306,7 @@ def test_a_full_disk_during_training_names_the_resume_command(long, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer.recorder, "write_metrics", full)
-    with pytest.raises(RunStopped, match=r"No space left .*resume with flowgrain train --resume"):
+    with pytest.raises(RunStopped, match=r"No space left .*resume with Trainer\(config"):
         trainer.train()
 
 

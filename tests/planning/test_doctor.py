@@ -8,6 +8,7 @@ from flowgrain.config import load_config
 from flowgrain.models.shapes import ShapesBackbone
 from flowgrain.planning import doctor
 from flowgrain.planning.doctor import examine
+from flowgrain.training import fit
 
 
 def findings_of(config, folder):
@@ -49,9 +50,9 @@ def test_memory_is_checked_before_the_model_is_loaded(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(doctor, "Trainer", None)  # calling it would fail
     findings = findings_of(tiny, tmp_path / "run")
     assert not findings["memory"].ok
-    assert "The model was not loaded. Try lora.rank=32, model.gradient_checkpointing=true" in (
-        findings["memory"].message
-    )
+    message = findings["memory"].message
+    assert "The model was not loaded. The largest part is " in message
+    assert "Try lora.rank=32, model.gradient_checkpointing=true or more GPUs." in message
     assert findings["cost"].ok
     assert "forward pass" not in findings
     lora = findings_of(tiny.with_changes({"lora.rank": 4}), tmp_path / "run")
@@ -64,7 +65,20 @@ def test_a_model_that_is_loaded_to_measure_its_size(tiny, tmp_path, monkeypatch)
     memory = findings_of(tiny, tmp_path / "run")["memory"]
     assert not memory.ok
     assert "not loaded" not in memory.message
-    assert "This does not fit. Try lora.rank=32" in memory.message
+    assert "This does not fit. The largest part is " in memory.message
+
+
+def test_the_memory_is_that_of_the_container_and_the_advice_is_about_the_largest_part(
+    tiny, tmp_path, monkeypatch
+):
+    limit = tmp_path / "memory.max"
+    limit.write_text("100000000")
+    monkeypatch.setattr(fit, "_CGROUP", limit)
+    config = tiny.with_changes({"training.prompts_per_step": 5000})
+    message = findings_of(config, tmp_path / "run")["memory"].message
+    assert " of 0.10 GB, without activations" in message
+    assert "The largest part is latents. Try a smaller training.prompts_per_step" in message
+    assert "lora.rank" not in message
 
 
 def test_a_full_disk(tiny, tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def test_the_faults_disturbed_the_run(result):
     stopped = {fault for fault, outcome in report.faults if outcome == "stopped"}
     messages = (folder / "cut.messages").read_text() if (folder / "cut.messages").exists() else ""
     assert ("the reward raises" in messages) == ("raise" in stopped)
-    assert "flowgrain train --resume" in messages or not stopped & {"raise", "nan", "disk"}
+    assert "call resume(), then train()" in messages or not stopped & {"raise", "nan", "disk"}
     assert list((folder / "cut" / "checkpoints").glob("damaged-*"))  # the truncated checkpoint
     assert not (folder / "whole.messages").exists()
 

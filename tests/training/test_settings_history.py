@@ -77,6 +77,15 @@ def test_settings_of_steps_that_are_trained_again_are_dropped(two, tmp_path):
     assert read_run(tmp_path)["config"]["optimizer"]["learning_rate"] == 1e-4
 
 
+def test_values_that_occur_twice_are_written_in_full(two, tmp_path):
+    toy(two, tmp_path).train()
+    changes = {"optimizer.betas": [0.5, 0.9], "training.max_steps": 3}
+    resumed(two.with_changes(changes), tmp_path)
+    text = (tmp_path / "run.yaml").read_text()
+    assert "&id" not in text
+    assert "config.optimizer.betas" in text
+
+
 def test_a_run_that_starts_again_has_no_history(two, tmp_path):
     late = two.with_changes({"training.checkpoint_every": 0})
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,8 @@
 """The application, its consoles, and the arguments that several commands share."""
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +84,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Output directory.")]
 def split_words(words: list[str] | None) -> tuple[str | None, list[str]]:
     """The source, if the first word is not an override, and the overrides."""
     words = list(words or [])
-    source = words.pop(0) if words and "=" not in words[0] else None
+    setting = re.compile(r"[a-z]+\.(?!ya?ml$)[a-z_.]+")  # its value is missing
+    is_source = words and "=" not in words[0] and not setting.fullmatch(words[0])
+    source = words.pop(0) if is_source or (words and Path(words[0]).exists()) else None
     return source, words
 
 
@@ -129,8 +133,10 @@ def integers(option: str, text: str, least: int) -> list[int]:
 
 
 @contextmanager
-def writing(option: str) -> Iterator[None]:
-    """Turn an error of writing files inside this context into an error of `option`.
+def writing(option: str, folder: Path) -> Iterator[None]:
+    """Turn an error of writing to `folder` inside this context into an error of `option`.
+
+    Other errors, such as those of a network connection, are not changed.
 
     Raises:
         SettingsError: a file cannot be written.
@@ -138,11 +144,29 @@ def writing(option: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not _is_of(error, folder):
+            raise
         place = f"{error.filename}: " if error.filename is not None else ""
         reason = f"{place}{error.strerror or error}"
         raise SettingsError(
             f"{option}: cannot be written ({reason}). Use another directory."
         ) from error
+
+
+_OF_DISKS = {
+    *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR),
+    *(errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+}
+
+
+def _is_of(error: OSError, folder: Path) -> bool:
+    """Whether the error is about `folder`, a file in it, or a directory above it."""
+    names = [name for name in (error.filename, error.filename2) if name is not None]
+    if not names:
+        return error.errno in _OF_DISKS
+    folder = folder.absolute()
+    paths = [Path(os.fsdecode(name)).absolute() for name in names if not isinstance(name, int)]
+    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in paths)
 
 
 def say(text: str) -> None:

@@ -93,7 +93,7 @@ def _run(comparison: "Comparison", folder: Path, jobs: int) -> None:
         note(f"{progress.done}/{progress.total} {name} [{seconds:.0f} s]")
 
     try:
-        with writing(f"--out {folder}"):
+        with writing(f"--out {folder}", folder):
             progress = run_comparison(comparison, folder, jobs, show)
     except RunStopped:
         with contextlib.suppress(SettingsError):  # possibly no run is finished
@@ -101,7 +101,7 @@ def _run(comparison: "Comparison", folder: Path, jobs: int) -> None:
         raise
     for name, reason in progress.diverged.items():
         note(f"{name} diverged: {reason}")
-    with writing(f"--out {folder}"):
+    with writing(f"--out {folder}", folder):
         say(f"open {write_comparison(folder)}")
 
 

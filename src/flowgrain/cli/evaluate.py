@@ -77,7 +77,7 @@ def evaluate_command(
     )
     folder = folder or request.default_directory
     note(_description(request))
-    with writing(f"--out {folder}"), ProgressDisplay("chunk", done=None) as display:
+    with writing(f"--out {folder}", folder), ProgressDisplay("chunk", done=None) as display:
         progress = run_evaluation(
             request, folder, lambda state: display.show(state.finished, state.total)
         )
@@ -85,7 +85,7 @@ def evaluate_command(
         others = f"{progress.finished} of {progress.total} chunks are finished"
         note(f"{others}. Other processes work on the rest.")
         return
-    with writing(f"--out {folder}"):
+    with writing(f"--out {folder}", folder):
         _write_results(request, folder, as_json)
 
 
@@ -202,7 +202,7 @@ def sample(
         raise SettingsError(f"--prompt: {error}") from error
     sheet = contact_sheet(to_pixels(images), min(len(prompt), _COLUMNS))
     try:
-        with writing(f"--out {file}"):
+        with writing(f"--out {file}", file):
             file.parent.mkdir(parents=True, exist_ok=True)
             enlarge(sheet, images.shape[-1], _TILE).save(file)
     except (ValueError, KeyError) as error:

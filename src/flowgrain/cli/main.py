@@ -1,5 +1,6 @@
 """The entry point: runs a command and turns errors into a message and an exit status."""
 
+import re
 import sys
 import traceback
 import warnings
@@ -13,11 +14,14 @@ from flowgrain.cli import compare, report, config, serve  # noqa: F401
 # isort: on
 from flowgrain.cli.app import app, err
 from flowgrain.heap import retain_freed_memory
-from flowgrain.settings import SettingsError, SettingsWarning
+from flowgrain.registry import describe
+from flowgrain.settings import SettingsError, SettingsWarning, one_line
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit statuses: a setting cannot be used, a run failed, a run was interrupted."""
 _DEBUG = "--debug"
+_SETTING = re.compile(r"--?[a-z_]+\.[\w.]+")
+"""A setting with dashes. Settings have none."""
 
 
 def main() -> None:
@@ -31,6 +35,7 @@ def main() -> None:
     debug = _DEBUG in sys.argv[1:]
     words = [word for word in sys.argv[1:] if word != _DEBUG]
     try:
+        _check_words(words)
         app(words, prog_name="flowgrain")
     except Exception as error:
         if debug:
@@ -39,6 +44,28 @@ def main() -> None:
         _fail(message, status)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+    except SystemExit as error:
+        reason = describe(error)
+        if not reason.endswith(")"):  # raised by typer, not in a file of the user
+            raise
+        _fail(f"{reason}. Raise an error instead of ending the process.", FAILURE)
+
+
+def _check_words(words: list[str]) -> None:
+    """Check for empty words and for settings with dashes. Typer would read '' as the directory ".".
+
+    Raises:
+        SettingsError: a word is empty, or a setting has dashes.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=") if word.strip() else (before, "=", "")
+        if not word.strip() and not option.startswith("--"):
+            raise SettingsError("'': an empty word. Write a name or a path, or remove it.")
+        if equals and not value.strip() and option.startswith("--") and option != "--prompt":
+            raise SettingsError(f"{option}='': is empty. Give a value, or remove {option}.")
+        if _SETTING.fullmatch(option) and option is not before:
+            value = value if equals else "VALUE"
+            raise SettingsError(f"{word}: write {option.lstrip('-')}={value} without dashes.")
 
 
 def _message(error: Exception) -> tuple[str, int]:
@@ -54,11 +81,11 @@ def _message(error: Exception) -> tuple[str, int]:
         names = " to ".join(str(name) for name in (error.filename, error.filename2) if name)
         reason = error.strerror or type(error).__name__
         return f"{names}: {reason}. Check this path, or use --debug to see the traceback.", FAILURE
-    text = " ".join(str(error).split())
+    text = one_line(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
     return (
-        f"{type(error).__name__}: {text:.500} ({place}). Use --debug to see the traceback.",
+        f"{type(error).__name__}: {text} ({place}). Use --debug to see the traceback.",
         FAILURE,
     )
 

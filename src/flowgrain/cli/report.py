@@ -27,5 +27,5 @@ def report(
     for plugin in plugins or ():
         load_plugin(plugin)
     write = write_comparison if (folder / "comparison.yaml").exists() else write_report
-    with writing(f"the report of {folder}"):
+    with writing(f"the report of {folder}", folder):
         say(f"wrote {write(folder)}")

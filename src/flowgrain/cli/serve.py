@@ -129,13 +129,19 @@ def build_rewards(words: list[str]) -> "dict[str, Reward]":
 
     built = {}
     for word in words:
-        (value,) = parse_overrides([f"rewards=[{word}]"])["rewards"]
+        values = parse_overrides([f"rewards=[{word}]"])["rewards"]
+        if len(values) != 1:
+            raise SettingsError(
+                f"{word!r}: not one reward. Separate rewards by spaces: "
+                "flowgrain serve towers preference."
+            )
         try:
-            config = RewardConfig.model_validate(value)
+            config = RewardConfig.model_validate(values[0])
         except ValidationError as error:
             detail = error.errors()[0]
             place = ".".join(map(str, detail["loc"]))
-            raise SettingsError(f"{word}: {place}: {detail['msg']}.") from error
+            reason = detail["msg"].removeprefix("Value error, ")
+            raise SettingsError(f"{word}: {place}: {reason}.") from error
         if config.name in built:
             raise SettingsError(f"{config.name} is listed twice. List every reward once.")
         built[config.name] = build_reward(config)
@@ -169,7 +175,7 @@ def encode(words: Words = None, plugins: Plugins = None, preset: Preset = None) 
     texts = list(dict.fromkeys(["", *(prompt.text for prompt in prompts)]))
     with ProgressDisplay("prompt", total=len(texts)) as display:
         for first in range(0, len(texts), _ENCODED_AT_ONCE):
-            with writing(f"model.embedding_cache={folder}"):
+            with writing(f"model.embedding_cache={folder}", Path(folder).expanduser()):
                 backbone.encode(texts[first : first + _ENCODED_AT_ONCE])
             display.show(min(first + _ENCODED_AT_ONCE, len(texts)))
     say(f"The embeddings of {len(texts)} prompts are in {Path(folder)}.")

@@ -68,9 +68,12 @@ def train(
 def _start(
     words: list[str] | None, plugins: list[str] | None, preset: str | None, folder: Path | None
 ) -> "Trainer":
-    from flowgrain.training import Trainer
+    from flowgrain.training import Interrupted, Trainer
 
-    return Trainer(config_from(words, plugins, preset), folder)
+    try:
+        return Trainer(config_from(words, plugins, preset), folder)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before the run started; nothing was written.") from None
 
 
 def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) -> "Trainer":
@@ -108,15 +111,18 @@ def _train(trainer: "Trainer") -> None:
     if not trainer.world.is_main:
         trainer.train()
         return
-    config = trainer.config
-    steps = config.training.max_steps
-    say(
-        f"{config.method.name} on {config.model.name}: {steps} steps from step "
-        f"{trainer.steps_done}, into {trainer.out}"
-    )
-    begin = time.perf_counter()
-    with ProgressDisplay("step", trainer.steps_done, steps) as display:
-        metrics = trainer.train(lambda step: display.show(step["step"], text=step_text(step)))
+    config, begin = trainer.config, time.perf_counter()
+    first, last = trainer.steps_done + 1, config.training.max_steps
+    steps = f"steps {first} to {last}" if first < last else f"step {last}"
+    steps = steps if first <= last else "no step is left"
+
+    def start() -> None:
+        say(f"{config.method.name} on {config.model.name}: {steps}, into {trainer.out}")
+
+    with ProgressDisplay("step", trainer.steps_done, last) as display:
+        metrics = trainer.train(
+            lambda step: display.show(step["step"], text=step_text(step)), start=start
+        )
     from flowgrain.report import write_report  # matplotlib and templates are not needed before
 
     say(f"done in {time.perf_counter() - begin:.0f} s. {_gain(metrics)}".rstrip())

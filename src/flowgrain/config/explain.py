@@ -1,8 +1,9 @@
 """Error messages of wrong settings: the full path, the value, and a fix or the nearest setting."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -11,17 +12,22 @@ from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, Method
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import canonical
+from flowgrain.rewards.base import REWARDS, SHAPES_REWARDS, RewardConfig
 from flowgrain.settings import Section, SettingsError, did_you_mean, nearest
 
 
 def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
     """Error messages, one for each wrong setting of `values`."""
     messages: dict[str, str] = {}
-    for detail in error.errors():
-        message = _shortened(_explain(detail, values))
+    details = error.errors()
+    words = {_path(d): d["ctx"]["expected"] for d in details if d["type"] == "literal_error"}
+    for detail in details:
+        message = _shortened(_explain(detail, values, words.get(_path(detail), "")))
         # pydantic reports every alternative of a union. The first message of a path is enough.
-        messages.setdefault(message.partition("=")[0].partition(":")[0], message)
-    nested = [path for path in messages if any(other.startswith(f"{path}.") for other in messages)]
+        messages.setdefault(message.partition("=")[0].partition(": ")[0], message)
+    nested = [
+        path for path in messages if any(o.startswith((f"{path}.", f"{path}[")) for o in messages)
+    ]
     yield from (message for path, message in messages.items() if path not in nested)
 
 
@@ -33,7 +39,15 @@ def _shortened(message: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """`value` as Python writes it."""
+    """`value` as it is written in YAML."""
+    if isinstance(value, str) and _PLAIN_TEXT.fullmatch(value) and value.isprintable():
+        return value
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_shown(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
     try:
         return repr(value)
     except ValueError:  # Python writes no integers with more than 4,300 digits
@@ -58,20 +72,34 @@ def _paths(section: type[Section], prefix: str) -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+def _loc(detail: ErrorDetails) -> tuple[int | str, ...]:
+    """The keys of a setting, without the alternatives of a union."""
+    loc = tuple(part for part in detail["loc"] if isinstance(part, int) or part.isidentifier())
+    while loc and loc[-1] in _UNION_TAGS:
+        loc = loc[:-1]
+    return loc
+
+
+def _path(detail: ErrorDetails) -> str:
+    return ".".join(map(str, _loc(detail)))
+
+
+def _explain(detail: ErrorDetails, values: Mapping[str, Any], words: str) -> str:
+    """The message of a wrong setting. `words`: texts that it accepts, besides other types."""
     method, value = _method(values), detail["input"]
     if detail["loc"][:1] == ("method",) and method is None:
         return f"method.name: {_method_name(values)}"
     if detail["type"] == "extra_forbidden":
         return _unknown(".".join([*map(str, detail["loc"]), *_first_keys(value)]), method)
-    loc = tuple(part for part in detail["loc"] if isinstance(part, int) or part.isidentifier())
-    while loc and loc[-1] in _UNION_TAGS:
-        loc = loc[:-1]
-    path = ".".join(map(str, loc))
+    loc, path = _loc(detail), _path(detail)
     if detail["type"] == "missing" and isinstance(loc[-1], int):  # of a list of fixed length
         path = ".".join(map(str, loc[:-1]))
-        return f"{path}={value!r}: has too few values. {_description(path, method)}"
-    message = _message(detail, path)
+        return f"{path}={_shown(value)}: has too few values. {_description(path, method)}"
+    if isinstance(value, Mapping) and value and detail["type"] in _PLAIN:
+        return _no_parts(path, value)
+    message = _message(detail, path, _field(path, method))
+    if words and detail["type"] != "literal_error" and words.strip("'") not in message:
+        message = f"{message}, or {words}"
     if not path:
         return f"{message}."
     if detail["type"] == "missing":
@@ -81,26 +109,90 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
                 f"model.name={model}: there is no such backbone. {did_you_mean(model, BACKBONES)}"
             )
         return f"{path}: {_missing(path, method, values)}".rstrip()
-    return f"{path}={_shown(value)}: {message}. {_description(path, method)}".rstrip()
+    description = "" if ". " in message else _description(path, method)
+    return f"{_named(loc, values)}={_shown(value)}: {message}. {description}".rstrip()
+
+
+def _no_parts(path: str, value: Any) -> str:
+    """The message of a mapping in place of a value."""
+    keys = list(_first_keys(value))
+    for key in keys:
+        value = next((entry for name, entry in value.items() if str(name) == key), None)
+    text = _shown(value)
+    return f"{'.'.join([path, *keys])}={text}: {path} has no parts. Write {path}={text}."
+
+
+def _named(loc: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
+    """The path of a setting. Entries of a list of rewards have their name: rewards[oracle]."""
+    path, found = "", values  # type: str, Any
+    for part in loc:
+        found = found[part] if _contains(found, part) else None
+        name = found.get("name") if isinstance(found, Mapping) and isinstance(part, int) else None
+        path += f"[{name}]" if isinstance(name, str) else f".{part}"
+    return path.removeprefix(".")
+
+
+def _contains(values: Any, key: int | str) -> bool:
+    if isinstance(key, int):
+        return isinstance(values, list | tuple) and key < len(values)
+    return isinstance(values, Mapping) and key in values
 
 
 _MAX_MESSAGE = 1200
 """Number of characters of an error message."""
+_TYPES = {
+    "int_type": "must be a whole number, such as 40",
+    "int_parsing": "must be a whole number, such as 40",
+    "int_from_float": "must be a whole number, such as 40",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "string_too_short": "is empty",
+}
+"""Messages of types of errors."""
+_PLAIN_TEXT = re.compile(
+    r"(?!(?:true|false|null|yes|no|on|off)$)[a-z_/~][^\[\]{}#'\"]*", re.IGNORECASE
+)
+"""Texts that YAML does not read as another type without quotes."""
+_PLAIN = ("int_type", "float_type", "bool_type", "string_type", "literal_error")
+"""Types of errors of settings that have no parts."""
 _UNION_TAGS = ("int", "float", "str", "tuple", "list", "none")
 """Names that pydantic appends to a path for an alternative of a union."""
 
 
-def _message(detail: ErrorDetails, path: str) -> str:
+def _message(detail: ErrorDetails, path: str, field: Any) -> str:
     """The reason and the fix, without the final full stop."""
     if detail["type"] == "tuple_type":
-        return f"must be a list. Write {path}=[{detail['input']}]"
+        return f"must be a list. Write {path}=[{_entries(detail['input'], field)}]"
+    if detail["type"] in _TYPES:
+        return _TYPES[detail["type"]]
     if detail["type"] == "too_short":
-        return "must not be empty"
+        example = "clip" if path.endswith("rewards") else "VALUE"
+        return f"must not be empty. Write for example {path}=[{example}]"
     if detail["type"] == "model_type":
+        if path.split(".")[-1].isdecimal():  # an entry of a list of rewards
+            return "is not a reward. Write a name, or {name: NAME, weight: 0.5}"
         return f"is a section. Write {path}.KEY=VALUE"
     message = detail["msg"].removeprefix("Value error, ").rstrip(".")
     message = message.replace("Input should be", "must be")
     return message[0].lower() + message[1:] if path else message
+
+
+def _entries(value: Any, field: Any) -> str:
+    """The entries of an example of the list in `field`: `value` if it can be an entry."""
+    kinds = _entry_types(getattr(field, "annotation", None))
+    if RewardConfig in kinds and value not in REWARDS:
+        return SHAPES_REWARDS[0]
+    if int in kinds and not isinstance(value, int):
+        return "1"
+    return str(value) if Ellipsis in kinds else ",".join([str(value)] * max(len(kinds), 1))
+
+
+def _entry_types(kind: Any) -> tuple[Any, ...]:
+    """The arguments of a tuple type, which may be a part of a union. Empty if there is none."""
+    if get_origin(kind) is tuple:
+        return get_args(kind)
+    return next((found for part in get_args(kind) if (found := _entry_types(part))), ())
 
 
 def _missing(path: str, method: type[Method] | None, values: Mapping[str, Any]) -> str:
@@ -183,15 +275,20 @@ def _unknown(path: str, method: type[Method] | None) -> str:
 
 def _description(path: str, method: type[Method] | None) -> str:
     """The description of the setting at `path`, or of the list that contains it."""
-    section, description = Config, ""  # type: Any, str
+    return getattr(_field(path, method), "description", None) or ""
+
+
+def _field(path: str, method: type[Method] | None) -> Any:
+    """The field of the setting at `path`, or of the list that contains it. None if unknown."""
+    section, found = Config, None  # type: Any, Any
     for part in path.split("."):
         section = method if section is Method and method is not None else section
         if part.isdecimal():  # an entry of a list
             section = next((kind for kind in get_args(section) if _is_section(kind)), None)
         elif part in getattr(section, "model_fields", {}):
             field = section.model_fields[part]
-            section, description = field.annotation, field.description or ""
-    return description
+            section, found = field.annotation, field
+    return found
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ValidationError
 from flowgrain.config.explain import explain
 from flowgrain.config.presets import apply_preset
 from flowgrain.config.schema import Config
-from flowgrain.config.yaml_text import check_yaml
+from flowgrain.config.yaml_text import check_yaml, syntax_error
 from flowgrain.methods import METHODS
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
-from flowgrain.settings import SettingsError, did_you_mean
+from flowgrain.settings import SettingsError, nearest, one_line
 
 DEFAULT = "demo"
 _RECIPES = files("flowgrain.config").joinpath("recipes")
@@ -101,9 +101,17 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
         SettingsError: a word has another form, or its value is not YAML.
     """
     if not isinstance(overrides, Mapping):
-        for word in overrides:
-            if "=" not in word or word.startswith("="):
-                raise SettingsError(f"{word!r} is not an override. Write section.key=VALUE.")
+        for word, following in zip(overrides, [*overrides[1:], "="], strict=False):
+            path, equals, value = word.partition("=")
+            if not equals or not path:
+                fix = "section.key=VALUE"
+                if not equals and "." in word:
+                    fix = f"{word}={'VALUE' if '=' in following else following}"
+                raise SettingsError(f"{word!r} is not an override. Write {fix}.")
+            if not value.strip():
+                raise SettingsError(
+                    f"{word}: is empty. Write {path}=VALUE, or remove it to use the default."
+                )
     try:
         if isinstance(overrides, Mapping):
             nested = OmegaConf.create()
@@ -129,7 +137,7 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Values:
         text = " ".join(words)
         raise SettingsError(
             f"{text if len(text) < 500 else f'{text[:500]}...'}: "
-            f"not a YAML value ({_first_line(error)[:500]})."
+            f"not a YAML value ({(syntax_error(error, False) or one_line(error))[:500]})."
         ) from error
 
 
@@ -185,10 +193,12 @@ def read_source(source: str | Path) -> tuple[str, Values]:
         return file.stem, with_absolute_plugins(values, file.resolve().parent)
     if path.suffix in (".yaml", ".yml"):
         raise SettingsError(f"{text}: there is no such file. Give the path of a YAML file.")
-    known = [*recipe_names(), *METHODS]
-    raise SettingsError(
-        f"There is no recipe, method, file or run {text!r}. {did_you_mean(text, known)}"
-    )
+    close = nearest(text, [*recipe_names(), *METHODS])
+    if close is None and "/" in text:
+        raise SettingsError(f"{text}: there is no such directory. Give a run, or a recipe.")
+    known = "Known: demo, a method (g2rpo, ...) or a file. List them with flowgrain recipes."
+    hint = f"Did you mean {close!r}?" if close else known
+    raise SettingsError(f"There is no recipe, method, file or run {text!r}. {hint}")
 
 
 def saved_settings(saved: Values, file: Path) -> Values:
@@ -223,16 +233,22 @@ def read_yaml(file: Path | Traversable) -> Values:
         text = file.read_text(encoding="utf-8")
         check_yaml(text, mapping=True)
         values = _container(OmegaConf.create(text))
+    except UnicodeDecodeError as error:
+        raise SettingsError(
+            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from None
     except (
         OmegaConfBaseException,
         yaml.YAMLError,
-        UnicodeDecodeError,
         OSError,
         AttributeError,
         ValueError,
         RecursionError,
     ) as error:
-        raise SettingsError(f"{file}: not readable as YAML: {_first_line(error)}.") from error
+        reason = syntax_error(error) or one_line(error)
+        if not reason.startswith(("line ", "contains ")):
+            reason = f"not readable as YAML: {reason}"
+        raise SettingsError(f"{file}: {reason}.") from error
     if not all(isinstance(key, str) for key in values):
         raise SettingsError(
             f"{file}: keys must be text. Write `section:` and below it `key: value`."
@@ -325,7 +341,3 @@ def _reject_references(value: Any, path: str) -> None:
         entries = value.items() if isinstance(value, dict) else enumerate(value)
         for key, entry in entries:
             _reject_references(entry, f"{path}.{key}" if path else str(key))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

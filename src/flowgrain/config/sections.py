@@ -283,12 +283,14 @@ class DataConfig(Section):
         "File with training prompts: .txt, .json, .jsonl, .csv or .parquet. "
         "Default: the model's bundled prompts.",
         keep=True,
+        min_length=1,
         max_length=4096,
     )
     eval_prompts: str | None = Setting(
         None,
         "File with evaluation prompts. Default: the model's bundled prompts, or the last tenth of "
         "data.prompts, which is then not used for training.",
+        min_length=1,
         max_length=4096,
     )
 

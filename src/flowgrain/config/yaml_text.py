@@ -17,7 +17,7 @@ def check_yaml(text: str, mapping: bool = False) -> None:
         mapping: whether it must be a mapping, or empty.
 
     Raises:
-        ValueError: it is nested too deeply, or its aliases expand to too many values.
+        ValueError: it is nested too deeply, or it has too many values, counting aliases.
         YAMLError: it is not YAML.
     """
     depth = 0
@@ -42,10 +42,25 @@ def check_yaml(text: str, mapping: bool = False) -> None:
         else:
             continue
         if mapping and depth == 0 and not isinstance(event, yaml.MappingEndEvent):
-            raise ValueError("not a mapping of sections")
+            found = "a list" if isinstance(event, yaml.SequenceEndEvent) else "one value"
+            raise ValueError(
+                f"contains {found}. Write sections such as training: {{max_steps: 40}}"
+            )
         if anchor is not None:
             sizes[anchor] = size
         above, total = open_parts[-1]
         if total + size > MAX_VALUES:
-            raise ValueError(f"its aliases expand to more than {MAX_VALUES:,} values")
+            raise ValueError(f"it has more than {MAX_VALUES:,} values, counting aliases")
         open_parts[-1] = (above, total + size)
+
+
+def syntax_error(error: Exception, with_line: bool = True) -> str | None:
+    """What is missing, and in which line, for an error of the YAML syntax. None for others."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return None
+    mark = error.problem_mark
+    problem = error.problem.replace("did not find expected", "expected")
+    problem = problem.replace("expected key", "expected `key: value` below the key above it")
+    if "cannot start any token" in problem:
+        problem += ". Use spaces in place of tabs, and quotes around texts with @ or `"
+    return f"line {mark.line + 1} is not YAML: {problem}" if mark and with_line else problem

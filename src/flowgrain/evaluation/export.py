@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from flowgrain.config.schema import Config
+from flowgrain.evaluation.targets import or_export
 from flowgrain.settings import SettingsError
 from flowgrain.training import RunStopped, checkpoint
 from flowgrain.training.export import export_policy
 from flowgrain.training.load import compute_device, load_model
 from flowgrain.training.policy import Policy
-from flowgrain.training.run_files import read_run, read_run_config
+from flowgrain.training.run_files import last_step, read_run, read_run_config
 
 
 def export_run(folder: Path, name: str | None = None, out: Path | None = None) -> tuple[Path, Path]:
@@ -40,15 +41,13 @@ def export_run(folder: Path, name: str | None = None, out: Path | None = None) -
     model, device = load_model(config, train=False), compute_device("cpu")
     policy = Policy.for_sampling(config, model, device, adapter=config.lora.rank > 0)
     policy.load_for_sampling(source)
-    for parameter_name, parameter in policy.model.named_parameters():
-        if not parameter.isfinite().all():
-            raise RunStopped(
-                f"{source}: {parameter_name} contains NaN or infinity. Nothing was written. "
-                "Export an earlier checkpoint with --checkpoint STEP."
-            )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         export_policy(policy, target)
+    except RunStopped as error:
+        raise RunStopped(
+            f"{source}: {error}. Export an earlier checkpoint with --checkpoint STEP."
+        ) from error
     except OSError as error:
         raise SettingsError(
             f"--out {target}: cannot be written ({error.strerror or error}). Set another directory."
@@ -72,9 +71,20 @@ def _find_checkpoint(folder: Path, name: str | None) -> Path:
     """
     saved = checkpoint.checkpoints(folder / "checkpoints")
     if not saved:
-        raise SettingsError(f"{folder}: has no checkpoint. Train it with flowgrain train --resume.")
+        step = last_step(folder)
+        if step == 0:
+            raise SettingsError(
+                f"{folder}: not trained yet. Train it with flowgrain train --resume {folder}."
+            )
+        raise SettingsError(
+            f"{folder / 'checkpoints'}: the checkpoints of this run are gone, but it was trained "
+            f"to step {step}. Restore the directory{or_export(folder) or '.'}"
+        )
     if name is None:
-        newest, _, _ = checkpoint.load_last_good(folder / "checkpoints")
+        try:
+            newest, _, _ = checkpoint.load_last_good(folder / "checkpoints")
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{error}{or_export(folder)}") from error
         return newest or saved[-1]
     if name == "best":
         best = checkpoint.best(folder / "checkpoints")
@@ -87,10 +97,16 @@ def _find_checkpoint(folder: Path, name: str | None) -> Path:
     found = [path for path in saved if name.isascii() and name.isdigit() and _is_step(path, name)]
     if not found:
         raise SettingsError(
-            f"--checkpoint {name}: there is no such checkpoint in {folder}. "
-            f"Use best, or one of the steps {_steps(saved)}."
+            f"--checkpoint {name}: there is no such checkpoint in {folder}. Use {_choices(folder)}."
         )
     return found[0]
+
+
+def _choices(folder: Path) -> str:
+    """The values of --checkpoint that exist."""
+    saved = checkpoint.checkpoints(folder / "checkpoints")
+    steps = f"{'one of the steps' if len(saved) > 1 else 'step'} {_steps(saved)}"
+    return f"best, or {steps}" if checkpoint.best(folder / "checkpoints") else steps
 
 
 def _is_step(path: Path, name: str) -> bool:

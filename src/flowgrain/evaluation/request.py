@@ -10,10 +10,11 @@ import yaml
 
 from flowgrain.config.load import parse_overrides
 from flowgrain.config.schema import Config
+from flowgrain.config.yaml_text import check_yaml
 from flowgrain.data import Prompt
 from flowgrain.evaluation.targets import Target, base_config, find_targets
 from flowgrain.rewards import Explains, Reward
-from flowgrain.settings import SettingsError
+from flowgrain.settings import SettingsError, one_line
 from flowgrain.training.files import write_atomically
 
 RECORD = "evaluation.yaml"
@@ -160,7 +161,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     file = folder / RECORD
     try:
-        record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        check_yaml(text)
+        record = yaml.safe_load(text)
         if not isinstance(record, dict) or not isinstance(record.get("models"), dict):
             raise ValueError("it lists no models")
         for name in ("metrics", "mean_of_parts"):
@@ -171,7 +174,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise SettingsError(f"{folder}: contains no evaluation (no {RECORD}).") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SettingsError(f"{file}: cannot be read ({reason}). Use another directory.") from None
     return record
 

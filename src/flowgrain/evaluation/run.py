@@ -24,7 +24,7 @@ from flowgrain.evaluation.targets import load_target
 from flowgrain.models import Backbone
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
-from flowgrain.training.evaluate import Evaluation, evaluate
+from flowgrain.training.evaluate import Evaluation, evaluate, warn_of_failures
 from flowgrain.training.load import load_prompts, load_rewards
 from flowgrain.training.policy import Policy
 from flowgrain.training.run_files import read_run
@@ -128,7 +128,7 @@ def _evaluate_chunk(
     rewards: Mapping[str, Reward],
     reward_batch_sizes: Mapping[str, int],
 ) -> Evaluation:
-    return evaluate(
+    evaluation = evaluate(
         policy,
         prompts,
         rewards,
@@ -139,6 +139,8 @@ def _evaluate_chunk(
         seed=chunk.seed,
         places=chunk.places,
     )
+    warn_of_failures(evaluation)
+    return evaluation
 
 
 def _reward_batch_sizes(config: Config) -> dict[str, int]:

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from flowgrain.evaluation.request import EvaluationRequest
 from flowgrain.evaluation.targets import Target
-from flowgrain.settings import SettingsError
+from flowgrain.settings import SettingsError, one_line
 from flowgrain.training.evaluate import Evaluation
 from flowgrain.training.pictures import to_pixels
 
@@ -98,7 +98,7 @@ def read_chunk(folder: Path, chunk: Chunk, metrics: Iterable[str] = ()) -> Colum
             raise ValueError("it contains other images")
         return _columns(table)
     except _DAMAGED as error:
-        log.warning("%s is damaged (%s). Its images are evaluated again.", file, _line(error))
+        log.warning("%s is damaged (%s). Its images are evaluated again.", file, one_line(error))
         _set_aside(file)
         return None
 
@@ -144,7 +144,7 @@ def read_scores(folder: Path) -> Columns:
         except _DAMAGED as error:
             log.warning(
                 "%s is damaged (%s). It is left out. Repeat the command that evaluated it.",
-                *(file, _line(error)),
+                *(file, one_line(error)),
             )
             _set_aside(file)
     if not tables:
@@ -189,11 +189,6 @@ _IS: Mapping[str, Callable[[Any], bool]] = {
 }
 _DAMAGED = (pyarrow.ArrowException, OSError, ValueError, KeyError)
 """What reading a damaged file raises."""
-
-
-def _line(error: Exception) -> str:
-    """The message of `error` in one line."""
-    return " ".join(str(error).split())
 
 
 def _columns(table: Any) -> Columns:

@@ -19,7 +19,7 @@ from flowgrain.training import checkpoint
 from flowgrain.training.export import load_export
 from flowgrain.training.load import compute_device, load_model
 from flowgrain.training.policy import Policy
-from flowgrain.training.run_files import read_run, read_run_config
+from flowgrain.training.run_files import last_step, read_run, read_run_config
 from flowgrain.training.state import kept_settings
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Target:
         kind: "base" is a backbone without changes, "run" a run of flowgrain, "lora" and
             "transformer" are exported weights.
         identity: text that changes when the weights change.
-        checkpoint: checkpoint of a run to evaluate. None: the run has not saved one, and its base
+        checkpoint: checkpoint of a run to evaluate. None: the run was not trained yet, and its base
             model is evaluated.
     """
 
@@ -56,7 +56,9 @@ def find_targets(words: Sequence[str]) -> list[Target]:
             or its subdirectory lora or transformer, or a LoRA file.
 
     Raises:
-        SettingsError: a word names no model, or two words name the same model.
+        SettingsError: a word names no model, two words name the same model, or the checkpoints of
+            a run are gone.
+        CheckpointError: all checkpoints of a run are damaged.
     """
     found = [_find_target(word) for word in words]
     for number, target in enumerate(found):
@@ -97,12 +99,30 @@ def _find_target(word: str) -> Target:
 
 
 def _run_target(path: Path) -> Target:
-    newest, _, damaged = checkpoint.load_last_good(path / "checkpoints")
+    try:
+        newest, _, damaged = checkpoint.load_last_good(path / "checkpoints")
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"{error}{or_export(path)}") from error
     for message in damaged:
         log.warning("%s. An earlier checkpoint is evaluated.", message)
+    trained = last_step(path) if newest is None else checkpoint.step_of(newest)
+    if newest is None and trained > 0:
+        raise SettingsError(
+            f"{path}: trained to step {trained}, but it has no checkpoint. Restore "
+            f"{path / 'checkpoints'}{or_export(path) or ', or name an export.'} "
+            f"For the untrained model, use {BASE}."
+        )
+    if trained == 0:
+        log.warning("%s: not trained yet. The base model is used.", path)
     folder = path.resolve()
     step = newest.name if newest is not None else "step-0"
     return Target(folder.name, str(path), "run", f"{folder} {step}", newest)
+
+
+def or_export(run: Path) -> str:
+    """The end of a sentence about lost checkpoints of a run: use its export. Empty without one."""
+    export = run / "export"
+    return f", or use its export {export}." if _export_target(export) is not None else ""
 
 
 def _export_target(path: Path) -> Target | None:

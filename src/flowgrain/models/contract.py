@@ -1,6 +1,7 @@
 """The contract of a backbone, checked when it is loaded or given from Python."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrain.models.base import BACKBONES, Backbone, Conditioning, Dtypes, ModelConfig
-from flowgrain.settings import SettingsError, did_you_mean
+from flowgrain.settings import SettingsError, did_you_mean, one_line
 
 
 def load_backbone(model: ModelConfig, dtypes: Dtypes) -> Backbone:
@@ -41,10 +42,10 @@ def check_backbone(backbone: Any) -> Backbone:
         try:
             value = getattr(backbone, name)
         except AttributeError as error:
-            raise ValueError(
-                _contract(backbone, name, f"is missing ({error})", expected)
-            ) from error
-        except Exception as error:  # a property of another package
+            own = error.obj is backbone and error.name == name
+            problem = "is missing" if own else f"is missing ({error})"
+            raise ValueError(_contract(backbone, name, problem, expected)) from error
+        except (Exception, SystemExit) as error:  # a property of another package
             raise ValueError(_contract(backbone, name, _raises(error), expected)) from error
         if not valid(value):
             raise ValueError(_contract(backbone, name, f"is {_shown(value)}", expected))
@@ -138,15 +139,15 @@ def _valid(
         value = call()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # code of another package
+    except (Exception, SystemExit) as error:  # code of another package
         raise ValueError(_contract(backbone, name, _raises(error), expected)) from error
     if not valid(value):
         raise ValueError(_contract(backbone, name, f"returns {_shown(value)}", expected))
     return value
 
 
-def _raises(error: Exception) -> str:
-    return f"raises {type(error).__name__}: {' '.join(str(error).split()):.200}"
+def _raises(error: BaseException) -> str:
+    return f"raises {type(error).__name__}: {one_line(error, 200)}"
 
 
 def _shown(value: Any) -> str:
@@ -155,12 +156,15 @@ def _shown(value: Any) -> str:
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_shown(entry)}" for key, entry in value.items()) + "}"
-    return f"{' '.join(repr(value).split()):.80}"
+    return one_line(repr(value), 80)
 
 
 def _contract(backbone: Any, name: str, problem: str, expected: str) -> str:
+    module = sys.modules.get(type(backbone).__module__)
+    file = getattr(module, "__file__", None)
+    place = f" ({file})" if file and not type(backbone).__module__.startswith("flowgrain.") else ""
     return (
-        f"backbone {type(backbone).__name__}: member {name!r} {problem}. "
+        f"backbone {type(backbone).__name__}{place}: member {name!r} {problem}. "
         f"Define it as {expected}. See flowgrain.models.Backbone."
     )
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from flowgrain.hub import UNREACHABLE, use_cache_if_offline
+from flowgrain.hub import unreachable, use_cache_if_offline
 from flowgrain.models.base import Dtypes, ModelConfig
 from flowgrain.models.embeddings import EmbeddingCache, fingerprint
-from flowgrain.settings import SettingsError
+from flowgrain.settings import SettingsError, one_line
 
 
 def saved_parts(pipeline: Any, model: ModelConfig) -> set[str]:
@@ -62,11 +62,8 @@ def load_pipeline(
 def _not_loaded(model: ModelConfig, error: Exception, offline: bool) -> str:
     """The message of a model that cannot be loaded."""
     if offline and isinstance(error, OSError):
-        return (
-            f"model.path={model.path}: there is no such directory, and it is {UNREACHABLE}. "
-            "Give a directory, or connect this machine."
-        )
-    return f"model.path={model.path}: {' '.join(str(error).split())}"
+        return unreachable(f"model.path={model.path}")
+    return f"model.path={model.path}: {one_line(error)}"
 
 
 def check_size(model: ModelConfig, side: int) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -34,7 +33,7 @@ from flowgrain.planning.trials import (
 from flowgrain.rewards import build_reward
 from flowgrain.settings import SettingsError
 from flowgrain.training import Trainer
-from flowgrain.training.fit import existing_parent, in_bytes
+from flowgrain.training.fit import existing_parent, in_bytes, machine_memory
 from flowgrain.training.load import compute_device, compute_dtype, load_model, load_prompts
 from flowgrain.training.memory import checkpoint_bytes, memory
 from flowgrain.training.sizes import ModelSize, model_size, size_of_loaded
@@ -120,7 +119,7 @@ def check_separately(config: Config, backbone: Backbone | None) -> list[Finding]
     if backbone is None:
         model = attempt("model", partial(load_model, config), lambda found: type(found).__name__)
         if not model.finding.ok and "out of memory" in model.finding.message:
-            message = f"{model.finding.message} {_less_memory(config)}"
+            message = f"{model.finding.message} {_less_memory(config, 'weights')}"
             model = Attempt(Finding("model", False, message), None)
         findings.append(model.finding)
         backbone = model.result
@@ -222,22 +221,25 @@ def check_memory(
     """
     needed = memory(config, size, compute_dtype(config.runtime.dtype, device))
     on_gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
+    available = torch.cuda.mem_get_info()[1] if on_gpu else machine_memory()
     parts = ", ".join(f"{name} {in_bytes(part)}" for name, part in needed.parts.items())
     message = f"{in_bytes(needed.total)} of {in_bytes(available)}, without activations: {parts}."
     if needed.fits(available):
         return Finding("memory", True, message)
     skipped = "" if loaded else "The model was not loaded. "
-    advice = f"{skipped}{_less_memory(config)}"
+    largest = max(needed.parts, key=lambda name: needed.parts[name])
+    advice = f"{skipped}{_less_memory(config, largest)}"
     return Finding("memory", False, f"{message} This does not fit. {advice}")
 
 
-def _less_memory(config: Config) -> str:
-    """Settings that save memory."""
-    ways = [] if config.lora.rank else ["lora.rank=32"]
-    ways += [] if config.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-    ways += ["a smaller training.prompts_per_step", "more GPUs"]
-    return f"Try {', '.join(ways[:-1])} or {ways[-1]}."
+def _less_memory(config: Config, largest: str) -> str:
+    """Settings that make the largest part of the memory smaller."""
+    if largest == "latents":
+        ways = ["a smaller training.prompts_per_step", "a smaller method.group_size"]
+    else:
+        ways = ["a smaller lora.rank"] if config.lora.rank else ["lora.rank=32"]
+        ways += [] if config.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+    return f"The largest part is {largest}. Try {', '.join(ways)} or more GPUs."
 
 
 def check_disk(config: Config, size: ModelSize, out: Path) -> Finding:

@@ -125,8 +125,11 @@ def undamaged(path: Path, read: Callable[[Path], T]) -> T | None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        reason = f"{place}: {first['msg']}" if place else first["msg"]
-    except Exception as error:  # libraries raise many errors for damaged files
-        reason = f"{type(error).__name__}: {error}"
-    log.warning("%s is damaged (%s). It is left out.", path, " ".join(reason.split())[:300])
+        reason = "not JSON" if first["type"] == "json_invalid" else "not a record of a run"
+        reason = f"the value of {place} is wrong or missing" if place else reason
+    except (KeyError, AttributeError, TypeError, IndexError):
+        reason = "not a record of a run"
+    except Exception:  # libraries raise many errors for damaged files
+        reason = "not an image" if path.suffix == ".png" else "not readable"
+    log.warning("%s is damaged (%s). It is left out.", path, reason)
     return None

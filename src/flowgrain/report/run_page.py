@@ -12,6 +12,7 @@ from flowgrain.report.render import write_page
 from flowgrain.report.run_curves import run_figures
 from flowgrain.report.run_data import RunData, read_run_data, undamaged
 from flowgrain.report.tree_picture import read_tree_picture
+from flowgrain.units import duration
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def training_facts(run: RunData) -> list[Fact]:
             f"sampling forward passes, and {total['train_forward_passes']:,} with gradient",
         ),
         Fact(
-            _duration(seconds),
+            duration(seconds),
             f"training time of {len(run.steps)} steps, "
             f"{passes / max(seconds, 1e-9):,.0f} sampling forward passes per second",
         ),
@@ -111,9 +112,3 @@ def training_facts(run: RunData) -> list[Fact]:
             )
         )
     return facts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"

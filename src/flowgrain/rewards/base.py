@@ -2,10 +2,7 @@
 
 import functools
 import importlib
-import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +13,8 @@ from pydantic import ConfigDict, field_validator, model_validator
 from torch import Tensor
 
 from flowgrain.data import Prompt
-from flowgrain.registry import Registry
-from flowgrain.rewards.options import OptionError, checked_options
+from flowgrain.registry import Registry, describe
+from flowgrain.rewards.options import OptionError, check_call, checked_options
 from flowgrain.settings import Section, Setting, SettingsError, did_you_mean
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -186,36 +183,17 @@ def build_reward(config: RewardConfig) -> Reward:
     target = _find(name)
     options = checked_options(name, target, config.options, reserved=RewardConfig.model_fields)
     if not isinstance(target, type):
-        return functools.partial(target, **options) if options else target
+        reward = functools.partial(target, **options) if options else target
+        return check_call(name, cast(Reward, reward))
     try:
         reward = target(**options)
     except OptionError as error:
         raise SettingsError(f"rewards[{name}].{error}") from error
     except SettingsError as error:
         raise SettingsError(f"rewards[{name}]: {error}") from error
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise SettingsError(f"rewards[{name}]: {describe(error)}") from error
-    return _callable(name, reward)
-
-
-def describe(error: BaseException) -> str:
-    """Type and message of an exception, with the file and line of the user's code that raised it.
-
-    The user's code is the innermost frame outside of this package, of installed packages and of
-    the standard library.
-    """
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_NOT_USER_CODE)]
-    return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
-
-
-_NOT_USER_CODE = (
-    str(Path(__file__).parent.parent) + os.sep,
-    "<",
-    *{sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "purelib", "platlib")},
-)
-"""Beginnings of the names of files that are not the user's."""
+    return check_call(name, _callable(name, reward))
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -232,15 +210,16 @@ def _find(name: str) -> Callable[..., Any]:
     if not colon:
         raise SettingsError(
             f"rewards[{name}]: there is no reward {name!r}. {did_you_mean(name, REWARDS)} "
-            "Write a custom reward as package.module:attribute."
+            "Write a custom reward as package.module:attribute, or load the file that registers it "
+            "with --plugin FILE.py."
         )
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # custom rewards are often in the working directory
     try:
         target = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise SettingsError(
-            f"rewards[{name}]: cannot be imported: {type(error).__name__}: {error}. "
+            f"rewards[{name}]: cannot be imported: {describe(error)}. "
             "Write a custom reward as package.module:attribute."
         ) from error
     return _callable(name, target)

@@ -11,8 +11,9 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowgrain.hub import UNREACHABLE, use_cache_if_offline
+from flowgrain.hub import unreachable, use_cache_if_offline
 from flowgrain.rewards.options import OptionError
+from flowgrain.settings import one_line
 
 _HUB_FILE = re.compile(r"(?P<repository>\w[\w.-]*/[\w.-]+)/(?P<file>.+)")
 
@@ -46,10 +47,7 @@ def checkpoint_file(checkpoint: str, allow_pickle: bool) -> Path:
         return Path(hf_hub_download(on_hub["repository"], on_hub["file"]))
     except (OSError, ValueError) as error:
         if offline and isinstance(error, OSError):
-            raise OptionError(
-                f"checkpoint={checkpoint}: there is no such local file, and it is {UNREACHABLE}. "
-                "Give the path of a file, or connect this machine."
-            ) from error
+            raise OptionError(unreachable(f"checkpoint={checkpoint}", "file")) from error
         raise OptionError(
             f"checkpoint={checkpoint}: there is no such local file, "
             f"and the download from the Hugging Face Hub failed: {error}"
@@ -146,11 +144,8 @@ def loading(path: str) -> Iterator[None]:
         ) from error
     except (OSError, ValueError) as error:
         if offline and isinstance(error, OSError):
-            raise OptionError(
-                f"path={path}: there is no such directory, and it is {UNREACHABLE}. "
-                "Give a directory, or connect this machine."
-            ) from error
+            raise OptionError(unreachable(f"path={path}")) from error
         raise OptionError(
-            f"path={path}: the model cannot be loaded ({' '.join(str(error).split())}). "
+            f"path={path}: the model cannot be loaded ({one_line(error)}). "
             "Give a directory or a repository on the Hugging Face Hub."
         ) from error

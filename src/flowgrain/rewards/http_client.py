@@ -22,6 +22,7 @@ from urllib3.exceptions import HTTPError
 
 from flowgrain.rewards.connections import Attempt, WatchedAdapter
 from flowgrain.rewards.options import OptionError
+from flowgrain.settings import one_line
 
 log = logging.getLogger(__name__)
 # They log tracebacks of damaged headers. The reason of the failed request says the same.
@@ -34,6 +35,8 @@ MAX_ANSWER = 4 * 2**20
 """Largest answer of a server in bytes, compressed and decompressed."""
 NOTICE_SECONDS = 10.0
 """A wait is reported after this time, and again each time it has doubled."""
+_SHOWN = 200
+"""Characters of a text from a server that a message shows."""
 _RETRIED = (429, 500, 502, 503, 504)
 _ACCEPT = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 
@@ -152,7 +155,7 @@ class ScoringCall:
                 return answer
             except _Failure as failure:
                 tries += failure.busy_seconds is None
-                pause = failure.busy_seconds or server.backoff * 2 ** (tries - 1)
+                pause = failure.busy_seconds or server.backoff * 2 ** min(tries - 1, 30)
                 late = time.monotonic() + pause >= self._until
                 if late or not failure.again or tries > server.retries:
                     self._fail(str(failure), late and failure.again)
@@ -165,7 +168,7 @@ class ScoringCall:
                     f"sent an unusable answer: {f'{place}: ' if place else ''}{detail['msg']}"
                 )
             except ValueError as error:
-                self._fail(f"sent an unusable answer: {_one_line(str(error))}")
+                self._fail(f"sent an unusable answer: {one_line(error, _SHOWN)}")
         raise ServerError(self.reason or f"{server} is not used any more")
 
     def _fail(self, reason: str, late: bool = False) -> None:
@@ -218,7 +221,7 @@ class ScoringCall:
             if attempt.expired or isinstance(_root(error), TimeoutError):
                 reason = f"sent no complete answer within {seconds:.3g} s"
             else:
-                reason = f"cannot be used: {_one_line(str(_root(error)))}"
+                reason = f"cannot be used: {one_line(_root(error), _SHOWN)}"
             raise _Failure(reason, again=True) from error
         finally:
             with self._lock:
@@ -252,12 +255,12 @@ def _check_status(response: requests.Response) -> None:
     status = response.status_code
     if status == 200:
         return
-    reason = f"answered {status} {_one_line(response.reason or '')}".rstrip()
+    reason = f"answered {status} {one_line(response.reason or '', _SHOWN)}".rstrip()
     if 300 <= status < 400:
-        target = _one_line(response.headers.get("Location", "another address"))
+        target = one_line(response.headers.get("Location", "another address"), _SHOWN)
         raise _Failure(f"{reason}: it redirects to {target}. Set url to this address", again=False)
     try:
-        detail = _one_line(_read_body(response, 2**16).decode("utf-8", "replace"))
+        detail = one_line(_read_body(response, 2**16).decode("utf-8", "replace"), _SHOWN)
     except (_Failure, requests.RequestException, HTTPError, HTTPException, OSError):
         detail = ""
     wait, busy = response.headers.get("Retry-After", ""), None
@@ -275,7 +278,8 @@ def _read_body(response: requests.Response, limit: int) -> bytes:
     """
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        text = f"sent an answer in the encoding {_one_line(encoding)}, which it was not asked for"
+        shown = one_line(encoding, _SHOWN)
+        text = f"sent an answer in the encoding {shown}, which it was not asked for"
         raise _Failure(text, again=False)
     too_large = _Failure(f"sent an answer of more than {limit} bytes", again=False)
     raw = bytearray()
@@ -300,11 +304,6 @@ def _root(error: BaseException) -> BaseException:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return error
-
-
-def _one_line(text: str) -> str:
-    """The first 200 characters of `text` in one line, without control characters."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:200]
 
 
 def encode_png(image: Tensor) -> bytes:

@@ -1,16 +1,19 @@
 """Options of a reward: keyword arguments that are checked against the signature of the reward."""
 
+import functools
 import inspect
 import json
 import re
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from flowgrain.settings import SettingsError, nearest
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 class OptionError(SettingsError):
@@ -47,7 +50,57 @@ def option_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter
     kinds: tuple[Any, ...] = (inspect.Parameter.KEYWORD_ONLY,)
     if isinstance(target, type):
         kinds += (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
-    return {p.name: p for p in inspect.signature(target).parameters.values() if p.kind in kinds}
+    return {p.name: p for p in _parameters(target) if p.kind in kinds}
+
+
+def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The arguments of `target`. Empty if they are unknown: a function that is not in Python."""
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def check_call(name: str, reward: C) -> C:
+    """`reward`, if it can be called with images and prompts. Unknown signatures are accepted.
+
+    Raises:
+        SettingsError: the reward needs other arguments.
+    """
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):
+        return reward
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise SettingsError(f"rewards[{name}]: {_wrong_call(reward, signature)}") from None
+    return reward
+
+
+def _wrong_call(reward: Callable[..., Any], signature: inspect.Signature) -> str:
+    """What is wrong with the arguments of a reward, and the fix."""
+    function = reward.func if isinstance(reward, functools.partial) else reward
+    is_function, kinds = (
+        inspect.isroutine(function),
+        (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD),
+    )
+    own = function.__name__ if is_function else f"{type(function).__name__}.__call__"
+    parameters = list(signature.parameters.values())
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
+    call = f"{own}({', '.join(signature.parameters)})"
+    plain = f"def {own}(images, prompts" if is_function else "def __call__(self, images, prompts"
+    if not required[2:]:
+        return (
+            f"{call} does not take two arguments. A reward is called with images and prompts. "
+            f"Write {plain})."
+        )
+    where = "an option" if is_function else "an argument of __init__"
+    option = f", *, {required[2]}" if is_function else ""
+    return (
+        f"{call} needs the argument {required[2]!r}. A reward is called with images and prompts "
+        f"only. Make it {where}: {plain}{option})."
+    )
 
 
 def checked_options(
@@ -65,8 +118,7 @@ def checked_options(
         SettingsError: an option is unknown, missing, or has the wrong type.
     """
     known = option_parameters(target)
-    parameters = inspect.signature(target).parameters.values()
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in _parameters(target))
     valid = f"Options: {', '.join(known)}." if known else "This reward has no options."
     for option in known:
         if option in reserved:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flowgrain.data import Prompt, as_prompts
-from flowgrain.rewards.base import Explains, Explanation, Reward, Unscored, describe
+from flowgrain.registry import describe
+from flowgrain.rewards.base import Explains, Explanation, Reward, Unscored
 from flowgrain.rewards.workers import Workers
 
 BATCH_SIZE = 256
@@ -195,13 +196,13 @@ def _call(
             result = reward(images.clone(), prompts)
     except Unscored as error:
         failure, result = error, error.result
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         return _failed(len(images), describe(error)), None
     explanation = None
     if explain or isinstance(result, Explanation):
         try:
             explanation = _checked_parts(result, len(images))
-        except Exception as error:  # user code may return anything
+        except (Exception, SystemExit) as error:  # user code may return anything
             return _failed(len(images), describe(error)), None
         result = explanation.scores
     scores = _checked(result, images)
@@ -239,17 +240,26 @@ def _failed(count: int, reason: str, gave_up: bool = False) -> Scores:
 
 def _checked(returned: Any, images: Tensor) -> Scores:
     """The result of a reward as float32 scores. NaN for non-finite scores and non-finite images."""
+    if returned is None:
+        return _failed(len(images), "the reward returned None. Add a return statement")
     try:
         if isinstance(returned, Tensor):
             values = returned.detach().cpu().float()
         else:
             values = torch.from_numpy(np.array(returned, dtype=np.float32))
-    except (
-        Exception
-    ) as error:  # numpy calls methods of the returned object, which may raise anything
+    # numpy calls methods of the returned object, which may raise anything
+    except (Exception, SystemExit) as error:
+        texts = [returned, *returned] if isinstance(returned, list | tuple | str) else []
+        text = next((value for value in texts if isinstance(value, str)), None)
+        reason = f"{type(returned).__name__}, not a list of numbers ({error})"
+        if text is not None:
+            reason = f"texts such as {text[:20]!r}, not numbers"
+        return _failed(len(images), f"the reward returned {reason}")
+    if values.ndim == 0:
         return _failed(
             len(images),
-            f"the reward returned {type(returned).__name__}, not a list of numbers ({error})",
+            f"the reward returned one number for {len(images)} images. Return one per image, "
+            "for example images.mean((1, 2, 3))",
         )
     if values.shape != (len(images),):
         return _failed(

@@ -19,6 +19,8 @@ from flowgrain.distributed import SINGLE, World
 from flowgrain.distributed.storage import read_tensors, write_tensors
 from flowgrain.training.files import flush
 
+METRICS = "metrics.jsonl"
+"""File of a checkpoint with the metrics of the run up to its step."""
 _NAME = re.compile(r"step-(\d{6,})$")
 
 
@@ -40,6 +42,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """The path of the checkpoint of training step `step`."""
+    return folder / f"step-{step:06d}"
+
+
 def save(
     folder: Path,
     step: int,
@@ -48,6 +55,7 @@ def save(
     score: float | None,
     keep: int,
     world: World = SINGLE,
+    metrics: str = "",
 ) -> Path:
     """Write a checkpoint to `folder`/step-NNNNNN, and delete old checkpoints.
 
@@ -61,12 +69,13 @@ def save(
         score: the checkpoint with the highest score is kept. None: the checkpoint has no score.
         keep: number of latest checkpoints to keep.
         world: ranks.
+        metrics: lines of metrics.jsonl, written to a file of the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint could not be written, or does not contain the written
             values. It is raised on all ranks. Earlier checkpoints are intact.
     """
-    final = folder / f"step-{step:06d}"
+    final = path_of(folder, step)
     temporary = folder / f".tmp-{final.name}"
 
     def begin() -> None:
@@ -77,6 +86,7 @@ def save(
 
     def end() -> None:
         if world.is_main:
+            (temporary / METRICS).write_text(metrics, encoding="utf-8")
             _write_manifest(temporary, {"step": step, "score": score, "state": state})
             replace_folder(temporary, final)
             flush(folder)
@@ -88,17 +98,18 @@ def save(
     except OSError as error:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        rest = checkpoints(folder)
-        good = (
-            f"The last good checkpoint is {rest[-1]}" if rest else "There is no earlier checkpoint"
-        )
         raise CheckpointError(
-            f"could not write the checkpoint {final}: {error}. {good}. "
+            f"could not write the checkpoint {final}: {error}. {_last_good_text(folder)}. "
             "Free some disk space and resume"
         ) from error
     if world.is_main:
         _delete_old(folder, keep, final)
     return final
+
+
+def _last_good_text(folder: Path) -> str:
+    rest = checkpoints(folder)
+    return f"The last good checkpoint is {rest[-1]}" if rest else "There is no earlier checkpoint"
 
 
 def _together(work: Callable[[], None], world: World) -> None:
@@ -114,7 +125,7 @@ def _together(work: Callable[[], None], world: World) -> None:
 
 
 def _write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
-    files = sorted(folder.glob("*.safetensors"))
+    files = [*sorted(folder.glob("*.safetensors")), folder / METRICS]
     for file in files:
         flush(file)
     checksums = {file.name: _checksum(file) for file in files}
@@ -180,26 +191,39 @@ def _delete_old(folder: Path, keep: int, written: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The JSON state of checkpoint `path`, after verifying the checksums of its tensors.
+    """The JSON state of checkpoint `path`, after verifying the checksums of its files.
 
     Raises:
         CheckpointError: the checkpoint is damaged or incomplete.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = _manifest(path)
         for name, checksum in manifest["sha256"].items():
             if _checksum(path / name) != checksum:
                 raise ValueError(f"the checksum of {name} does not match")
         return dict(manifest["state"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: manifest.json is not the record of a checkpoint"
+        ) from error
+
+
+def _manifest(path: Path) -> Any:
+    """The content of manifest.json of checkpoint `path`.
+
+    Raises:
+        ValueError: it is empty, or not JSON.
+        OSError: it cannot be read.
+    """
+    content = (path / "manifest.json").read_bytes()
+    if not content.strip(b"\0 \n"):
+        raise ValueError("manifest.json is empty")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("manifest.json is not JSON") from None
 
 
 def load_last_good(
@@ -232,8 +256,9 @@ def _last_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]] | 
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
+        others = f" ({len(damaged)} checkpoints are damaged)" if len(damaged) > 1 else ""
         return CheckpointError(
-            f"{'; '.join(damaged)}. No undamaged checkpoint is left in {folder}. "
+            f"{damaged[0]}{others}. No undamaged checkpoint is left in {folder}. "
             "Start a new run with another --out"
         )
     return None, {}, damaged

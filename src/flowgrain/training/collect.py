@@ -24,6 +24,7 @@ from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Reward, Scorer, Scores
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import decode
+from flowgrain.training.health import check_images
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
 from flowgrain.training.signals import check_stop, interruptible, stop_together
@@ -158,6 +159,7 @@ class RolloutCollector:
 
         Raises:
             StopRequested: a signal arrived.
+            Diverged: too many images contain NaN or infinity.
         """
         sampling, timer = self.config.sampling, self.timer
         assigned = self.world.assign(len(prompts))
@@ -182,11 +184,13 @@ class RolloutCollector:
             with timer.measure("score"):
                 scores = interruptible(self.world, scorer.results) or {}
             stop_together(self.world)
+        everything = torch.cat(images)
+        check_images(everything, self.config.training.max_failed_rewards, self.world)
         whole = rollouts[0]
         if len(rollouts) > 1:
             whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
         gathered = self._gather(scores, len(prompts), len(assigned))
-        return ScoredTree(cond, whole, torch.cat(images), gathered)
+        return ScoredTree(cond, whole, everything, gathered)
 
     def _gather(self, scores: Mapping[str, Scores], count: int, assigned: int) -> dict[str, Scores]:
         """The scores of the images of all `count` prompts. Every rank scored `assigned` prompts."""

@@ -6,7 +6,7 @@ class RunStopped(RuntimeError):
 
 
 class Diverged(RunStopped):
-    """Several updates in a row had a non-finite loss or gradient."""
+    """Too many updates had a non-finite loss or gradient, or weights or images are not finite."""
 
 
 class Interrupted(RunStopped):

@@ -240,19 +240,20 @@ def evaluate(
     return evaluation
 
 
+def warn_of_failures(evaluation: Evaluation) -> None:
+    """Log a warning for each reward that could not score all images."""
+    for name, reason in evaluation.reasons.items():
+        scores = evaluation.scores[name]
+        failed = int((~np.isfinite(scores)).sum())
+        log.warning("%s could not score %d of %d images: %s", name, failed, len(scores), reason)
+
+
 def _add_scores(evaluation: Evaluation, name: str, reward: Reward, batch_size: int) -> None:
     """Add the scores and the parts of a reward to `evaluation`."""
     images, prompts = evaluation.images, evaluation.prompts
     scores, parts, weights = score_with_parts(reward, images, prompts, batch_size)
     if scores.failed:
         evaluation.reasons[name] = scores.reason
-        log.warning(
-            "%s could not score %d of %d images: %s",
-            name,
-            scores.failed,
-            len(prompts),
-            scores.reason,
-        )
     evaluation.scores[name] = scores.values.numpy()
     evaluation.parts.update({f"{name}/{part}": v.numpy() for part, v in parts.items()})
     evaluation.part_weights.update({f"{name}/{part}": v.numpy() for part, v in weights.items()})

@@ -32,7 +32,8 @@ def export_policy(policy: Policy, folder: Path) -> None:
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
     with policy.averaged():
-        broken = first_not_finite(policy.parameters, policy.world)
+        exported = policy.parameters or dict(policy.model.named_parameters())
+        broken = first_not_finite(exported, policy.world)
         if broken is not None:
             raise RunStopped(f"{folder}: not written, because {broken} contains NaN or infinity")
         if policy.lora:

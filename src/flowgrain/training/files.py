@@ -15,7 +15,7 @@ def flush(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text`. A reader finds either the complete old file or the complete new file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         flush(temporary)

@@ -1,6 +1,7 @@
 """Check before a run starts that this machine has what the run needs: memory, disk, libraries.
 
-The sizes are computed from the settings. Nothing is allocated.
+The sizes are computed from the settings. Nothing is allocated. Activations, which grow with
+sampling.batch_size and the micro-batches, are not estimated.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from flowgrain.methods.calibration import calibration_tree
 from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError, SettingsWarning
 from flowgrain.shapes.render import SIZE
+from flowgrain.training.checkpoint import checkpoints
 from flowgrain.training.load import check_prompt_files, compute_dtype
 from flowgrain.training.memory import checkpoint_bytes, memory
 from flowgrain.training.sizes import ModelSize, size_of_loaded
@@ -70,8 +72,7 @@ def check_start(config: Config) -> None:
     cache = config.model.embedding_cache
     if cache and config.model.name != "shapes":
         try:
-            with tempfile.TemporaryFile(dir=existing_parent(Path(cache).expanduser())):
-                pass
+            check_writable(Path(cache).expanduser())
         except (OSError, RuntimeError) as error:
             raise SettingsError(
                 f"model.embedding_cache={cache}: cannot be written ({error}). "
@@ -112,12 +113,15 @@ def check_loaded(config: Config, backbone: Backbone, device: torch.device) -> Mo
 
 
 def check_disk(config: Config, size: ModelSize, folder: Path) -> None:
-    """Check that the checkpoints of the run fit on the disk of `folder`.
+    """Check that the checkpoints of the run fit on the disk of `folder`, the run's directory.
 
     Raises:
         SettingsError: they do not fit.
     """
     needed, place = checkpoint_bytes(config, size), existing_parent(folder)
+    # The checkpoints of a resumed run are replaced one after the other.
+    saved = [f for path in checkpoints(folder / "checkpoints") for f in path.iterdir()]
+    needed = max(needed - sum(file.stat().st_size for file in saved), 0)
     if needed > shutil.disk_usage(place).free:
         keep = config.training.keep_checkpoints
         setting, value = (
@@ -130,6 +134,16 @@ def check_disk(config: Config, size: ModelSize, folder: Path) -> None:
             f"{setting}={value}: the checkpoints need {in_bytes(needed)}, but only {free} are free "
             f"in {place}. Use a smaller value, or free some space."
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Check that `folder` can be created, or written if it exists. Leaves nothing behind.
+
+    Raises:
+        OSError: it cannot.
+    """
+    with tempfile.TemporaryDirectory(dir=existing_parent(folder)):
+        pass
 
 
 def machine_memory() -> float:
@@ -183,7 +197,8 @@ def _of_host(config: Config, size: ModelSize, ranks: int) -> list[Need]:
     image = 2 * 4.0 * 3 * height * width  # the parts, and all of them in one tensor
     images = image * len(tree.leaves) * training.prompts_per_step / ranks
     rows = float(_ROW_BYTES * len(tree) * training.prompts_per_step)
-    evaluated = config.evaluation.num_prompts
+    evaluation = config.evaluation
+    evaluated = 0 if evaluation.every == 0 else evaluation.images_of_run
     needs = [
         _of_step(config, images + rows, "the images of a step"),
         Need(
@@ -219,7 +234,7 @@ def _of_step(config: Config, size: float, purpose: str) -> Need:
 
 
 def _refuse(needs: list[Need], available: float, sentence: str) -> None:
-    """Raise an error about the largest need, if all needs are larger than `available` bytes."""
+    """Raise an error about the largest need, if the needs together exceed `available` bytes."""
     total = sum(need.size for need in needs)
     if total <= available:
         return

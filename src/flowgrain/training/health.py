@@ -13,6 +13,7 @@ from flowgrain.distributed.sharding import local_tensor
 from flowgrain.training import checkpoint
 from flowgrain.training.errors import Diverged, RunStopped
 from flowgrain.training.evaluate import Evaluation
+from flowgrain.training.run_files import forget_checkpoints, resume_command
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer
@@ -44,10 +45,20 @@ def check_weights(trainer: Trainer, step: int) -> None:
     """
     name = first_not_finite(trainer.policy.tensors(), trainer.world)
     if name is not None:
-        raise Diverged(
-            f"step {step}: the model is destroyed: {name} contains NaN or infinity. "
-            f"{_what_remains(trainer)}"
-        )
+        raise destroyed(trainer, f"step {step}", f"{name} contains NaN or infinity")
+
+
+def check_images(images: Tensor, allowed: float, world: World) -> None:
+    """Check the images [I, 3, H, W] of a rollout. All ranks must call it together.
+
+    Raises:
+        Diverged: too many images of all ranks contain NaN or infinity.
+    """
+    counts = world.gather((_broken(images), len(images)))
+    broken, count = (sum(column) for column in zip(*counts, strict=True))
+    excess = _excess(broken, count, allowed)
+    if excess:
+        raise Diverged(f"{broken} of {count} images contain NaN or infinity, {excess}")
 
 
 def check_evaluation(trainer: Trainer, step: int, evaluation: Evaluation) -> None:
@@ -57,35 +68,75 @@ def check_evaluation(trainer: Trainer, step: int, evaluation: Evaluation) -> Non
         Diverged: too many images contain NaN or infinity.
         EvaluationFailed: a reward failed on too many images.
     """
-    allowed = trainer.config.training.max_failed_rewards
-    limit = f"more than training.max_failed_rewards={allowed:g} allows"
-    broken = ~evaluation.images.isfinite().flatten(1).all(1)
-    if _too_many(int(broken.sum()), len(broken), allowed):
-        raise Diverged(
-            f"evaluation after step {step}: the model is destroyed: {int(broken.sum())} of "
-            f"{len(broken)} images contain NaN or infinity, {limit}. {_what_remains(trainer)}"
-        )
+    allowed, place = trainer.config.training.max_failed_rewards, f"evaluation after step {step}"
+    broken, count = _broken(evaluation.images), len(evaluation.images)
+    excess = _excess(broken, count, allowed)
+    if excess:
+        reason = f"{broken} of {count} images contain NaN or infinity, {excess}"
+        raise destroyed(trainer, place, reason)
     for name, scores in evaluation.scores.items():
         failed = int((~torch.from_numpy(scores).isfinite()).sum())
-        if _too_many(failed, len(scores), allowed):
+        excess = _excess(failed, len(scores), allowed)
+        if excess:
+            trained = name in trainer.rewards
+            other = "" if trained else " or remove it from evaluation.rewards"
             raise EvaluationFailed(
-                f"evaluation after step {step}: reward {name!r} failed on {failed} of "
-                f"{len(scores)} images ({evaluation.reasons.get(name)}), {limit}. "
-                f"Fix the reward or remove it from evaluation.rewards, then resume with "
-                f"{trainer.resume_command}"
+                f"{place}: reward {name!r} failed on {failed} of {len(scores)} images "
+                f"({evaluation.reasons.get(name)}), {excess}. Fix the reward{other}, "
+                f"then resume with {trainer.resume_command}"
             )
 
 
-def _too_many(failed: int, count: int, allowed: float) -> bool:
-    return failed > allowed * count or failed == count > 0
+def destroyed(trainer: Trainer, place: str, reason: str) -> Diverged:
+    """The error of a run whose model is destroyed. All ranks must call it together.
+
+    The current step is not saved. If it already has a checkpoint, this checkpoint is renamed like
+    a damaged checkpoint, so that a resume uses an earlier checkpoint.
+    """
+    kept = trainer.world.on_main(lambda: _drop_checkpoint(trainer))
+    text = f"{place}: the model is destroyed: {reason}. Nothing was exported"
+    if trainer.steps_done == 0:
+        settings = trainer.config
+        return Diverged(
+            f"{text}. No step was trained. Check the weights of "
+            f"model.name={settings.model.name} and runtime.dtype={settings.runtime.dtype}"
+        )
+    return Diverged(f"{text}. {kept}. {smaller_rate(trainer)}")
 
 
-def _what_remains(trainer: Trainer) -> str:
-    """The last checkpoint, and how to go on from it or from the start."""
-    saved = checkpoint.checkpoints(trainer.out / "checkpoints")
-    rate = trainer.config.learning_rate
-    kept = f"The last checkpoint is {saved[-1]}" if saved else "There is no checkpoint"
-    return (
-        f"Nothing was exported. {kept}. Use a smaller learning rate than {rate:g}: "
-        f"{trainer.resume_command} optimizer.learning_rate={rate / 3:g}"
-    )
+def smaller_rate(trainer: Trainer) -> str:
+    """The advice to resume with a smaller learning rate, at most the published rate."""
+    config, rate = trainer.config, trainer.config.learning_rate
+    optimizer = config.optimizer.model_copy(update={"learning_rate": None})
+    try:
+        published = config.model_copy(update={"optimizer": optimizer}).learning_rate
+    except ValueError:  # the method has none for this kind of training
+        published = 1e-4
+    changes = {"optimizer.learning_rate": f"{min(rate / 3, published):g}"}
+    command = resume_command(trainer.out, trainer.recorder.given, changes)
+    return f"Use a smaller learning rate than {rate:g}: {command}"
+
+
+def _drop_checkpoint(trainer: Trainer) -> str:
+    """Rename the checkpoint of the current step, if there is one. Returns what is left."""
+    folder = trainer.out / "checkpoints"
+    path, text = checkpoint.path_of(folder, trainer.steps_done), ""
+    if path.exists():
+        checkpoint.mark_damaged(path)
+        text = f"Its checkpoint was renamed to damaged-{path.name}. "
+    saved = checkpoint.checkpoints(folder)
+    if saved:
+        return f"{text}A resume uses {saved[-1]}"
+    forget_checkpoints(trainer.out)
+    return f"{text}There is no earlier checkpoint: a resume starts at step 0"
+
+
+def _broken(images: Tensor) -> int:
+    return int((~images.isfinite().flatten(1).all(1)).sum())
+
+
+def _excess(failed: int, count: int, allowed: float) -> str:
+    """Why `failed` of `count` images are too many. Empty if they are not."""
+    if failed > allowed * count:
+        return f"more than training.max_failed_rewards={allowed:g} allows"
+    return "which leaves none" if failed == count > 0 else ""

@@ -10,6 +10,8 @@ from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.rewards import Reward, build_reward
+from flowgrain.rewards.options import check_call
+from flowgrain.rewards.reachable import check_server
 from flowgrain.settings import SettingsError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,11 +80,11 @@ def load_rewards(
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
-        SettingsError: a reward cannot be loaded.
+        SettingsError: a reward cannot be loaded, or nobody answers at the address of its server.
     """
     quiet_libraries()
     if given is not None:
-        trained = dict(given)
+        trained = {name: check_call(name, reward) for name, reward in given.items()}
     else:
         trained = {reward.name: build_reward(reward) for reward in config.rewards}
     others = {
@@ -90,7 +92,10 @@ def load_rewards(
         for reward in config.evaluation.rewards
         if reward.name not in trained
     }
-    return trained, {**trained, **others}
+    rewards = {**trained, **others}
+    for name, reward in rewards.items():
+        check_server(name, reward)
+    return trained, rewards
 
 
 def check_prompt_files(config: Config) -> None:

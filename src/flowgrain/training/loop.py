@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from flowgrain.training import checkpoint, state
 from flowgrain.training.errors import Diverged, Interrupted, RunStopped
-from flowgrain.training.health import EvaluationFailed, check_evaluation, check_weights
+from flowgrain.training.evaluate import warn_of_failures
+from flowgrain.training.health import (
+    EvaluationFailed,
+    check_evaluation,
+    check_weights,
+    smaller_rate,
+)
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.signals import StopRequested, StopSignal, check_stop
 
@@ -28,9 +34,9 @@ def run_steps(
         progress: called with the metrics of every step.
 
     Raises:
-        Diverged: too many updates in a row were skipped. The run is saved. Or the parameters or
-            the evaluation images are not finite. The last step is not saved.
-        EvaluationFailed: a reward failed on too many images of an evaluation. The run is saved.
+        Diverged: too many updates in a row were skipped (the run is saved), or parameters or
+            images are not finite (the last step is not saved).
+        EvaluationFailed: a reward failed on too many images. The run is saved, except at step 0.
         Interrupted: a signal arrived. The run is saved.
     """
     config, main = trainer.config, trainer.world.is_main
@@ -41,7 +47,7 @@ def run_steps(
         first = {"step": 0, **_unless_stopped(trainer, partial(evaluate_and_record, trainer, 0))}
         if main:
             trainer.recorder.write_metrics(first)
-    _repeat_evaluation(trainer)
+    _repeat_evaluation(trainer, limit is not None and seconds >= limit)
     for step in range(trainer.steps_done + 1, config.training.max_steps + 1):
         if limit is not None and seconds >= limit:
             break  # the run reached the limit before it was resumed
@@ -97,12 +103,18 @@ def _unless_stopped(trainer: Trainer, work: Callable[[], Metrics]) -> Metrics:
         ) from None
 
 
-def _repeat_evaluation(trainer: Trainer) -> None:
-    """Repeat the evaluation of the last step, if a signal stopped it."""
+def _repeat_evaluation(trainer: Trainer, out_of_time: bool) -> None:
+    """Repeat the evaluation of the last step, if a signal stopped it.
+
+    Args:
+        trainer: the run.
+        out_of_time: whether the run has reached training.max_seconds.
+    """
     step, config = trainer.steps_done, trainer.config
     lines = trainer.recorder.read_metrics()
     line = lines[-1] if lines and lines[-1]["step"] == step else {}
-    due = config.evaluation.is_due(step, last=step == config.training.max_steps)
+    last = out_of_time or step == config.training.max_steps
+    due = config.evaluation.is_due(step, last)
     evaluated = any(name.startswith("eval/") for name in line)
     if not trainer.world.gather(step > 0 and due and bool(line) and not evaluated)[0]:
         return
@@ -127,6 +139,7 @@ def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
     evaluation = trainer.evaluate(num_images=trainer.config.evaluation.images_of_run)
     check_evaluation(trainer, step, evaluation)
     if trainer.world.is_main:
+        warn_of_failures(evaluation)
         trainer.recorder.write_evaluation(step, evaluation)
     values = evaluation.means() | evaluation.part_means()
     return {f"eval/{name}": value for name, value in values.items()}
@@ -135,10 +148,8 @@ def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
 def _divergence(trainer: Trainer) -> str:
     """The message of a run that diverged."""
     settings, skipped = trainer.config.optimizer, trainer.optimizer.skipped_in_a_row
-    rate = trainer.config.learning_rate
     return (
         f"{skipped} updates in a row had a non-finite loss or gradient and were skipped "
         f"(optimizer.max_skipped_updates={settings.max_skipped_updates}). "
-        f"Use a smaller learning rate than {rate:g}: "
-        f"{trainer.resume_command} optimizer.learning_rate={rate / 3:g}"
+        f"{smaller_rate(trainer)}"
     )

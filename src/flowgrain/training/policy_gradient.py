@@ -23,6 +23,7 @@ from flowgrain.models import take
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+from flowgrain.training.signals import check_stop
 
 
 class PolicyGradientLoss:
@@ -60,14 +61,15 @@ class PolicyGradientLoss:
         During the first update, the policy equals the policy that sampled. The old transitions come
         from the same kind of forward pass as the gradient, so that the ratio is exactly 1 while the
         policy is unchanged.
+
+        Raises:
+            StopRequested: a signal arrived.
         """
-        train = self.policy.train_velocity
-        self._old = [
-            []
-            if number == 0
-            else [self._transition(batch.rows, train)[0] for batch in update.micro_batches]
-            for number, update in enumerate(self.updates)
-        ]
+        self._old = [[] for _ in self.updates]
+        for old, update in zip(self._old[1:], self.updates[1:], strict=True):
+            for micro_batch in update.micro_batches:
+                check_stop(self.batch.world)
+                old.append(self._transition(micro_batch.rows, self.policy.train_velocity)[0])
 
     def terms(self, number: int, place: int) -> Terms:
         """Loss, ratio, clip and KL [E] of the trained edges below the rows of a micro-batch."""

@@ -16,7 +16,12 @@ from flowgrain.training.files import write_atomically
 from flowgrain.training.pictures import contact_sheet, enlarge, to_pixels
 from flowgrain.training.records import set_damaged_files_aside, set_damaged_lines_aside
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
-from flowgrain.training.run_files import read_metrics, record_settings, write_run
+from flowgrain.training.run_files import (
+    forget_checkpoints,
+    read_metrics,
+    record_settings,
+    write_run,
+)
 
 EVALUATION_IMAGES = 24
 """Number of images of an evaluation that are recorded."""
@@ -47,8 +52,13 @@ class Recorder:
         """Check that the directory contains no other run.
 
         Raises:
-            SettingsError: the directory contains a run that is not being resumed.
+            SettingsError: the directory contains a run that is not being resumed, is a file, or is
+                not writable.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise SettingsError(f"--out {self.folder}: is a file. Give a directory.")
+        if self.folder.is_dir() and not os.access(self.folder, os.W_OK):
+            raise SettingsError(f"{self.folder}: is not writable. Give another --out, or chmod it.")
         if not self._resumed and (self.folder / "metrics.jsonl").exists():
             raise SettingsError(
                 f"{self.folder} already contains a run. "
@@ -67,6 +77,8 @@ class Recorder:
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         loggers = self.config.runtime.loggers
         self._loggers = [_open_logger(kind, self.folder, self.config) for kind in loggers]
+        if not self._resumed:
+            forget_checkpoints(self.folder)
         if not (self._resumed and (self.folder / "run.yaml").exists()):
             write_run(self.folder, self.config, self.given)
         (self.folder / "metrics.jsonl").touch()
@@ -99,14 +111,14 @@ class Recorder:
         """The lines of metrics.jsonl, for a checkpoint."""
         return "".join(_json(line) + "\n" for line in self.read_metrics())
 
-    def discard_after(self, step: int, metrics: str | None = None) -> list[str]:
+    def discard_after(self, step: int, metrics: str) -> list[str]:
         """Delete the records of steps after `step`, which the resumed run writes again.
 
         Damaged records are set aside. Step 0 deletes all records.
 
         Args:
             step: step of the checkpoint from which the run is resumed.
-            metrics: lines of metrics.jsonl in the checkpoint. None: lines of the file are kept.
+            metrics: lines of metrics.jsonl in the checkpoint.
 
         Returns:
             A message for each file with damaged records.
@@ -114,9 +126,6 @@ class Recorder:
         self._resumed = True
         file = self.folder / "metrics.jsonl"
         messages = set_damaged_lines_aside(file)
-        if metrics is None:
-            kept = [line for line in self.read_metrics() if line["step"] <= step]
-            metrics = "".join(_json(line) + "\n" for line in kept)
         if file.exists() or metrics:
             write_atomically(file, metrics if step > 0 else "")
         for part in ("", "evaluations", "images"):

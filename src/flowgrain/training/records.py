@@ -129,7 +129,7 @@ def set_damaged_lines_aside(file: Path) -> list[str]:
     with aside.open("ab") as stream:
         stream.write(b"".join(line.text + b"\n" for line in damaged))
     flush(aside)
-    return [f"{file}: {describe_lines(damaged)} and was moved to {aside.name}"]
+    return [f"{file}: {describe_lines(damaged)}. Moved to {aside.name}"]
 
 
 def set_damaged_files_aside(folder: Path) -> list[str]:

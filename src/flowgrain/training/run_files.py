@@ -21,6 +21,8 @@ from flowgrain.training.records import describe_lines, parse_metrics
 
 log = logging.getLogger(__name__)
 
+_SAVED = ".saved"
+"""Empty file in the directory of a run that has written a checkpoint."""
 _PACKAGES = ("flowgrain", "torch", "diffusers", "transformers", "peft", "numpy")
 
 
@@ -64,7 +66,50 @@ def _record(config: Config, given: Sequence[str]) -> dict[str, Any]:
 
 def _write(folder: Path, record: Mapping[str, Any], history: Sequence[Any]) -> None:
     values = {**record, "history": list(history)}
-    write_atomically(folder / "run.yaml", yaml.safe_dump(values, sort_keys=False))
+    text = yaml.dump(values, Dumper=_WithoutAliases, sort_keys=False)
+    write_atomically(folder / "run.yaml", text)
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    """Writes a value that occurs twice in full, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+def remember_checkpoints(folder: Path) -> None:
+    """Record that the run in `folder` has written a checkpoint."""
+    (folder / _SAVED).touch()
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """Record that the run in `folder` starts at step 0."""
+    (folder / _SAVED).unlink(missing_ok=True)
+
+
+def had_checkpoints(folder: Path) -> bool:
+    """Whether the run in `folder` has written a checkpoint."""
+    return (folder / _SAVED).exists()
+
+
+def resume_command(
+    folder: Path, given: Sequence[str], changes: Mapping[str, str] | None = None
+) -> str:
+    """How to resume the run in `folder`: a command, or Python for a run with custom objects.
+
+    Args:
+        folder: directory of the run.
+        given: names of the Trainer's arguments that replace settings.
+        changes: changed settings by full path.
+    """
+    changes = changes or {}
+    if not given:
+        words = [f"{name}={value}" for name, value in changes.items()]
+        return " ".join([f"flowgrain train --resume {folder}", *words])
+    changed = ", ".join(f"{name!r}: {value}" for name, value in changes.items())
+    config = f"config.with_changes({{{changed}}})" if changes else "config"
+    arguments = ", ".join([config, repr(str(folder)), *(f"{name}=..." for name in given)])
+    return f"Trainer({arguments}) in Python: call resume(), then train()"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -84,6 +129,8 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         SettingsError: there is no readable run.yaml.
     """
+    if path.is_file() and path.suffix not in (".yaml", ".yml"):
+        raise SettingsError(f"{path}: not the directory of a run. It is a file.")
     file = path / "run.yaml" if path.is_dir() else path
     if not file.exists():
         raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
@@ -119,6 +166,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         {key: math.nan if value is None else value for key, value in record.items()}
         for record in records
     ]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in a run's metrics.jsonl or in the history of its run.yaml. 0: not trained."""
+    history = read_run(folder).get("history")
+    entries = history if isinstance(history, list) else []
+    firsts = [entry.get("first_step") for entry in entries if isinstance(entry, dict)]
+    steps = [line["step"] for line in read_metrics(folder)]
+    return max([*steps, *(first - 1 for first in firsts if isinstance(first, int))], default=0)
 
 
 def describe_environment() -> dict[str, Any]:

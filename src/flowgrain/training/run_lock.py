@@ -109,8 +109,5 @@ def read_holder(file: Path) -> dict[str, Any] | None:
 
 def describe_holder(holder: dict[str, Any] | None) -> str:
     """The holder in words."""
-    host, pid, started = ((holder or {}).get(key, "unknown") for key in _KEYS)
+    host, pid, started = ((holder or {}).get(key, "unknown") for key in ("host", "pid", "started"))
     return f"host {host}, process {pid}, since {started}"
-
-
-_KEYS = ("host", "pid", "started")

@@ -68,7 +68,7 @@ class StopSignal:
                 messages.
         """
         global _listening
-        self.number, self._kept = None, kept
+        self.number, self._kept, self._first = None, kept, 0.0
         self._ended.clear()
         previous: dict[int, Any] = {}
         reader, writer = socket.socketpair()
@@ -113,16 +113,17 @@ class StopSignal:
 
     def _watch(self, reader: socket.socket) -> None:
         """Write a message for the first signal, and end the process after the second."""
-        announced = False
+        # The handler runs late if the main thread is in a C call, so its time is not used here.
+        first: float | None = None
         with reader:
             while data := reader.recv(1):
                 number = data[0]
                 if number not in (signal.SIGINT, signal.SIGTERM):
                     continue
-                if not announced:
-                    announced = True
+                if first is None:
+                    first = time.monotonic()
                     self._say(f"{signal.Signals(number).name}: {STOPPING}")
-                elif time.monotonic() - self._first > _SAME_SECONDS:
+                elif time.monotonic() - first > _SAME_SECONDS:
                     if number == signal.SIGINT and self._ended.wait(_UNWIND_SECONDS):
                         return
                     self._end(number)

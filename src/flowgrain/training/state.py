@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,16 @@ from flowgrain.data import Prompt
 from flowgrain.methods import Method
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
-from flowgrain.training.errors import RunStopped
-from flowgrain.training.fit import check_disk
+from flowgrain.training.errors import Diverged, RunStopped
+from flowgrain.training.fit import check_disk, check_writable
+from flowgrain.training.health import destroyed
 from flowgrain.training.records import parse_metrics
 from flowgrain.training.rollout_batch import Metrics
-from flowgrain.training.run_files import read_run
+from flowgrain.training.run_files import (
+    forget_checkpoints,
+    had_checkpoints,
+    remember_checkpoints,
+)
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer
@@ -37,9 +42,8 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         "stepped": optimizer.stepped(),
         "skipped_in_a_row": optimizer.skipped_in_a_row,
         "scaler": optimizer.scaler.state_dict(),
-        "metrics": trainer.recorder.metrics_text() if trainer.world.is_main else "",
     }
-    return checkpoint.save(
+    path = checkpoint.save(
         trainer.out / "checkpoints",
         trainer.steps_done,
         {**policy.tensors(), **optimizer.tensors()},
@@ -47,7 +51,11 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         _score(metrics, trainer.collector.reward_weights),
         config.training.keep_checkpoints,
         trainer.world,
+        trainer.recorder.metrics_text() if trainer.world.is_main else "",
     )
+    if trainer.world.is_main:
+        remember_checkpoints(trainer.out)
+    return path
 
 
 def restore(trainer: Trainer) -> list[str]:
@@ -55,8 +63,8 @@ def restore(trainer: Trainer) -> list[str]:
     return _restore(trainer)[0]
 
 
-def _restore(trainer: Trainer) -> tuple[list[str], str | None]:
-    """Load the last good checkpoint: a message for each damaged checkpoint, and the metrics."""
+def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
+    """Load the last good checkpoint: a message for each damaged checkpoint, and its path."""
     folder, world = trainer.out / "checkpoints", trainer.world
     path, state, damaged = checkpoint.load_last_good(folder, world)
     if path is None:
@@ -79,7 +87,7 @@ def _restore(trainer: Trainer) -> tuple[list[str], str | None]:
     # A run that stopped because it diverged may be resumed with other settings.
     limit = trainer.config.optimizer.max_skipped_updates
     optimizer.skipped_in_a_row = skipped if skipped < limit else 0
-    return damaged, state.get("metrics")
+    return damaged, path
 
 
 def resume(trainer: Trainer) -> list[str]:
@@ -88,6 +96,8 @@ def resume(trainer: Trainer) -> list[str]:
         return _resume(trainer)
     except OSError as error:
         trainer.lock.release()
+        if isinstance(error, PermissionError):
+            raise SettingsError(f"{trainer.out}: is not writable ({error}). Chmod it.") from error
         raise RunStopped(
             f"the run in {trainer.out} cannot be resumed yet: {error}. Nothing is lost. "
             f"Free some disk space or repair the disk, then resume with {trainer.resume_command}"
@@ -107,12 +117,15 @@ def _resume(trainer: Trainer) -> list[str]:
         return messages
 
     messages = world.on_main(lock)
-    damaged, metrics = _restore(trainer)
+    damaged, restored = _restore(trainer)
 
     def discard() -> list[str]:
         for path in checkpoint.checkpoints(folder):
             if checkpoint.step_of(path) > trainer.steps_done:
                 checkpoint.mark_damaged(path)
+        if restored is None:
+            forget_checkpoints(trainer.out)
+        metrics = (restored / checkpoint.METRICS).read_text("utf-8") if restored else ""
         return trainer.recorder.discard_after(trainer.steps_done, metrics)
 
     return [*messages, *damaged, *world.on_main(discard)]
@@ -122,18 +135,14 @@ def _check_not_lost(trainer: Trainer) -> None:
     """Check that the checkpoints of the run were not deleted.
 
     Raises:
-        SettingsError: the run has metrics of a step after its first checkpoint, and no checkpoint.
+        SettingsError: the run has metrics and had a checkpoint, but has none now.
     """
     folder, file = trainer.out / "checkpoints", trainer.out / "metrics.jsonl"
     content = file.read_bytes() if file.exists() else b""
-    steps, _ = parse_metrics(content)
-    every = None
-    if (trainer.out / "run.yaml").exists():
-        every = _at(read_run(trainer.out), "config.training.checkpoint_every")
-    last = max((line["step"] for line in steps), default=0)
-    expected = isinstance(every, int) and 0 < every < last
     found = checkpoint.checkpoints(folder) or list(folder.glob(".old-step-*"))
-    if content.strip() and (not folder.is_dir() or (expected and not found)):
+    lost = not folder.is_dir() or (not found and had_checkpoints(trainer.out))
+    if content.strip() and lost:
+        last = max((line["step"] for line in parse_metrics(content)[0]), default=0)
         raise SettingsError(
             f"{folder}: the checkpoints of this run are gone, but it was trained to step {last}. "
             "Restore the directory, or start a new run with the same settings: "
@@ -141,16 +150,17 @@ def _check_not_lost(trainer: Trainer) -> None:
         )
 
 
-def begin(trainer: Trainer) -> None:
-    """Lock the directory of a run, and create its files.
+def begin(trainer: Trainer, start: Callable[[], None] | None = None) -> None:
+    """Lock the directory of a run, create its files, and call `start`.
 
     Raises:
         SettingsError: the directory is locked, cannot be written, contains a run that is not
             being resumed, or its disk is too small.
     """
     trainer.recorder.check()
-    check_disk(trainer.config, trainer.size, trainer.out)
     try:
+        check_writable(trainer.out)
+        check_disk(trainer.config, trainer.size, trainer.out)
         for message in trainer.lock.acquire():
             log.warning("%s: %s", trainer.out, message)
         trainer.recorder.start()
@@ -160,16 +170,26 @@ def begin(trainer: Trainer) -> None:
         raise SettingsError(
             f"--out {trainer.out}: cannot be created ({error}). Set another directory."
         ) from error
+    if start is not None:
+        start()
 
 
 def ensure_saved(trainer: Trainer) -> str:
     """Save the current step if it has no checkpoint. Returns a message with the path."""
-    newest = trainer.out / "checkpoints" / f"step-{trainer.steps_done:06d}"
+    newest = checkpoint.path_of(trainer.out / "checkpoints", trainer.steps_done)
     try:
         exists = trainer.world.gather(newest.exists())[0]
         return f"the run is saved in {newest if exists else trainer.save(None)}"
     except (OSError, checkpoint.CheckpointError) as error:
         return f"the last steps could not be saved ({error})"
+
+
+def stopped(trainer: Trainer, step: int, error: RunStopped) -> RunStopped:
+    """The error of a run that `error` stopped in training step `step`. Saves an intact run."""
+    if isinstance(error, Diverged):
+        return destroyed(trainer, f"step {step}", str(error))
+    saved = ensure_saved(trainer)
+    return RunStopped(f"{error}; {saved}. Resume with {trainer.resume_command}")
 
 
 def stopped_by_disk(trainer: Trainer, error: OSError) -> RunStopped:

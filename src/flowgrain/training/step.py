@@ -29,6 +29,7 @@ def train_step(
 
     Raises:
         RunStopped: too many rewards failed. No parameter was updated.
+        Diverged: too many images contain NaN or infinity. No parameter was updated.
         StopRequested: a signal arrived. No parameter was updated.
     """
     begin = time.perf_counter()

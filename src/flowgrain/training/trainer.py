@@ -32,12 +32,18 @@ from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
 from flowgrain.training.rollout_batch import Metrics
+from flowgrain.training.run_files import resume_command
 from flowgrain.training.run_lock import RunLock
 from flowgrain.training.setup import names_of_given, with_given
 from flowgrain.training.signals import StopSignal
 from flowgrain.training.sizes import size_before_loading
 from flowgrain.training.step import train_step
 from flowgrain.training.timer import StageTimer
+
+Progress = Callable[[Metrics], None]
+"""Called with the metrics of a step."""
+Start = Callable[[], None]
+"""Called before the first step."""
 
 
 class Trainer:
@@ -111,11 +117,12 @@ class Trainer:
         self.lock = RunLock(self.out)
         self._stop = StopSignal()
 
-    def train(self, progress: Callable[[Metrics], None] | None = None) -> list[Metrics]:
+    def train(self, progress: Progress | None = None, start: Start | None = None) -> list[Metrics]:
         """Train to training.max_steps, and write metrics, images, checkpoints and the export.
 
         Args:
             progress: called with the metrics of every step.
+            start: called on the main rank after the files of the run were created.
 
         Returns:
             All metrics of the run.
@@ -126,7 +133,7 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM arrived. The run is saved.
         """
         try:
-            self.world.on_main(lambda: state.begin(self))
+            self.world.on_main(lambda: state.begin(self, start))
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
@@ -142,14 +149,14 @@ class Trainer:
 
         Raises:
             RunStopped: too many rewards failed. The run is saved.
+            Diverged: too many images contain NaN or infinity. The step is not saved.
         """
         try:
             if isinstance(self.method, PolicyGradient) and self.method.needs_calibration:
                 self.calibrate()
             metrics, batch = train_step(step, self.config, self.collector, self.optimizer)
         except RunStopped as error:
-            saved = state.ensure_saved(self)
-            raise RunStopped(f"{error}; {saved}. Resume with {self.resume_command}") from error
+            raise state.stopped(self, step, error) from error
         self.steps_done = step  # before files are written, so that an error saves this step
         if self.world.is_main:
             self.recorder.write_tree(batch)
@@ -209,8 +216,8 @@ class Trainer:
 
     @property
     def resume_command(self) -> str:
-        """The command that resumes this run."""
-        return f"flowgrain train --resume {self.out}"
+        """How to resume this run: a command, or Python for a run with custom objects."""
+        return resume_command(self.out, self.recorder.given)
 
     def evaluate(
         self,
