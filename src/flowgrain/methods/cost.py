@@ -6,6 +6,7 @@ from flowgrain.core.cost import Cost, cost, count_updates
 from flowgrain.core.tree import Planner, Tree, TreeTooLarge
 from flowgrain.methods.base import Method
 from flowgrain.methods.forward_process import ForwardProcess
+from flowgrain.methods.reward_gradient import RewardGradient
 from flowgrain.settings import SettingsError
 
 
@@ -27,7 +28,7 @@ def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> T
 
 def num_updates(method: Method, tree: Tree, prompts_per_step: int) -> int:
     """Optimizer updates of a rollout of `tree` for `prompts_per_step` prompts."""
-    if isinstance(method, ForwardProcess):
+    if isinstance(method, ForwardProcess | RewardGradient):
         return min(int(method.updates_per_rollout), len(tree.leaves))
     return count_updates(tree, method.updates_per_rollout, prompts_per_step)[0]
 
@@ -45,6 +46,8 @@ def price(
     counted = cost(tree, num_rewards)
     if isinstance(method, ForwardProcess):
         gradient = old = float(len(tree.leaves) * method.num_levels(num_steps))
+    elif isinstance(method, RewardGradient):
+        gradient, old = float(len(tree.leaves) * method.passes_per_image), 0.0
     else:
         gradient = float(counted.train_forward_passes)
         later = count_updates(tree, method.updates_per_rollout, prompts_per_step)[1]

@@ -7,9 +7,10 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
+from flowgrain.methods import Method, RewardGradient
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.models.quiet import quiet_libraries
-from flowgrain.rewards import Reward, build_reward
+from flowgrain.rewards import DIFFERENTIABLE, Reward, build_reward, is_differentiable
 from flowgrain.settings import SettingsError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,19 +79,38 @@ def load_rewards(
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
-        SettingsError: a reward cannot be loaded.
+        SettingsError: a reward cannot be loaded, or the method needs a gradient that it does not
+            have.
     """
     quiet_libraries()
     if given is not None:
         trained = dict(given)
     else:
         trained = {reward.name: build_reward(reward) for reward in config.rewards}
+    check_gradients(config.method, trained)
     others = {
         reward.name: build_reward(reward)
         for reward in config.evaluation.rewards
         if reward.name not in trained
     }
     return trained, {**trained, **others}
+
+
+def check_gradients(method: Method, rewards: Mapping[str, Reward]) -> None:
+    """Check that all trained rewards are differentiable, if the method trains on their gradient.
+
+    Raises:
+        SettingsError: a reward is not.
+    """
+    if not isinstance(method, RewardGradient):
+        return
+    for name, reward in rewards.items():
+        if not is_differentiable(reward):
+            raise SettingsError(
+                f"rewards[{name}]: method {method.name!r} trains on the gradient of its rewards, "
+                f"but this reward is not differentiable. Use {', '.join(DIFFERENTIABLE)}, or a "
+                "custom reward with the decorator flowgrain.rewards.differentiable."
+            )
 
 
 def check_prompt_files(config: Config) -> None:
