@@ -10,9 +10,9 @@ import twins
 from flowgrain import RunStopped, SettingsError, Trainer, load_config
 from flowgrain.config import Config
 from flowgrain.core.sde import sigma_grid
-from flowgrain.data import latent_noise
+from flowgrain.data import as_prompts, latent_noise
 from flowgrain.methods import plan_tree, price
-from flowgrain.rewards import REWARDS, differentiable, is_differentiable
+from flowgrain.rewards import DIFFERENTIABLE, REWARDS, differentiable, is_differentiable
 from flowgrain.training.step import rollout_loss
 
 P, G, T, SEED, STEP, GUIDANCE = 2, 2, 4, 5, 1, 1.5
@@ -29,6 +29,9 @@ SETTINGS = {
     "evaluation.every": 0,
     "runtime.seed": SEED,
 }
+
+# As in the loop. In other batches the last bits differ, which several steps make larger.
+ONE_BY_ONE = {"sampling.batch_size": 1, "training.micro_batch_size": 1}
 
 
 def config_of(method, changes=None) -> Config:
@@ -59,11 +62,9 @@ class Loop:
 
     def v(self, x, k, text):
         """Velocity with classifier-free guidance."""
-        sigma = torch.tensor([self.sigma[k]])
-        v, free = (
-            self.backbone.velocity(self.model, x[None], sigma, self.backbone.encode([prompt]))[0]
-            for prompt in (text, "")
-        )
+        cond = self.backbone.encode([text, ""])
+        sigma = torch.full((2,), self.sigma[k])
+        v, free = self.backbone.velocity(self.model, torch.stack([x, x]), sigma, cond)
         return free + GUIDANCE * (v - free)
 
     def noise(self, p, draw):
@@ -77,9 +78,7 @@ class Loop:
     def reward(self, x0, text):
         image = self.backbone.decode(x0[None])
         rewards = self.trainer.rewards
-        return sum(
-            WEIGHTS[name] * rewards[name](image, twins_prompts([text]))[0] for name in WEIGHTS
-        )
+        return sum(WEIGHTS[name] * rewards[name](image, as_prompts([text]))[0] for name in WEIGHTS)
 
     def gradient(self, losses) -> torch.Tensor:
         parameters = list(self.trainer.policy.parameters.values())
@@ -87,20 +86,15 @@ class Loop:
         return torch.cat([part.flatten() for part in parts])
 
 
-def twins_prompts(texts):
-    from flowgrain.data import as_prompts
-
-    return as_prompts(texts)
-
-
 def assert_same(ours, expected, tolerance=1e-5):
     assert expected.norm() > 0
-    assert (ours - expected).norm() / expected.norm() < tolerance
+    assert float((ours - expected).norm() / expected.norm()) < tolerance
 
 
 @pytest.mark.parametrize("last_steps", [1, 2, T])
 def test_draft_against_a_loop(tmp_path, last_steps):
-    trainer = Trainer(config_of("draft", {"method.last_steps": last_steps}), tmp_path)
+    changes = {"method.last_steps": last_steps, **ONE_BY_ONE}
+    trainer = Trainer(config_of("draft", changes), tmp_path)
     loop, losses = Loop(trainer), []
     for p, text in enumerate(loop.texts):
         for i in range(G):
@@ -158,7 +152,8 @@ def test_the_gradient_does_not_depend_on_batch_sizes(tmp_path):
             {"name": name, "weight": weight, "batch_size": 2} for name, weight in WEIGHTS.items()
         ],
     }
-    assert_same(gradient_of(Trainer(config_of("draft", {**changes, **large}), tmp_path)), small)
+    trainer = Trainer(config_of("draft", {**changes, **large}), tmp_path)
+    assert_same(gradient_of(trainer), small, tolerance=1e-4)
 
 
 def test_the_kl_has_a_gradient(tmp_path):
@@ -170,14 +165,14 @@ def test_the_kl_has_a_gradient(tmp_path):
             parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.manual_seed(1))
     batch = trainer.collector.collect(STEP)
     both = gradient_of(trainer, batch)
-    trainer.method.kl_weight = 0.0
+    trainer.method = trainer.method.model_copy(update={"kl_weight": 0.0})
     plain = gradient_of(trainer, batch)
     parameters = list(trainer.policy.parameters.values())
     step = -1e-4 * (both - plain) / (both - plain).norm()
 
     def distance():
         losses = rollout_loss(config, config.method, trainer.policy, batch, trainer.sigmas)
-        return sum(float(losses.terms(0, place)["kl"].sum()) for place in range(2))
+        return sum(float(losses.terms(0, place)["kl"].detach().sum()) for place in range(2))
 
     before = distance()
     torch.nn.utils.vector_to_parameters(
@@ -243,8 +238,6 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
 
 
 def test_the_differentiable_rewards_are_those_of_the_list():
-    from flowgrain.rewards import DIFFERENTIABLE
-
     assert {name for name in REWARDS if is_differentiable(REWARDS.get(name))} == {*DIFFERENTIABLE}
 
 
