@@ -26,6 +26,8 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {  # method: (num_steps, options)
     "tempflow_grpo": (5, {"group_size": 2}),
     "branchgrpo": (6, {"group_size": 8, "split_steps": (0, 2, 4)}),
     "diffusionnft": (6, {"group_size": 4}),
+    "draft": (6, {"group_size": 2}),
+    "refl": (8, {"group_size": 3, "first_step": 0.5}),
 }
 TRAINING_STEP = 3
 """The training step whose tree is drawn. By then MixGRPO's window has moved away from the start."""

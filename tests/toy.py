@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowgrain.data import Prompt
 from flowgrain.models import Conditioning, Dtypes, ModelConfig, NoLora, Shift
+from flowgrain.rewards import differentiable
 
 PROMPTS = ["zero", "one", "two", "three"]
 
@@ -79,6 +80,7 @@ class Toy:
         return torch.sigmoid(latents).mean(1)[:, :, None, None].expand(-1, 3, 2, 2)
 
 
+@differentiable
 def red(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """A reward that is not linear in the latent and depends on the prompt."""
     color = images[:, :, 0, 0]
@@ -86,6 +88,7 @@ def red(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return color[:, 0] - color[:, 1] ** 2 + 0.3 * color[:, 2] * number
 
 
+@differentiable
 def green(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """A second reward."""
     return (images[:, 1, 0, 0] - 0.4).abs()

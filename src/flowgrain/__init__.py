@@ -8,7 +8,14 @@ if TYPE_CHECKING:
     from flowgrain.core.cost import cost
     from flowgrain.core.tree import Planner, Tree
     from flowgrain.data import Prompt
-    from flowgrain.methods import METHODS, ForwardProcess, Method, PolicyGradient, register
+    from flowgrain.methods import (
+        METHODS,
+        ForwardProcess,
+        Method,
+        PolicyGradient,
+        RewardGradient,
+        register,
+    )
     from flowgrain.models import register_backbone
     from flowgrain.rewards import register_reward
     from flowgrain.settings import SettingsError
@@ -25,6 +32,7 @@ _HOMES = {
     "Planner": "core.tree",
     "PolicyGradient": "methods",
     "Prompt": "data",
+    "RewardGradient": "methods",
     "RunStopped": "training",
     "SettingsError": "settings",
     "Trainer": "training",
@@ -57,6 +65,7 @@ __all__ = [
     "Planner",
     "PolicyGradient",
     "Prompt",
+    "RewardGradient",
     "RunStopped",
     "SettingsError",
     "Trainer",

@@ -6,10 +6,11 @@ import pytest
 import torch
 import twins
 
-from flowgrain import METHODS, Trainer, load_config
+from flowgrain import METHODS, RewardGradient, Trainer, load_config
 from flowgrain.config.load import read_source, recipe_facts, recipe_names
 from flowgrain.methods import price
 from flowgrain.methods.calibration import calibration_cost
+from flowgrain.rewards import differentiable
 
 NAMES = recipe_names()
 LARGE = [name for name in NAMES if "/" in name]
@@ -37,7 +38,8 @@ def at(config, path):
 def test_the_published_runs_have_recipes():
     assert NAMES[0] == "demo"
     trained = {load_config(name).method.name for name in LARGE}
-    assert trained == set(METHODS)
+    # ReFL and DRaFT published runs of Stable Diffusion 1, which is no flow-matching model.
+    assert trained == {m for m in METHODS if not issubclass(METHODS.get(m), RewardGradient)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,6 +103,7 @@ def test_the_cost_of_a_recipe_is_that_of_its_plan(name):
     assert bool(stated["cfg"]) == true_cfg
 
 
+@differentiable
 def brightness(images, prompts):
     return images.mean((1, 2, 3)) + images[:, 0].std((1, 2))
 

@@ -34,6 +34,11 @@ MORE = {
     "sharded adapter": ("flow_grpo", {**SHARDED, "lora.rank": 2}),
     "reference": ("flow_grpo", {"method.kl_weight": 0.1, "method.updates_per_rollout": 3}),
     "per step": ("dancegrpo", {"method.updates_per_rollout": "per_step", "method.best_of": 2}),
+    "draft": ("draft", {"method.last_steps": 3, "method.kl_weight": 0.1}),
+    "draft lora": (
+        "draft",
+        {"lora.rank": 2, "method.lv_samples": 2, "method.updates_per_rollout": 2},
+    ),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),
 }
 CASES = {**FULL, **LORA, **MORE}

@@ -258,12 +258,14 @@ def test_lora_resumes_to_the_bit(long, tmp_path):
     ("method", "changes"),
     [
         ("diffusionnft", {}),
+        ("refl", {}),
+        ("draft", {"method.lv_samples": 2}),
         ("mixgrpo", {"method.window_size": 1, "method.window_interval": 1}),
         ("dancegrpo", {"method.updates_per_rollout": "per_step"}),
     ],
 )
 def test_methods_with_a_state_resume_to_the_bit(tmp_path, method, changes):
-    """An old policy that follows, a moving window, and several updates per rollout."""
+    """An old policy that follows, random steps, a moving window, and several updates."""
     shared = {
         "sampling.num_steps": 4,
         "method.group_size": 3,

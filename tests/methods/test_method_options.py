@@ -9,7 +9,14 @@ import torch
 from toy_trainer import STEP, toy_config, toy_trainer
 
 from flowgrain.config import load_config
-from flowgrain.methods import METHODS, ForwardProcess, Method, PolicyGradient, register
+from flowgrain.methods import (
+    METHODS,
+    ForwardProcess,
+    Method,
+    PolicyGradient,
+    RewardGradient,
+    register,
+)
 from flowgrain.settings import SettingsError
 
 BUILT_IN = {
@@ -31,7 +38,7 @@ def test_every_method_is_documented(name):
     assert "title" in vars(method)
     assert re.fullmatch(r"\d{4}\.\d{5}", method.paper)
     assert method.summary.endswith(".")
-    assert issubclass(method, PolicyGradient | ForwardProcess)
+    assert issubclass(method, PolicyGradient | ForwardProcess | RewardGradient)
     for option, field in method.model_fields.items():
         assert field.description, option
         assert field.description.endswith("."), option
@@ -164,6 +171,14 @@ PAPER_VALUES = {
         "std_scope": "global",
         "reward_mix": "reward",
     },
+    "draft": {"group_size": 1, "last_steps": 1, "lv_samples": 0, "kl_weight": 0.0},
+    "refl": {
+        "group_size": 1,
+        "first_step": 0.75,
+        "reward_cap": 2.0,
+        "loss_scale": 1e-3,
+        "kl_weight": 0.0,
+    },
 }
 PAPER_VALUES |= {
     "awm": {
@@ -245,7 +260,7 @@ PAPER_VALUES |= {
         "max_decay": 0.999,
     },
 }
-NUM_STEPS = {"g2rpo": 16, "dancegrpo": 16, "branchgrpo": 20}
+NUM_STEPS = {"g2rpo": 16, "dancegrpo": 16, "branchgrpo": 20, "draft": 50, "refl": 40}
 NUM_STEPS |= dict.fromkeys(("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"), 25)
 NUM_STEPS |= {"awm": 14, "ram": 20, "vgrpo": 40}
 
@@ -313,6 +328,13 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
         "method.updates_per_rollout=per_step",
         "Use a number",
     ),
+    ("draft", ["updates_per_rollout=per_step"], "method.updates_per_rollout=per_step", "a number"),
+    ("draft", ["updates_per_rollout=2"], "method.updates_per_rollout=2", "group_size=1"),
+    ("draft", ["last_steps=51"], "method.last_steps=51", "1 to 50"),
+    ("draft", ["last_steps=2", "lv_samples=2"], "method.lv_samples=2", "method.last_steps=1"),
+    ("draft", ["std_scope=global"], "method.std_scope=global", "Remove it"),
+    ("refl", ["tail_order=2"], "method.tail_order=2", "Remove it"),
+    ("refl", ["first_step=1"], "method.first_step=1", "less than 1"),
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.comparison import golden
+from gradients import check_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -92,6 +93,20 @@ def images():
 
 def build(name, path, **options):
     return build_reward(RewardConfig(name=name, path=str(path), **options))
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hps", "aesthetic"])
+def test_the_gradient_of_a_score(bytes_folder, images, tmp_path, name):
+    options = {}
+    if name == "hps":
+        options = {"checkpoint": str(bytes_folder / "hps.safetensors")}
+    if name == "aesthetic":
+        torch.manual_seed(2)
+        head = {"layers.0.weight": torch.randn(1, 8), "layers.0.bias": torch.zeros(1)}
+        save_file(head, tmp_path / "head.safetensors")
+        options = {"checkpoint": str(tmp_path / "head.safetensors")}
+    reward = build(name, bytes_folder, **options)
+    check_gradient(reward, 0.2 + 0.6 * images, PROMPTS)  # no pixel is clamped
 
 
 def test_clip_score_is_the_cosine(folder, images):

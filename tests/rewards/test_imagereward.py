@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import check_gradient
 from safetensors.torch import save_file
 from twins import bert_tokenizer
 
@@ -188,6 +189,15 @@ def test_it_is_the_authors_network(folder, state, tmp_path, kind):
     expected = the_authors_forward(state, pixels, tokens, tokens != 0)
     assert expected.std() > 0.05  # different scores, so the comparison means something
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_gradient_of_a_score(folder, state, tmp_path):
+    """With larger patch weights, so that finite differences of float32 scores have digits."""
+    key = "blip.visual_encoder.patch_embed.proj.weight"
+    save_file({**state, key: 100 * state[key]}, tmp_path / "ImageReward.safetensors")
+    reward = build(folder, tmp_path / "ImageReward.safetensors")
+    images = 0.2 + 0.6 * torch.rand(3, 3, 40, 45, generator=torch.Generator().manual_seed(1))
+    check_gradient(reward, images, as_prompts(PROMPTS), tolerance=0.1)
 
 
 def test_wrong_checkpoints_are_named(folder, state, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gradients import check_gradient
 
 from flowgrain.data import as_prompts
 from flowgrain.rewards import SHAPES_REWARDS, RewardConfig, build_reward, score, score_with_parts
@@ -26,6 +27,13 @@ def test_rewards_prefer_the_right_image(name, rendered):
         torch.as_tensor(reward(shown, as_prompts(texts))) for shown in (images, images.roll(1, 0))
     )
     assert (right > wrong).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["towers", "preference"])
+def test_the_gradient_of_a_learned_reward(name, rendered):
+    images, texts = rendered
+    reward = build_reward(RewardConfig(name=name))
+    check_gradient(reward, 0.2 + 0.6 * images[:4], as_prompts(texts[:4]), tolerance=0.1)
 
 
 def test_the_oracle_explains_its_failures(rendered):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from flowgrain.core.cost import count_updates
 from flowgrain.distributed.threads import available_cores
-from flowgrain.methods import ForwardProcess
+from flowgrain.methods import ForwardProcess, RewardGradient
 from flowgrain.models.base import ModelConfig
 from flowgrain.settings import printable
 
@@ -65,7 +65,7 @@ def _of_updates(config: "Config") -> Iterator[str]:
     """Check whether there is enough to divide among the updates of a rollout."""
     method, prompts = config.method, config.training.prompts_per_step
     wanted = method.updates_per_rollout
-    if wanted == "per_step":
+    if wanted == "per_step" or isinstance(method, RewardGradient):  # checked by the method
         return
     if isinstance(method, ForwardProcess):
         actual = min(int(wanted), prompts)

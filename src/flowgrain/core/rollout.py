@@ -30,7 +30,7 @@ Noise = Callable[[Ints, Ints], Tensor]
 
 @dataclass(frozen=True)
 class Rollout:
-    """A tree with the latents of its leaves, trained edges and their parents.
+    """A tree with the latents of its leaves, trained edges, their parents, and kept rows.
 
     Other latents are not kept.
 
@@ -49,7 +49,7 @@ class Rollout:
     batches: int
 
     def at(self, rows: Ints) -> Tensor:
-        """Latents [len(rows), *L] of leaves, trained edges or their parents."""
+        """Latents [len(rows), *L] of leaves, trained edges, their parents, or kept rows."""
         return self.latents[torch.from_numpy(self.slot[rows]).to(self.latents.device)]
 
 

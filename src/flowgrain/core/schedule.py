@@ -122,7 +122,7 @@ def _assign_slots(
 ) -> Schedule:
     """The schedule that evaluates the entries (rows, tail, continues) of `order` in sequence."""
     n = len(tree)
-    kept = np.zeros(n, dtype=bool)
+    kept = tree.kept.copy()
     kept[tree.leaves] = kept[tree.edges] = kept[tree.trained_parents] = True
     stores_x0 = np.zeros(n, dtype=bool)
     stores_x0[tree.multistep_parents] = True

@@ -55,6 +55,8 @@ class Tree:
         trained: [N] whether the step that reached the row is trained.
         multistep: [N] whether a second-order ODE step reached the row. Such a step also reads its
             grandparent.
+        kept: [N] whether the update needs the latent of the row, in addition to the leaves, the
+            trained edges and their parents.
         prompt: [N] prompt number, 0 to P - 1.
         draw: [N] number of the noise sample of a root or a stochastic row. -1 for ODE rows.
         image: [J] rows that are decoded and scored.
@@ -69,6 +71,7 @@ class Tree:
     stochastic: NDArray[np.bool_]
     trained: NDArray[np.bool_]
     multistep: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
     prompt: Ints
     draw: Ints
     image: Ints
@@ -84,6 +87,7 @@ class Tree:
             self.grid_index,
             self.trained,
             self.multistep,
+            self.kept,
             self.prompt,
             self.draw,
             self.image,
@@ -166,6 +170,7 @@ class Tree:
             stochastic=np.tile(self.stochastic, prompts),
             trained=np.tile(self.trained, prompts),
             multistep=np.tile(self.multistep, prompts),
+            kept=np.tile(self.kept, prompts),
             prompt=shift,
             draw=np.tile(self.draw, prompts),
             image=np.tile(self.image, prompts) + np.arange(prompts).repeat(len(self.image)) * n,
@@ -196,7 +201,8 @@ class _Row(NamedTuple):
 class Planner:
     """Writes the tree of one prompt.
 
-    `root`, `sde` and `ode` add rows. `image` marks a row to decode and score.
+    `root`, `sde` and `ode` add rows. `image` marks a row to decode and score, `keep` a row whose
+    latent the update needs.
 
     Args:
         num_steps: T, steps of the sampling grid.
@@ -207,6 +213,7 @@ class Planner:
         self._rows: list[_Row] = []
         self._ode_child: dict[_Row, int] = {}
         self._images: dict[tuple[int, int], None] = {}  # in order, without repeats
+        self._kept: set[int] = set()
         self._draws = 0
 
     def root(self) -> int:
@@ -290,6 +297,10 @@ class Planner:
             raise ValueError(f"row {node} is at grid index {index}, not at sigma = 0: not an image")
         self._images[node, channel] = None
 
+    def keep(self, node: int) -> None:
+        """Keep the latent of `node` for the update, see `Tree.kept`."""
+        self._kept.add(node)
+
     def tree(self) -> Tree:
         """The finished tree. Rows that lead to no image are left out.
 
@@ -316,6 +327,7 @@ class Planner:
             stochastic=stochastic.astype(bool),
             trained=trained.astype(bool),
             multistep=multistep.astype(bool),
+            kept=np.isin(kept, list(self._kept)),
             prompt=np.zeros(len(kept), dtype=np.int64),
             draw=draw.astype(np.int64),
             image=number[image].astype(np.int64),

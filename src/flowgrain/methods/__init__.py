@@ -7,6 +7,7 @@ from flowgrain.methods.base import METHODS, LearningRates, Method, build_method,
 from flowgrain.methods.cost import plan_tree, price
 from flowgrain.methods.forward_process import ForwardProcess
 from flowgrain.methods.policy_gradient import PolicyGradient
+from flowgrain.methods.reward_gradient import RewardGradient
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -17,6 +18,7 @@ __all__ = [
     "LearningRates",
     "Method",
     "PolicyGradient",
+    "RewardGradient",
     "build_method",
     "plan_tree",
     "price",

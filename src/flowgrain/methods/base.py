@@ -53,8 +53,9 @@ class Method(Section, ABC):
     """A training method: its options and its behavior.
 
     The default values of the options are the values of the method's paper. A subclass implements
-    `plan` and `credit`. Derive from `PolicyGradient` to train stochastic steps, or from
-    `ForwardProcess` to train on finished images.
+    `plan` and `credit`. Derive from `PolicyGradient` to train stochastic steps, from
+    `ForwardProcess` to train on finished images, or from `RewardGradient` to train on the gradient
+    of the reward.
     """
 
     name: ClassVar[str]

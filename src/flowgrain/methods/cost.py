@@ -8,6 +8,7 @@ from flowgrain.core.cost import Cost, cost, count_updates
 from flowgrain.core.tree import Planner, Tree, TreeTooLarge
 from flowgrain.methods.base import Method
 from flowgrain.methods.forward_process import ForwardProcess
+from flowgrain.methods.reward_gradient import RewardGradient
 from flowgrain.settings import SettingsError
 
 
@@ -29,7 +30,7 @@ def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> T
 
 def num_updates(method: Method, tree: Tree, prompts_per_step: int) -> int:
     """Optimizer updates of a rollout of `tree` for `prompts_per_step` prompts."""
-    if isinstance(method, ForwardProcess):
+    if isinstance(method, ForwardProcess | RewardGradient):
         return min(int(method.updates_per_rollout), len(tree.leaves))
     return count_updates(tree, method.updates_per_rollout, prompts_per_step)[0]
 
@@ -51,6 +52,9 @@ def price(
         updates = num_updates(method, tree, prompts_per_step)
         first = len(np.array_split(np.arange(images), updates)[0])
         frozen = float(method.frozen_passes(gradient, (images - first) * levels))
+    elif isinstance(method, RewardGradient):
+        gradient = len(tree.leaves) * method.passes_per_image
+        frozen = float(gradient if method.kl_weight else 0)
     else:
         gradient = int(counted.train_forward_passes)
         later = count_updates(tree, method.updates_per_rollout, prompts_per_step)[1]

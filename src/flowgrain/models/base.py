@@ -227,7 +227,11 @@ class Backbone(Protocol):
         """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images [B, 3, H, W] in 0..1, float32, of clean latents [B, *L]."""
+        """Return the images [B, 3, H, W] in 0..1, float32, of clean latents [B, *L].
+
+        Methods that train on the gradient of a reward need images with a graph if `latents`
+        require a gradient.
+        """
 
 
 @runtime_checkable

@@ -91,6 +91,8 @@ def apply_options(model: ModelConfig, transformer: Any, vae: Any) -> None:
         vae.enable_tiling()
     if model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+        if vae._supports_gradient_checkpointing:  # only has an effect on decoding with gradient
+            vae.enable_gradient_checkpointing()
     if model.attention_backend:
         try:
             transformer.set_attention_backend(model.attention_backend)

@@ -231,8 +231,10 @@ class PipelineBackbone(ABC):
         scaled = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
         return self._images(scaled)
 
-    @torch.no_grad()
     def _images(self, latents: Tensor) -> Tensor:
-        """Images in 0..1, float32, of latents that are already scaled for the VAE."""
+        """Images in 0..1, float32, of latents that are already scaled for the VAE.
+
+        Values outside of 0..1 are clamped and have no gradient, as in ReFL's published code.
+        """
         decoded: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)

@@ -173,7 +173,6 @@ class ShapesBackbone:
         )[0]
         return v
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, 32, 32] in 0..1 of latents [B, 4, 8, 8]."""
         scale, shift = self.vae.config["scaling_factor"], self.vae.config["shift_factor"]

@@ -11,6 +11,14 @@ from flowgrain.rewards.base import (
     build_reward,
     register_reward,
 )
+from flowgrain.rewards.gradient import (
+    DIFFERENTIABLE,
+    NoGradient,
+    differentiable,
+    gradient,
+    is_differentiable,
+    total_gradient,
+)
 from flowgrain.rewards.options import OptionError
 from flowgrain.rewards.scoring import (
     NOT_FINITE,
@@ -22,11 +30,13 @@ from flowgrain.rewards.scoring import (
 )
 
 __all__ = [
+    "DIFFERENTIABLE",
     "NOT_FINITE",
     "REWARDS",
     "SHAPES_REWARDS",
     "Explains",
     "Explanation",
+    "NoGradient",
     "OptionError",
     "PartScores",
     "Reward",
@@ -35,7 +45,11 @@ __all__ = [
     "Scores",
     "Unscored",
     "build_reward",
+    "differentiable",
+    "gradient",
+    "is_differentiable",
     "register_reward",
     "score",
     "score_with_parts",
+    "total_gradient",
 ]

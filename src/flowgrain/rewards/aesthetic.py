@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from flowgrain.data import Prompt
@@ -36,7 +35,6 @@ class Aesthetic(ClipReward):
         super().__init__(path, device, mode="torchvision")  # the authors use OpenAI's clip package
         self.head = head.to(device)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG002
         """Scores [I] of images [I, 3, H, W] in 0..1."""
         scores: Tensor = self.head(self.image_embeds(images)).squeeze(-1)

@@ -6,7 +6,6 @@ Letters: I images, H x W pixels, D dimensions of the embedding.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
@@ -32,6 +31,8 @@ class ClipReward:
             preprocessor_config.json.
         clean: applied to every prompt before the tokenizer, see `flowgrain.rewards.text`.
     """
+
+    differentiable = True
 
     def __init__(
         self,
@@ -81,7 +82,6 @@ class ClipReward:
         inputs = {name: tokens[name].to(self.device) for name in names}
         return F.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Cosine similarities [I]."""
         texts = self.text_embeds([prompt.text for prompt in prompts])

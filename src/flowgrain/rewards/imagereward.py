@@ -165,6 +165,8 @@ class ImageReward:
         allow_pickle: read the tensors of a checkpoint that is not a .safetensors file.
     """
 
+    differentiable = True
+
     def __init__(
         self,
         checkpoint: str = "THUDM/ImageReward/ImageReward.pt",
@@ -190,7 +192,6 @@ class ImageReward:
             )
         self.preprocess = Preprocess(model.size, "torchvision")
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores [I] of images [I, 3, H, W] in 0..1."""
         text = self.tokenizer(

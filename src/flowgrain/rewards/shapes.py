@@ -84,11 +84,12 @@ class Towers:
         folder: directory with the trained models.
     """
 
+    differentiable = True
+
     def __init__(self, folder: Path = WEIGHTS, /) -> None:
         model = CLIPModel.from_pretrained(folder / "towers")
         self.model: Any = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores [I] of images [I, 3, 32, 32] in 0..1."""
         device = self.model.device
@@ -148,11 +149,12 @@ class Preference:
         folder: directory with the trained models.
     """
 
+    differentiable = True
+
     def __init__(self, folder: Path = WEIGHTS, /) -> None:
         self.model = PreferenceModel().eval().requires_grad_(False)
         self.model.load_state_dict(load_file(folder / "preference.safetensors"))
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Scores [I] of images [I, 3, 32, 32] in 0..1."""
         device = self.model.word.weight.device

@@ -18,7 +18,7 @@ from flowgrain.core.sde import ODE, Kernel
 from flowgrain.core.tree import Ints, Tree
 from flowgrain.data import Prompt, keyed_noise, prompts_of_step
 from flowgrain.distributed import SINGLE, World
-from flowgrain.methods import ForwardProcess, Method, PolicyGradient, plan_tree
+from flowgrain.methods import ForwardProcess, Method, PolicyGradient, RewardGradient, plan_tree
 from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Reward, Scorer, Scores
@@ -96,7 +96,7 @@ class RolloutCollector:
             method.reward_mix,
             method.advantage_clip,
         )
-        trains_images = isinstance(method, ForwardProcess)
+        trains_images = isinstance(method, ForwardProcess | RewardGradient)
         edge_weight = torch.ones_like(advantage)
         if isinstance(method, PolicyGradient) and method.best_of:
             edge_weight = credit.extremes(advantage, normalization.groups(tree), method.best_of)
@@ -112,6 +112,8 @@ class RolloutCollector:
             credited=tree.leaves if trains_images else tree.edges,
             advantage=advantage,
             edge_weight=edge_weight,
+            rewards=self.rewards,
+            reward_weights=self.reward_weights,
         )
 
     def calibrate(self) -> CalibrationResult:

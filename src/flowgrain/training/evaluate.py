@@ -144,6 +144,7 @@ def sample_images(
         return sample(policy, texts, noise, sigmas, config.eval_guidance, batch_size)
 
 
+@torch.no_grad()
 def decode(policy: Policy, latents: Tensor, batch_size: int) -> Tensor:
     """Images [I, 3, H, W] on the CPU of clean latents [I, *L], `batch_size` at a time."""
     parts = []

@@ -17,7 +17,7 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.distributed import env_rank, local_world_size
-from flowgrain.methods import PolicyGradient
+from flowgrain.methods import PolicyGradient, RewardGradient
 from flowgrain.methods.calibration import calibration_tree
 from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError, SettingsWarning
@@ -179,14 +179,21 @@ def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int
     """What a rank holds on its device."""
     dtype = compute_dtype(config.runtime.dtype, device)
     parts = dict(memory(config, size, dtype, ranks).parts)
-    latents = parts.pop("latents", 0.0)
+    latents, activations = (parts.pop(name, 0.0) for name in ("latents", "decoder activations"))
     model, rank = config.model, config.lora.rank
     adapter = 4.0 * rank * size.adapter
     if adapter > size.transformer:
         parameters = Need(sum(parts.values()), "the adapters", "lora.rank", rank)
     else:
         parameters = Need(sum(parts.values()), "the parameters", "model.name", model.name, False)
-    return [parameters, _of_step(config, latents, "the latents of a step")]
+    needs = [parameters, _of_step(config, latents, "the latents of a step")]
+    if activations and isinstance(config.method, RewardGradient):
+        images = config.method.decode_batch_size
+        setting, value = ("method.decode_batch_size", images)
+        if images == 1:
+            setting, value = "model.height", model.height
+        needs.append(Need(activations, "the activations of the decoder", setting, value))
+    return needs
 
 
 def _of_host(config: Config, size: ModelSize, ranks: int) -> list[Need]:

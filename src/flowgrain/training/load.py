@@ -7,9 +7,10 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
+from flowgrain.methods import Method, RewardGradient
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.models.quiet import quiet_libraries
-from flowgrain.rewards import Reward, build_reward
+from flowgrain.rewards import DIFFERENTIABLE, Reward, build_reward, is_differentiable
 from flowgrain.rewards.options import check_call
 from flowgrain.rewards.reachable import check_server
 from flowgrain.settings import SettingsError
@@ -80,13 +81,15 @@ def load_rewards(
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
-        SettingsError: a reward cannot be loaded, or nobody answers at the address of its server.
+        SettingsError: a reward cannot be loaded, nobody answers at the address of its server, or
+            the method needs a gradient that it does not have.
     """
     quiet_libraries()
     if given is not None:
         trained = {name: check_call(name, reward) for name, reward in given.items()}
     else:
         trained = {reward.name: build_reward(reward) for reward in config.rewards}
+    check_gradients(config.method, trained)
     others = {
         reward.name: build_reward(reward)
         for reward in config.evaluation.rewards
@@ -96,6 +99,23 @@ def load_rewards(
     for name, reward in rewards.items():
         check_server(name, reward)
     return trained, rewards
+
+
+def check_gradients(method: Method, rewards: Mapping[str, Reward]) -> None:
+    """Check that all trained rewards are differentiable, if the method trains on their gradient.
+
+    Raises:
+        SettingsError: a reward is not.
+    """
+    if not isinstance(method, RewardGradient):
+        return
+    for name, reward in rewards.items():
+        if not is_differentiable(reward):
+            raise SettingsError(
+                f"rewards[{name}]: method {method.name!r} trains on the gradient of its rewards, "
+                f"but this reward is not differentiable. Use {', '.join(DIFFERENTIABLE)}, or a "
+                "custom reward with the decorator flowgrain.rewards.differentiable."
+            )
 
 
 def check_prompt_files(config: Config) -> None:

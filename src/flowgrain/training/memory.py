@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from flowgrain.config.schema import Config
-from flowgrain.methods import ForwardProcess
+from flowgrain.methods import ForwardProcess, RewardGradient
+from flowgrain.training.activations import decoder_activations
 from flowgrain.training.sizes import ModelSize
 
 GPUS_PER_MACHINE = 8
@@ -39,7 +40,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a run holds on each GPU, by part, without activations and text encoders."""
+    """Bytes that a run holds on each GPU, by part, without text encoders.
+
+    Activations are left out, except those of a decoder with gradient.
+    """
 
     parts: dict[str, float]
 
@@ -83,7 +87,8 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
         "old policy": (4.0 * trained if shares_frozen else weights) if keeps_old else 0.0,
         "sampling copy": _sampling_copy(size, dtype, layout),
         "quantized copy": _quantized_copy(config, size, width),
-        "VAE": (2.0 if config.model.vae_dtype == "bfloat16" else 4.0) * size.vae,
+        "VAE": _vae_width(config) * size.vae,
+        "decoder activations": _decoder_activations(config),
         "latents": _latents(config, size, gpus),
     }
     return Memory({name: value for name, value in parts.items() if value})
@@ -124,9 +129,28 @@ def _quantized_copy(config: Config, size: ModelSize, width: int) -> float:
     return float(size.quantizable + width * other)
 
 
+def _vae_width(config: Config) -> float:
+    """Bytes of a number in the VAE."""
+    return 2.0 if config.model.vae_dtype == "bfloat16" else 4.0
+
+
+def _decoder_activations(config: Config) -> float:
+    """Bytes that the decoder keeps for the gradient of a reward.
+
+    The activations of the transformer and of the rewards are not counted.
+    """
+    if not isinstance(config.method, RewardGradient):
+        return 0.0
+    images = min(config.method.decode_batch_size, config.micro_batch_size)
+    return _vae_width(config) * images * decoder_activations(config.model)
+
+
 def _latents(config: Config, size: ModelSize, gpus: int) -> float:
-    """Bytes of the float32 latents that a rollout keeps: leaves, trained edges, their parents."""
+    """Bytes of the float32 latents that a rollout keeps.
+
+    These are leaves, trained edges, their parents, and kept rows.
+    """
     tree = config.tree()
-    kept = len(tree.leaves) + len(tree.edges) + len(tree.trained_parents)
+    kept = len(tree.leaves) + len(tree.edges) + len(tree.trained_parents) + int(tree.kept.sum())
     prompts = -(-config.training.prompts_per_step // gpus)
     return 4.0 * size.latent * prompts * kept

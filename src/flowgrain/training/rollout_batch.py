@@ -3,6 +3,7 @@
 Shapes: P prompts, E trained edges, I images.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from flowgrain.core.tree import Ints, Tree
 from flowgrain.data import Prompt
 from flowgrain.distributed import World
 from flowgrain.models import Conditioning
-from flowgrain.rewards import Scores
+from flowgrain.rewards import Reward, Scores
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -51,6 +52,8 @@ class RolloutBatch:
             trains on images.
         advantage: advantage of each credited row.
         edge_weight: weight of each credited row in the loss.
+        rewards: trained rewards by name, for methods that use their gradient.
+        reward_weights: weight of every reward by name.
     """
 
     step: int
@@ -64,6 +67,8 @@ class RolloutBatch:
     credited: Ints
     advantage: Tensor
     edge_weight: Tensor
+    rewards: Mapping[str, Reward]
+    reward_weights: Mapping[str, float]
 
     @property
     def _rows_per_prompt(self) -> int:
@@ -81,6 +86,11 @@ class RolloutBatch:
         prompt, offset = np.divmod(rows, self._rows_per_prompt)
         whole: Ints = (prompt * self.world.size + self.world.rank) * self._rows_per_prompt + offset
         return whole
+
+    def prompts_of(self, rows: Ints) -> list[Prompt]:
+        """The prompt of each row of this rank's tree."""
+        number = self.rollout.tree.prompt[rows] * self.world.size + self.world.rank
+        return [self.prompts[i % len(self.prompts)] for i in number]
 
     def micro_batches(self, rows: Ints, size: int) -> list[MicroBatch]:
         """The rows of the whole tree among `rows` that belong to this rank, `size` at a time.

@@ -154,6 +154,23 @@ def forward_flops(model: ModelConfig) -> float:
     return float(counter.get_total_flops())
 
 
+def meta_vae(model: ModelConfig) -> tuple[Any, tuple[int, ...]] | None:
+    """The VAE of `model` on the meta device, and the shape of one latent as its input.
+
+    None without configurations.
+    """
+    parts = _meta_parts(model)
+    if parts is None:
+        return None
+    vae, scale = parts[1], _vae_scale(parts[1])
+    if model.name == "shapes":
+        return vae, (1, *ShapesBackbone.latent_shape)
+    height, width = model.height // scale, model.width // scale
+    if "z_dim" in vae.config:  # Qwen-Image: one frame
+        return vae, (1, vae.config["z_dim"], 1, height, width)
+    return vae, (1, vae.config["latent_channels"], height, width)
+
+
 def embeds_guidance(model: ModelConfig) -> bool:
     """Whether guidance is an input of the transformer (FLUX.1-dev) and costs no second row."""
     parts = _meta_parts(model)

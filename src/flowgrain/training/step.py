@@ -8,13 +8,14 @@ from torch import Tensor
 from flowgrain.config.schema import Config
 from flowgrain.distributed import World
 from flowgrain.distributed.sharding import set_gradient_sync
-from flowgrain.methods import ForwardProcess, Method, PolicyGradient
+from flowgrain.methods import ForwardProcess, Method, PolicyGradient, RewardGradient
 from flowgrain.training.collect import RolloutCollector, check_failed_rewards
 from flowgrain.training.forward_process import ForwardProcessLoss
 from flowgrain.training.losses import RolloutLoss, TermRecord
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.policy_gradient import PolicyGradientLoss
+from flowgrain.training.reward_gradient import RewardGradientLoss
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 from flowgrain.training.signals import check_stop
 
@@ -95,13 +96,17 @@ def rollout_loss(
     """The losses of `batch` for this kind of method.
 
     Raises:
-        TypeError: the method derives neither from PolicyGradient nor from ForwardProcess.
+        TypeError: the method derives from none of the three base classes.
     """
     if isinstance(method, PolicyGradient):
         return PolicyGradientLoss(config, method, policy, batch, sigmas)
     if isinstance(method, ForwardProcess):
         return ForwardProcessLoss(config, method, policy, batch, sigmas)
-    raise TypeError(f"method {method.name!r} must derive from PolicyGradient or ForwardProcess")
+    if isinstance(method, RewardGradient):
+        return RewardGradientLoss(config, method, policy, batch, sigmas)
+    raise TypeError(
+        f"method {method.name!r} must derive from PolicyGradient, ForwardProcess or RewardGradient"
+    )
 
 
 def rollout_metrics(batch: RolloutBatch) -> Metrics:
@@ -112,7 +117,7 @@ def rollout_metrics(batch: RolloutBatch) -> Metrics:
         metrics[f"failed/{name}"] = scores.failed
     world: World = batch.world
     return metrics | {
-        "advantage/std": float(batch.advantage.std()),
+        "advantage/std": float(batch.advantage.std()) if len(batch.advantage) > 1 else 0.0,
         "advantage/zero": float((batch.advantage == 0).float().mean()),
         "forward_passes": batch.rollout.forward_passes * world.size,
         "decodes": len(batch.tree.leaves),

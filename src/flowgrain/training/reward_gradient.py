@@ -1,0 +1,193 @@
+"""The losses of methods that train on the gradient of the reward.
+
+The last steps of every image are repeated with gradient. Decoder and rewards are evaluated for a
+few images at a time: their gradient with respect to x0 is computed at once, and their graph is
+freed. The loss then contains the reward as a number with this gradient.
+
+Shapes: I images, B rows of a micro-batch, K steps with gradient, *L latent.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from flowgrain.config.schema import Config
+from flowgrain.core.sde import ODE, Step, per_row
+from flowgrain.core.tree import Ints, Tree
+from flowgrain.data import Prompt, latent_noise
+from flowgrain.methods import RewardGradient
+from flowgrain.models import Conditioning, take
+from flowgrain.rewards import total_gradient
+from flowgrain.rewards.base import describe
+from flowgrain.training.errors import RunStopped
+from flowgrain.training.losses import TermRecord, Terms, Update
+from flowgrain.training.policy import Policy
+from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+
+
+def path_to(tree: Tree, rows: Ints, steps: int) -> list[Ints]:
+    """The rows of the last `steps` steps before `rows`, and `rows`, in the order of sampling."""
+    path = [rows]
+    for _ in range(steps):
+        path.append(tree.parent[path[-1]])
+    return path[::-1]
+
+
+def with_gradient(value: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+    """`value` [B], differentiable with respect to `x` [B, *L] with the gradient `slope` [B, *L]."""
+    return value + ((x - x.detach()) * slope).flatten(1).sum(1)
+
+
+class RewardGradientLoss:
+    """The losses of a reward-gradient method. See `losses.RolloutLoss`.
+
+    Losses are summed over images and divided by the global number of images.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: RewardGradient,
+        policy: Policy,
+        batch: RolloutBatch,
+        sigmas: Tensor,
+    ) -> None:
+        self.method, self.policy, self.batch, self.sigmas = method, policy, batch, sigmas
+        self.seed, self.guidance = config.runtime.seed, config.sampling.guidance_scale
+        self.batch_sizes = config.reward_batch_sizes
+        self.samples = max(method.noise_samples, 1)
+        self.updates: Sequence[Update] = [
+            self._update(leaves, config.micro_batch_size) for leaves in self._shares()
+        ]
+
+    def _shares(self) -> list[Ints]:
+        """The leaves of every optimizer update: equal shares of the images of every prompt."""
+        tree = self.batch.tree
+        of_prompt = [tree.leaves[tree.prompt[tree.leaves] == p] for p in range(tree.num_prompts)]
+        updates = int(self.method.updates_per_rollout)
+        parts = zip(*(np.array_split(leaves, updates) for leaves in of_prompt), strict=True)
+        shares = [np.sort(np.concatenate(part)) for part in parts]
+        return [share for share in shares if len(share)]
+
+    def _update(self, leaves: Ints, size: int) -> Update:
+        rows = leaves.repeat(self.samples)
+        return Update(leaves, self.batch.micro_batches(rows, size), len(rows))
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def terms(self, number: int, place: int) -> Terms:
+        """Loss [B] of a micro-batch. With a KL weight, also the distance [B] to the reference."""
+        micro_batches = self.updates[number].micro_batches
+        rows = micro_batches[place].rows
+        taken = sum(len(before.rows) for before in micro_batches[:place])
+        sample = np.arange(taken, taken + len(rows)) % self.samples
+        x0, distance = self._last_steps(rows, self._start(rows, sample))
+        reward, slope = self._rewards(x0.detach(), self.batch.prompts_of(rows))
+        scored = reward.isfinite() & slope.isfinite().flatten(1).all(1)
+        reward = torch.where(scored, reward, 0).requires_grad_()
+        value = self.method.loss(reward)
+        rate = torch.autograd.grad(value.sum(), reward)[0] * scored  # d loss / d reward, (B)
+        slope = per_row(rate, slope) * torch.where(per_row(scored, slope), slope, 0)
+        # An image without a score has no loss.
+        loss = with_gradient(torch.where(scored, value.detach(), 0), x0, slope)
+        terms = {"loss": loss, "clipped": (rate == 0).float()}
+        if not self.method.kl_weight:
+            return terms
+        return terms | {"loss": loss + self.method.kl_weight * distance, "kl": distance}
+
+    def _start(self, rows: Ints, sample: Ints) -> Tensor:
+        """The states [B, *L] before the first step with gradient."""
+        batch, tree = self.batch, self.batch.rollout.tree
+        start = path_to(tree, rows, self.method.gradient_steps)[0]
+        if not self.method.noise_samples:
+            return batch.rollout.at(start)
+        x0 = batch.rollout.at(rows).float()
+        leaves = batch.tree.leaves
+        image = np.searchsorted(leaves, batch.global_rows(rows)).clip(max=len(leaves) - 1)
+        keys = zip(image.tolist(), sample.tolist(), strict=True)
+        shape = x0.shape[1:]
+        noise = [latent_noise(shape, "renoise", self.seed, batch.step, *key) for key in keys]
+        sigma = per_row(self.sigmas[self._index(tree.grid_index[start])], x0)
+        return (1 - sigma) * x0 + sigma * torch.stack(noise).to(x0)
+
+    def _last_steps(self, rows: Ints, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 [B, *L] of the last K steps from `x` [B, *L], and the distance [B] to the reference.
+
+        The distance is the mean over the steps of ||v - v_ref||^2, without a KL weight 0.
+        """
+        tree = self.batch.rollout.tree
+        cond = take(self.batch.cond, self._index(tree.prompt[rows]))
+        distance = torch.zeros(len(rows), device=x.device)
+        path = path_to(tree, rows, self.method.gradient_steps)
+        for start, end in itertools.pairwise(path):
+            before, after = self._index(tree.grid_index[start]), self._index(tree.grid_index[end])
+            step = Step.on(self.sigmas, before, after)
+            v = self._velocity(x, step.sigma, cond)
+            if self.method.kl_weight:
+                v_ref = self.policy.reference_velocity(x, step.sigma, cond, self.guidance)
+                distance = distance + (v - v_ref).square().flatten(1).mean(1)
+            x = ODE()(x, v, step).mean
+        return x, distance / self.method.gradient_steps
+
+    def _velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """v [B, *L]. With several steps, its activations are recomputed in the backward pass."""
+        inputs = (x, sigma, cond, self.guidance)
+        if self.method.gradient_steps == 1:
+            return self.policy.train_velocity(*inputs)
+        v: Tensor = checkpoint(
+            self.policy.train_velocity, *inputs, use_reentrant=False, preserve_rng_state=False
+        )
+        return v
+
+    def _rewards(self, x0: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the rewards [B] of latents, and its gradient [B, *L].
+
+        Raises:
+            RunStopped: a reward or the decoder has no gradient, or raises an error.
+        """
+        rewards, slopes = [], []
+        size = self.method.decode_batch_size
+        for first in range(0, len(x0), size):
+            latents = x0[first : first + size].requires_grad_()
+            images = self.policy.backbone.decode(latents)
+            if not images.requires_grad:
+                raise RunStopped(
+                    f"method {self.method.name!r} needs the gradient of the decoder, but the "
+                    "images that this backbone decodes have none"
+                )
+            try:
+                reward, slope = total_gradient(
+                    self.batch.rewards,
+                    self.batch.reward_weights,
+                    images.detach(),
+                    prompts[first : first + size],
+                    self.batch_sizes,
+                )
+            except Exception as error:  # user code may raise anything
+                raise RunStopped(f"no gradient of the rewards: {describe(error)}") from error
+            rewards.append(reward)
+            slopes.append(torch.autograd.grad(images, latents, slope.to(images))[0].float())
+        return torch.cat(rewards), torch.cat(slopes)
+
+    def _index(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.policy.device)
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+    def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002
+        """Loss, share of images without gradient, and forward passes of the step."""
+        passes = len(self.batch.tree.leaves) * self.method.passes_per_image
+        weighted = bool(self.method.kl_weight)
+        metrics: Metrics = {
+            "loss": means["loss"],
+            "clip_fraction": means["clipped"],
+            "train_forward_passes": passes,
+            "frozen_forward_passes": passes if weighted else 0,
+        }
+        return metrics | ({"kl": means["kl"]} if weighted else {})
