@@ -5,6 +5,7 @@ from flowgrain.rewards.base import (
     SHAPES_REWARDS,
     Explains,
     Explanation,
+    GroupReward,
     Reward,
     RewardConfig,
     Unscored,
@@ -12,6 +13,7 @@ from flowgrain.rewards.base import (
     register_reward,
 )
 from flowgrain.rewards.options import OptionError
+from flowgrain.rewards.pairwise import PAIR_JUDGES, PairJudge, register_pair_judge
 from flowgrain.rewards.scoring import (
     NOT_FINITE,
     PartScores,
@@ -23,11 +25,14 @@ from flowgrain.rewards.scoring import (
 
 __all__ = [
     "NOT_FINITE",
+    "PAIR_JUDGES",
     "REWARDS",
     "SHAPES_REWARDS",
     "Explains",
     "Explanation",
+    "GroupReward",
     "OptionError",
+    "PairJudge",
     "PartScores",
     "Reward",
     "RewardConfig",
@@ -35,6 +40,7 @@ __all__ = [
     "Scores",
     "Unscored",
     "build_reward",
+    "register_pair_judge",
     "register_reward",
     "score",
     "score_with_parts",

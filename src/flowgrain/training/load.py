@@ -1,5 +1,6 @@
 """Loading the parts of a run: device and dtypes, the backbone, rewards and prompts."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -7,10 +8,11 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
+from flowgrain.distributed import env_rank
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.models.quiet import quiet_libraries
-from flowgrain.rewards import Reward, build_reward
-from flowgrain.settings import SettingsError
+from flowgrain.rewards import GroupReward, Reward, build_reward
+from flowgrain.settings import SettingsError, SettingsWarning
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,12 +75,16 @@ def load_rewards(
 ) -> tuple[dict[str, Reward], dict[str, Reward]]:
     """The trained rewards, and all rewards that evaluation uses.
 
+    An evaluation has one image per prompt, so it leaves out rewards that compare images. A warning
+    names them.
+
     Args:
         config: settings of the rewards.
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
-        SettingsError: a reward cannot be loaded.
+        SettingsError: a reward cannot be loaded, or evaluation.rewards contains a reward that
+            compares images.
     """
     quiet_libraries()
     if given is not None:
@@ -90,7 +96,25 @@ def load_rewards(
         for reward in config.evaluation.rewards
         if reward.name not in trained
     }
-    return trained, {**trained, **others}
+    return trained, _evaluated(trained, others)
+
+
+def _evaluated(trained: Mapping[str, Reward], others: Mapping[str, Reward]) -> dict[str, Reward]:
+    """The rewards that evaluation uses."""
+    reason = "compares the images of a prompt, and an evaluation has one image per prompt"
+    for name, reward in others.items():
+        if isinstance(reward, GroupReward):
+            raise SettingsError(f"evaluation.rewards: {name!r} {reason}. Remove it.")
+    left_out = [name for name, reward in trained.items() if isinstance(reward, GroupReward)]
+    evaluated = {
+        name: reward for name, reward in {**trained, **others}.items() if name not in left_out
+    }
+    if env_rank()[0] == 0:
+        for name in left_out:
+            fix = "" if evaluated else " Add another reward to evaluation.rewards."
+            message = f"rewards[{name}]: is not evaluated, because it {reason}.{fix}"
+            warnings.warn(message, SettingsWarning, stacklevel=4)
+    return evaluated
 
 
 def check_prompt_files(config: Config) -> None:
