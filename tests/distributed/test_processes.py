@@ -20,6 +20,7 @@ from flowgrain.distributed import SINGLE, env_rank, local_world_size
 from flowgrain.distributed.threads import available_cores, set_threads
 from flowgrain.training.run_lock import RunLock
 
+PAIRWISE = {"name": "pairwise", "judge": {"name": "score", "reward": "toy:red"}, "comparisons": 4}
 SHARDED = {"runtime.rollout_weights": "sharded"}
 FULL = {f"{method}-full": (method, {}) for method in METHODS}
 LORA = {
@@ -34,6 +35,7 @@ MORE = {
     "sharded adapter": ("flow_grpo", {**SHARDED, "lora.rank": 2}),
     "reference": ("flow_grpo", {"method.kl_weight": 0.1, "method.updates_per_rollout": 3}),
     "per step": ("dancegrpo", {"method.updates_per_rollout": "per_step", "method.best_of": 2}),
+    "pairwise": ("g2rpo", {"sampling.prompts_per_chunk": 2, "rewards": [PAIRWISE]}),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),
 }
 CASES = {**FULL, **LORA, **MORE}
