@@ -15,7 +15,7 @@ from flowgrain.methods import METHODS, plan_tree
 from flowgrain.planning.doctor import check_parts
 from flowgrain.rewards import GroupReward, Scorer, Unscored, score
 from flowgrain.rewards.server import reward_app
-from flowgrain.settings import SettingsError, SettingsWarning
+from flowgrain.settings import SettingsError
 from flowgrain.training.load import load_rewards
 
 PAIRWISE = {"name": "pairwise", "judge": "score"}
@@ -35,7 +35,6 @@ SMALL = {
     "evaluation.rewards": [],
     "optimizer.learning_rate": 1e-3,
 }
-pytestmark = pytest.mark.filterwarnings("ignore::flowgrain.settings.SettingsWarning")
 
 
 class Rank:
@@ -197,15 +196,18 @@ def test_a_group_is_never_split_in_training(tmp_path):
     assert sorted(rank.groups) == sorted(expected)
 
 
-def test_evaluation_leaves_out_rewards_that_compare(tmp_path):
+def test_evaluation_leaves_out_rewards_that_compare(tmp_path, caplog):
     config = load_config("g2rpo", {**SMALL, "rewards": [PAIRWISE]})
-    with pytest.warns(SettingsWarning, match=r"rewards\[pairwise\]: is not evaluated, .* Add ano"):
-        trained, evaluated = load_rewards(config)
+    trained, evaluated = load_rewards(config)
+    assert caplog.messages == [
+        "rewards[pairwise]: is not evaluated, because it compares the images of a prompt, and an "
+        "evaluation has one image per prompt. Add another reward to evaluation.rewards."
+    ]
     assert list(trained) == ["pairwise"]
     assert evaluated == {}
     both = config.with_changes({"evaluation.rewards": ["oracle"]})
-    with pytest.warns(SettingsWarning, match=r"one image per prompt\.$"):
-        assert list(load_rewards(both)[1]) == ["oracle"]
+    assert list(load_rewards(both)[1]) == ["oracle"]
+    assert caplog.messages[1].endswith("one image per prompt.")
     wrong = load_config("g2rpo", {**SMALL, "rewards": ["oracle"], "evaluation.rewards": [PAIRWISE]})
     with pytest.raises(SettingsError, match=r"^evaluation\.rewards: 'pairwise' compares the im"):
         load_rewards(wrong)

@@ -1,6 +1,6 @@
 """Loading the parts of a run: device and dtypes, the backbone, rewards and prompts."""
 
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -12,7 +12,9 @@ from flowgrain.distributed import env_rank
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.rewards import GroupReward, Reward, build_reward
-from flowgrain.settings import SettingsError, SettingsWarning
+from flowgrain.settings import SettingsError
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -112,8 +114,7 @@ def _evaluated(trained: Mapping[str, Reward], others: Mapping[str, Reward]) -> d
     if env_rank()[0] == 0:
         for name in left_out:
             fix = "" if evaluated else " Add another reward to evaluation.rewards."
-            message = f"rewards[{name}]: is not evaluated, because it {reason}.{fix}"
-            warnings.warn(message, SettingsWarning, stacklevel=4)
+            log.warning("rewards[%s]: is not evaluated, because it %s.%s", name, reason, fix)
     return evaluated
 
 
