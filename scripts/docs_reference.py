@@ -24,7 +24,8 @@ from pydantic_core import PydanticUndefined
 from flowgrain.cli.app import app
 from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, Method, PolicyGradient
-from flowgrain.rewards import REWARDS, RewardConfig
+from flowgrain.registry import Registry
+from flowgrain.rewards import PAIR_JUDGES, REWARDS, RewardConfig
 
 BOUNDS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
 
@@ -198,16 +199,24 @@ def differs(base: type[BaseModel], key: str, field: FieldInfo) -> bool:
 
 
 def reward_options() -> list[str]:
-    """The options of every registered reward, from the signature of its class or function."""
-    lines = ["| Reward | Options |", "| --- | --- |"]
-    for name in REWARDS:
-        options = [option_text(p) for p in inspect.signature(REWARDS.get(name)).parameters.values()]
-        lines.append(f"| `{name}` | {', '.join(filter(None, options)) or 'none'} |")
+    """The options of every reward and pairwise judge, from the signature of its class."""
     return [
         "## Options of the rewards",
         "Options without a default are required. [Rewards](../guides/rewards.md) describes them.",
-        "\n".join(lines),
+        options_table("Reward", REWARDS),
+        "Judges of the reward `pairwise`:",
+        options_table("Judge", PAIR_JUDGES),
     ]
+
+
+def options_table(kind: str, registry: Registry[Any]) -> str:
+    """The options of every class or function of a registry."""
+    lines = [f"| {kind} | Options |", "| --- | --- |"]
+    for name in registry:
+        parameters = inspect.signature(registry.get(name)).parameters.values()
+        options = [option_text(parameter) for parameter in parameters]
+        lines.append(f"| `{name}` | {', '.join(filter(None, options)) or 'none'} |")
+    return "\n".join(lines)
 
 
 def option_text(parameter: inspect.Parameter) -> str:

@@ -11,7 +11,7 @@ import torch
 from flowgrain.config import Config, load_config
 from flowgrain.methods import METHODS
 from flowgrain.models import BACKBONES
-from flowgrain.rewards import REWARDS
+from flowgrain.rewards import PAIR_JUDGES, REWARDS
 
 torch.set_num_threads(1)
 
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def imported_files_are_forgotten(tmp_path_factory):
     """Forget modules that a test wrote and imported, and what its plugins registered."""
-    registries = (METHODS, REWARDS, BACKBONES)
+    registries = (METHODS, REWARDS, PAIR_JUDGES, BACKBONES)
     objects = [dict(registry._objects) for registry in registries]
     modules, path = set(sys.modules), list(sys.path)
     yield

@@ -81,14 +81,15 @@ def make(folder, changes=None, method="g2rpo"):
     of_method = OF_METHOD.get(method, {})
     if "window_size" in METHODS.get(method).model_fields:
         of_method = {"method.window_size": 2}
-    config = load_config(method, {**SETTINGS, **of_method, **(changes or {})})
+    changes = changes or {}
+    config = load_config(method, {**SETTINGS, **of_method, **changes})
     return WithoutExport(
         config,
         folder,
         backbone=Small(),
         prompts=SIX,
         eval_prompts=PROMPTS,
-        rewards={"red": red},
+        rewards=None if "rewards" in changes else {"red": red},
     )
 
 

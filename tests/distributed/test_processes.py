@@ -20,6 +20,7 @@ from flowgrain.distributed import SINGLE, env_rank, local_world_size
 from flowgrain.distributed.threads import available_cores, set_threads
 from flowgrain.training.run_lock import RunLock
 
+PAIRWISE = {"name": "pairwise", "judge": {"name": "score", "reward": "toy:red"}, "comparisons": 4}
 SHARDED = {"runtime.rollout_weights": "sharded"}
 FULL = {f"{method}-full": (method, {}) for method in METHODS}
 LORA = {
@@ -39,6 +40,7 @@ MORE = {
         "draft",
         {"lora.rank": 2, "method.lv_samples": 2, "method.updates_per_rollout": 2},
     ),
+    "pairwise": ("g2rpo", {"sampling.prompts_per_chunk": 2, "rewards": [PAIRWISE]}),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),
 }
 CASES = {**FULL, **LORA, **MORE}

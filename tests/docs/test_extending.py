@@ -64,3 +64,23 @@ def test_the_file_on_the_page_trains(
     assert [line["step"] for line in lines] == [0, 1, 2]  # step 0 is the evaluation before training
     assert all(line["grad_norm"] > 0 for line in lines[1:])
     assert Path("run/export/transformer/config.json").exists()
+
+
+def test_rewards_that_compare_images_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file with a reward and a pairwise judge, on the page about rewards."""
+    page = (DOCS / "reward.md").read_text()
+    (code,) = re.findall(r'```python\n("""closest\.py.*?)```', page, re.DOTALL)
+    (tmp_path / "closest.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    rewards = "rewards=[closest,{name: pairwise, judge: {name: brighter, margin: 0.01}}]"
+    train = ["train", "flow_grpo", rewards, *SMALL, "--plugin", "closest.py", "--out", "run"]
+    result = CliRunner().invoke(app, [*train, "evaluation.num_prompts=2"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "rewards[pairwise]: is not evaluated, because it compares the images" in caplog.text
+    line = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert line["failed/closest"] == line["failed/pairwise"] == 0
+    assert line["reward/pairwise"] == pytest.approx(0.5)
+    assert "eval/oracle" in line
+    assert "eval/pairwise" not in line

@@ -46,6 +46,18 @@ class Normalization:
         return torch.from_numpy(np.unique(of_row[tree.edges], return_inverse=True)[1])
 
 
+def leaf_groups(tree: Tree) -> Ints:
+    """Group [I] of every leaf, for rewards that compare images: its prompt and its channel.
+
+    A leaf with several channels belongs to the group of its lowest channel. In G2RPO, images of
+    different granularities are therefore not compared with each other.
+    """
+    lowest = np.full(len(tree), tree.num_channels)
+    np.minimum.at(lowest, tree.image, tree.channel)
+    groups: Ints = tree.prompt[tree.leaves] * tree.num_channels + lowest[tree.leaves]
+    return groups
+
+
 def row_values(tree: Tree, rewards: Tensor) -> Tensor:
     """Values [N, C] of all rows: the mean reward, per channel, of the leaves at or below the row.
 

@@ -73,6 +73,10 @@ def run_evaluation(
     names = [name for name, value in given.items() if value is not None]
     _check_given(request, names)
     all_rewards = load_rewards(config, rewards)[1]
+    if not all_rewards:
+        raise SettingsError(
+            "evaluation.rewards is empty. Name a reward: evaluation.rewards=[clip]."
+        )
     target = request.targets[0]
     policy, sampling = load_target(target, config, overrides, backbone)
     chosen = load_prompts(config, policy.backbone, "eval", prompts)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from pydantic import field_validator
 from torch import Tensor
 
+from flowgrain.core import credit
 from flowgrain.core.credit import Normalization, RewardMix, Scope
-from flowgrain.core.tree import Planner, Tree
+from flowgrain.core.tree import Ints, Planner, Tree
 from flowgrain.registry import Registry
 from flowgrain.settings import Section, Setting, SettingsError
 
@@ -129,6 +130,13 @@ class Method(Section, ABC):
             rewards: [I] rewards of the leaves. NaN marks an image without a score.
             how: normalization of values to advantages.
         """
+
+    def leaf_groups(self, tree: Tree) -> Ints:
+        """Group number [I] of every leaf. A `GroupReward` compares the images of a group.
+
+        Default: leaves of the same prompt and channel.
+        """
+        return credit.leaf_groups(tree)
 
     @property
     def needs_reference(self) -> bool:

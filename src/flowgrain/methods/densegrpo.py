@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowgrain.core import credit
 from flowgrain.core.credit import Normalization, Scope
-from flowgrain.core.tree import Planner, Tree
+from flowgrain.core.tree import Ints, Planner, Tree
 from flowgrain.methods.base import register
 from flowgrain.methods.flow_grpo import FlowGRPODefaults
 from flowgrain.methods.options import SharedNoise
@@ -61,6 +61,10 @@ class DenseGRPO(FlowGRPODefaults, SharedNoise):
 
     def credit(self, tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
         return (credit.gain if self.dense_reward == "gain" else credit.state)(tree, rewards, how)
+
+    def leaf_groups(self, tree: Tree) -> Ints:
+        # A gain is a difference of two channels, so their images are compared with each other.
+        return tree.prompt[tree.leaves]
 
     def last_possible_step(self, num_steps: int) -> int:
         # The step into sigma = 0 is also stochastic, except with CPS, which adds no noise there.

@@ -169,7 +169,7 @@ def check_parts(trainer: Trainer) -> list[Finding]:
         rate, images = forward.result, decoding.result
         if config.tail_schedule != "interleaved":
             findings.append(attempt("approximate tail", partial(tail_quality, trial), str).finding)
-    for name, reward in trainer.eval_rewards.items():
+    for name, reward in {**trainer.rewards, **trainer.eval_rewards}.items():
         prompt = (trainer.prompts if name in trainer.rewards else trainer.eval_prompts)[0]
         scoring = attempt(f"reward {name}", partial(score_noise, reward, images, prompt), str)
         findings.append(scoring.finding)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowgrain.data import Prompt
 from flowgrain.models import Conditioning, take
-from flowgrain.rewards import NOT_FINITE, Reward, score
+from flowgrain.rewards import NOT_FINITE, GroupReward, Reward, score
 from flowgrain.training import Trainer
 
 MAX_TAIL_ERROR = 0.05
@@ -136,7 +136,8 @@ def score_noise(reward: Reward, images: Tensor | None, prompt: Prompt) -> str:
     """
     if images is None:
         raise ValueError("there is no image to score, because decoding failed")
-    scores = score(reward, images, [prompt])
+    count = 2 if isinstance(reward, GroupReward) else 1
+    scores = score(reward, images.repeat(count, 1, 1, 1), [prompt] * count)
     if not scores.failed:
         return f"{float(scores.values[0]):.3f} for an image of noise"
     if scores.reason == NOT_FINITE:

@@ -5,6 +5,7 @@ from flowgrain.rewards.base import (
     SHAPES_REWARDS,
     Explains,
     Explanation,
+    GroupReward,
     Reward,
     RewardConfig,
     Unscored,
@@ -20,6 +21,7 @@ from flowgrain.rewards.gradient import (
     total_gradient,
 )
 from flowgrain.rewards.options import OptionError
+from flowgrain.rewards.pairwise import PAIR_JUDGES, PairJudge, register_pair_judge
 from flowgrain.rewards.scoring import (
     NOT_FINITE,
     PartScores,
@@ -32,12 +34,15 @@ from flowgrain.rewards.scoring import (
 __all__ = [
     "DIFFERENTIABLE",
     "NOT_FINITE",
+    "PAIR_JUDGES",
     "REWARDS",
     "SHAPES_REWARDS",
     "Explains",
     "Explanation",
+    "GroupReward",
     "NoGradient",
     "OptionError",
+    "PairJudge",
     "PartScores",
     "Reward",
     "RewardConfig",
@@ -48,6 +53,7 @@ __all__ = [
     "differentiable",
     "gradient",
     "is_differentiable",
+    "register_pair_judge",
     "register_reward",
     "score",
     "score_with_parts",

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -19,10 +19,24 @@ from flowgrain.settings import Section, Setting, SettingsError, did_you_mean
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-Reward = Callable[[Tensor, Sequence[Prompt]], "Tensor | ArrayLike"]
+
+@runtime_checkable
+class GroupReward(Protocol):
+    """A reward that compares the images of a prompt, and therefore needs all of them in one call.
+
+    A group contains the images of one prompt in a rollout, see `Method.leaf_groups`. Groups are
+    never split. An evaluation has one image per prompt, so it leaves such a reward out.
+    """
+
+    def score_group(self, images: Tensor, prompt: Prompt) -> "Tensor | ArrayLike":
+        """Scores [G] of the images [G, 3, H, W] in 0..1 of a prompt. NaN: no score."""
+        ...
+
+
+Reward = Callable[[Tensor, Sequence[Prompt]], "Tensor | ArrayLike"] | GroupReward
 """A function of images [I, 3, H, W] in 0..1 and I prompts that returns I scores.
 
-NaN marks an image that could not be scored.
+NaN marks an image that could not be scored. A reward that compares images is a `GroupReward`.
 """
 
 
@@ -92,6 +106,7 @@ REWARDS: Registry[Callable[..., Any]] = Registry(
         "judge": "flowgrain.rewards.judge:Judge",
         "unifiedreward": "flowgrain.rewards.judge:UnifiedReward",
         "unigenbench": "flowgrain.rewards.unigenbench:UniGenBench",
+        "pairwise": "flowgrain.rewards.pairwise:Pairwise",
         "remote": "flowgrain.rewards.remote:Remote",
     },
 )
@@ -179,56 +194,84 @@ def build_reward(config: RewardConfig) -> Reward:
         SettingsError: there is no such reward, an option is unknown or has the wrong type, or the
             reward cannot be loaded.
     """
-    name = config.name
-    target = _find(name)
-    options = checked_options(name, target, config.options, reserved=RewardConfig.model_fields)
+    place = f"rewards[{config.name}]"
+    reward = build_registered(
+        REWARDS, place, config.name, config.options, reserved=RewardConfig.model_fields
+    )
+    if not isinstance(reward, GroupReward):
+        return check_call(config.name, _callable(place, "reward", reward))
+    if config.batch_size != RewardConfig.model_fields["batch_size"].default:
+        raise SettingsError(
+            f"{place}.batch_size={config.batch_size}: has no effect, because this reward scores "
+            "all images of a prompt in one call. Remove it."
+        )
+    return reward
+
+
+def build_registered(
+    registry: Registry[Callable[..., Any]],
+    place: str,
+    name: str,
+    options: Mapping[str, Any],
+    reserved: Collection[str],
+) -> Any:
+    """The object that the class or function `name` gives with `options`.
+
+    A class is called with the options. For a function, `functools.partial` binds the options.
+
+    Args:
+        registry: registry of the names. Other names are package.module:attribute.
+        place: path of the setting, for error messages.
+        name: name of the class or function.
+        options: YAML values by name.
+        reserved: names that options cannot have.
+
+    Raises:
+        SettingsError: there is no such object, an option is unknown or has the wrong type, or the
+            class raised an error. The message starts with `place`.
+    """
+    target = _find(registry, place, name)
+    checked = checked_options(place, target, options, reserved)
     if not isinstance(target, type):
-        reward = functools.partial(target, **options) if options else target
-        return check_call(name, cast(Reward, reward))
+        return functools.partial(target, **checked) if checked else target
     try:
-        reward = target(**options)
+        return target(**checked)
     except OptionError as error:
-        raise SettingsError(f"rewards[{name}].{error}") from error
+        raise SettingsError(f"{place}.{error}") from error
     except SettingsError as error:
-        raise SettingsError(f"rewards[{name}]: {error}") from error
+        raise SettingsError(f"{place}: {error}") from error
     except (Exception, SystemExit) as error:  # user code may raise anything
-        raise SettingsError(f"rewards[{name}]: {describe(error)}") from error
-    return check_call(name, _callable(name, reward))
+        raise SettingsError(f"{place}: {describe(error)}") from error
 
 
-def _find(name: str) -> Callable[..., Any]:
-    """The class or function of the reward `name`."""
-    if name in REWARDS:
-        return REWARDS.get(name)
+def _find(registry: Registry[Callable[..., Any]], place: str, name: str) -> Callable[..., Any]:
+    """The class or function `name`."""
+    if name in registry:
+        return registry.get(name)
+    kind = registry.kind
+    fix = f"Write a custom {kind} as package.module:attribute."
     module, colon, attribute = name.partition(":")
     parts = [*module.split("."), attribute]
     if colon and not all(part.isidentifier() for part in parts):
-        raise SettingsError(
-            f"rewards[{name}]: not the name of a reward. "
-            "Write a custom reward as package.module:attribute."
-        )
+        raise SettingsError(f"{place}: not the name of a {kind}. {fix}")
     if not colon:
         raise SettingsError(
-            f"rewards[{name}]: there is no reward {name!r}. {did_you_mean(name, REWARDS)} "
-            "Write a custom reward as package.module:attribute, or load the file that registers it "
-            "with --plugin FILE.py."
+            f"{place}: there is no {kind} {name!r}. {did_you_mean(name, registry)} "
+            f"{fix[:-1]}, or load the file that registers it with --plugin FILE.py."
         )
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # custom rewards are often in the working directory
     try:
         target = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # user code may raise anything
-        raise SettingsError(
-            f"rewards[{name}]: cannot be imported: {describe(error)}. "
-            "Write a custom reward as package.module:attribute."
-        ) from error
-    return _callable(name, target)
+        raise SettingsError(f"{place}: cannot be imported: {describe(error)}. {fix}") from error
+    return _callable(place, kind, target)
 
 
-def _callable(name: str, thing: Any) -> Callable[..., Any]:
+def _callable(place: str, kind: str, thing: Any) -> Callable[..., Any]:
     if not callable(thing):
         raise SettingsError(
-            f"rewards[{name}]: an object of type {type(thing).__name__} is not callable. "
-            "A reward is a function (images, prompts), or a class with such a __call__ method."
+            f"{place}: an object of type {type(thing).__name__} is not callable. "
+            f"A {kind} is a function, or a class with a __call__ method."
         )
     return cast(Callable[..., Any], thing)

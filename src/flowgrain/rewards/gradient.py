@@ -9,7 +9,7 @@ Shapes: I images, H x W pixels.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -80,13 +80,13 @@ def gradient(
     Raises:
         NoGradient: the scores have another shape or no gradient.
     """
-    prompts = as_prompts(prompts)
+    prompts, call = as_prompts(prompts), cast(Callable[..., Any], reward)
     scores, gradients = [], []
     for first in range(0, len(images), batch_size):
         leaf = images[first : first + batch_size].detach().float().requires_grad_()
         with torch.enable_grad():
             # A copy, because a reward may change its images in place.
-            values: Any = reward(leaf.clone(), prompts[first : first + batch_size])
+            values: Any = call(leaf.clone(), prompts[first : first + batch_size])
             _check(values, len(leaf))
             (of_batch,) = torch.autograd.grad(values.float().sum(), leaf)
         scores.append(values.detach().float().to(images.device))

@@ -75,34 +75,22 @@ class _Completion(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
 
 
-class Judge:
-    """A score in 0..5 from any vision-language model behind an OpenAI-compatible server.
+def data_url(image: Tensor) -> str:
+    """An image [3, H, W] in 0..1 as a URL that contains it as PNG."""
+    return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
 
-    An image without a readable answer has no score (NaN). If the environment variable
-    FLOWGRAIN_JUDGE_TOKEN is set, it is sent as the bearer token. A request is repeated after a
-    connection error, and after a status of 429 or 5xx. After 2 * `concurrency` failed requests in a
-    row, or at `deadline`, the server is not used again in the same training step.
 
-    Args:
-        url: address of the API, such as http://HOST:PORT/v1.
-        model: name of the model on the server.
-        template: text file with the question. `{prompt}` is replaced by the prompt. Default: a
-            question of this library. Comparisons with published scores need the published question.
-        concurrency: number of requests at the same time.
-        timeout: longest time of one request with its complete answer, in seconds.
-        deadline: longest time of a scoring call with all its requests, in seconds.
-        retries: repetitions of a failed request.
-        backoff: factor of the exponential waiting time between repetitions, in seconds.
+class ChatModel:
+    """A vision-language model behind an OpenAI-compatible server.
+
+    If the environment variable FLOWGRAIN_JUDGE_TOKEN is set, it is sent as the bearer token. A
+    request is repeated after a connection error, and after a status of 429 or 5xx. After
+    2 * `concurrency` failed requests in a row, or at `deadline`, the server is not used again in
+    the same training step. `Judge` describes the arguments.
     """
 
-    low: ClassVar[float] = 0.0
-    high: ClassVar[float] = 5.0
     placeholders: ClassVar[tuple[str, ...]] = ("{prompt}",)
-    question: ClassVar[str] = (
-        "You judge pictures made from a text. Text: {prompt}\n"
-        "Rate from 0 (nothing fits) to 5 (all of it is there, and the picture is good). Answer "
-        "with one line, `Score: ` and the number."
-    )
+    question: ClassVar[str]
 
     def __init__(
         self,
@@ -128,23 +116,6 @@ class Judge:
             connections=concurrency,
             patience=2 * concurrency,
         )
-
-    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Scores [I] of images [I, 3, H, W] in 0..1. NaN where there is no readable answer.
-
-        Raises:
-            Unscored: the server did not answer all requests.
-        """
-
-        def rate(call: ScoringCall, i: int) -> float:
-            answer = self.ask(call, images[i], self.fill_template(prompt=prompts[i].text))
-            return parse_score(answer, self.low, self.high)
-
-        scores, call = self.map_images(rate, len(images))
-        values = torch.tensor([float("nan") if score is None else score for score in scores])
-        if call.reason is not None:
-            raise Unscored(call.reason, values, call.gave_up)
-        return values
 
     def map_images(
         self, work: Callable[[ScoringCall, int], T | None], count: int
@@ -184,17 +155,16 @@ class Judge:
             r"\{(prompt|points)\}", lambda match: values.get(match[1], match[0]), self.template
         )
 
-    def ask(self, call: ScoringCall, image: Tensor, question: str) -> str:
-        """The answer of the model to a question about an image [3, H, W] in 0..1.
+    def ask(self, call: ScoringCall, urls: Sequence[str], question: str) -> str:
+        """The answer of the model to a question about images, see `data_url`.
 
         Raises:
             ServerError: the server returns no answer.
         """
-        png = "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": png}},
-            {"type": "text", "text": question},
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": url}} for url in urls
         ]
+        content.append({"type": "text", "text": question})
         messages = [{"role": "user", "content": content}]
         request: dict[str, Any] = {"model": self.model, "temperature": 0, "messages": messages}
 
@@ -202,6 +172,54 @@ class Judge:
             return _Completion.model_validate_json(answer).choices[0].message.content
 
         return call.post(json.dumps(request).encode(), parse)
+
+
+class Judge(ChatModel):
+    """A score in 0..5 from any vision-language model behind an OpenAI-compatible server.
+
+    An image without a readable answer has no score (NaN). If the environment variable
+    FLOWGRAIN_JUDGE_TOKEN is set, it is sent as the bearer token. A request is repeated after a
+    connection error, and after a status of 429 or 5xx. After 2 * `concurrency` failed requests in a
+    row, or at `deadline`, the server is not used again in the same training step.
+
+    Args:
+        url: address of the API, such as http://HOST:PORT/v1.
+        model: name of the model on the server.
+        template: text file with the question. `{prompt}` is replaced by the prompt. Default: a
+            question of this library. Comparisons with published scores need the published question.
+        concurrency: number of requests at the same time.
+        timeout: longest time of one request with its complete answer, in seconds.
+        deadline: longest time of a scoring call with all its requests, in seconds.
+        retries: repetitions of a failed request.
+        backoff: factor of the exponential waiting time between repetitions, in seconds.
+    """
+
+    low: ClassVar[float] = 0.0
+    high: ClassVar[float] = 5.0
+    question: ClassVar[str] = (
+        "You judge pictures made from a text. Text: {prompt}\n"
+        "Rate from 0 (nothing fits) to 5 (all of it is there, and the picture is good). Answer "
+        "with one line, `Score: ` and the number."
+    )
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores [I] of images [I, 3, H, W] in 0..1. NaN where there is no readable answer.
+
+        Raises:
+            Unscored: the server did not answer all requests.
+        """
+
+        def rate(call: ScoringCall, i: int) -> float:
+            answer = self.ask(
+                call, [data_url(images[i])], self.fill_template(prompt=prompts[i].text)
+            )
+            return parse_score(answer, self.low, self.high)
+
+        scores, call = self.map_images(rate, len(images))
+        values = torch.tensor([float("nan") if score is None else score for score in scores])
+        if call.reason is not None:
+            raise Unscored(call.reason, values, call.gave_up)
+        return values
 
 
 class UnifiedReward(Judge):

@@ -104,13 +104,13 @@ def _wrong_call(reward: Callable[..., Any], signature: inspect.Signature) -> str
 
 
 def checked_options(
-    name: str, target: Callable[..., Any], options: Mapping[str, Any], reserved: Collection[str]
+    place: str, target: Callable[..., Any], options: Mapping[str, Any], reserved: Collection[str]
 ) -> dict[str, Any]:
-    """`options` of the reward `name`, converted to the types of the arguments of `target`.
+    """`options`, converted to the types of the arguments of `target`.
 
     Args:
-        name: name of the reward, for error messages.
-        target: the class or function of the reward.
+        place: path of the setting, for error messages.
+        target: the class or function, such as a reward.
         options: YAML values by name.
         reserved: names of the settings that every reward has. An option cannot have these names.
 
@@ -123,30 +123,28 @@ def checked_options(
     for option in known:
         if option in reserved:
             raise SettingsError(
-                f"rewards[{name}].{option}: every reward has a setting with this name. "
+                f"{place}.{option}: every reward has a setting with this name. "
                 "Rename the argument of the custom reward."
             )
     for option, value in options.items():
         if option not in known and not any_name:
             close = nearest(option, [*known, *reserved])
             hint = f"Did you mean {close!r}? " if close else ""
-            raise SettingsError(
-                f"rewards[{name}].{option}={value!r}: unknown option. {hint}{valid}"
-            )
+            raise SettingsError(f"{place}.{option}={value!r}: unknown option. {hint}{valid}")
     for option, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
-            raise SettingsError(f"rewards[{name}].{option}: this option is required. {valid}")
-    hints = _hints(name, target) if options else {}
+            raise SettingsError(f"{place}.{option}: this option is required. {valid}")
+    hints = _hints(place, target) if options else {}
     checked = {}
     for option, value in options.items():
         try:
             checked[option] = _converted(value, hints.get(option, Any))
         except ValueError as error:
-            raise SettingsError(f"rewards[{name}].{option}={value!r}: {error}. {valid}") from error
+            raise SettingsError(f"{place}.{option}={value!r}: {error}. {valid}") from error
     return checked
 
 
-def _hints(name: str, target: Callable[..., Any]) -> dict[str, Any]:
+def _hints(place: str, target: Callable[..., Any]) -> dict[str, Any]:
     """The type of each argument of `target`."""
     function: Any = target
     if isinstance(target, type):
@@ -157,7 +155,7 @@ def _hints(name: str, target: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(function, include_extras=True)
     except NameError as error:
         raise SettingsError(
-            f"rewards[{name}]: the types of its options are unknown: {error}. "
+            f"{place}: the types of its options are unknown: {error}. "
             "Import these types outside of TYPE_CHECKING blocks."
         ) from error
 

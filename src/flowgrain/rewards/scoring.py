@@ -5,16 +5,17 @@ Letters: I images.
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrain.core.tree import Ints
 from flowgrain.data import Prompt, as_prompts
 from flowgrain.registry import describe
-from flowgrain.rewards.base import Explains, Explanation, Reward, Unscored
+from flowgrain.rewards.base import Explains, Explanation, GroupReward, Reward, Unscored
 from flowgrain.rewards.workers import Workers
 
 BATCH_SIZE = 256
@@ -66,7 +67,11 @@ class PartScores(NamedTuple):
 
 
 def score(
-    reward: Reward, images: Tensor, prompts: Sequence[str | Prompt], batch_size: int = BATCH_SIZE
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str | Prompt],
+    batch_size: int = BATCH_SIZE,
+    groups: Sequence[int] | Ints | None = None,
 ) -> Scores:
     """Scores of images by a reward.
 
@@ -78,10 +83,15 @@ def score(
         reward: the reward.
         images: images [I, 3, H, W] in 0..1.
         prompts: prompt of each image.
-        batch_size: images in one call of the reward.
+        batch_size: images in one call of the reward. A `GroupReward` gets one group in a call.
+        groups: number [I] of the group of each image, for a `GroupReward`. Default: images of the
+            same prompt.
     """
+    prompts = as_prompts(prompts)
+    if isinstance(reward, GroupReward):
+        return _score_groups(reward, images, prompts, groups)
     return Scores.concatenate(
-        [scores for scores, _ in _batches(reward, images, as_prompts(prompts), batch_size, False)]
+        [scores for scores, _ in _batches(reward, images, prompts, batch_size, False)]
     )
 
 
@@ -135,14 +145,22 @@ class Scorer:
         for thread in self.threads.values():
             thread.close(wait=kind is None)
 
-    def submit(self, images: Tensor, prompts: Sequence[str | Prompt]) -> None:
-        """Score `images` [I, 3, H, W] now, or start scoring in the background."""
+    def submit(
+        self,
+        images: Tensor,
+        prompts: Sequence[str | Prompt],
+        groups: Sequence[int] | Ints | None = None,
+    ) -> None:
+        """Score `images` [I, 3, H, W] now, or start scoring in the background.
+
+        A chunk contains whole groups. `groups` [I] are their numbers, see `score`.
+        """
         for name in self.rewards:
             if self.threads:
-                future = self.threads[name].submit(self._score, name, images, prompts)
+                future = self.threads[name].submit(self._score, name, images, prompts, groups)
                 self.chunks[name].append(future)
             else:
-                self.chunks[name].append(self._score(name, images, prompts))
+                self.chunks[name].append(self._score(name, images, prompts, groups))
 
     def results(self) -> dict[str, Scores]:
         """The scores of all submitted images by reward, in the order of submission.
@@ -156,12 +174,18 @@ class Scorer:
             for name, chunks in self.chunks.items()
         }
 
-    def _score(self, name: str, images: Tensor, prompts: Sequence[str | Prompt]) -> Scores:
+    def _score(
+        self,
+        name: str,
+        images: Tensor,
+        prompts: Sequence[str | Prompt],
+        groups: Sequence[int] | Ints | None,
+    ) -> Scores:
         """The scores of a chunk. A reward that gave up is not called again."""
         if name in self.given_up:
             return _failed(len(images), self.given_up[name], gave_up=True)
         size = self.batch_sizes.get(name, BATCH_SIZE)
-        scores = score(self.rewards[name], images, prompts, size)
+        scores = score(self.rewards[name], images, prompts, size, groups)
         if scores.gave_up:
             self.given_up[name] = str(scores.reason)
         return scores
@@ -182,6 +206,31 @@ def _batches(
         yield scores, explanation
 
 
+def _score_groups(
+    reward: GroupReward,
+    images: Tensor,
+    prompts: list[Prompt],
+    groups: Sequence[int] | Ints | None,
+) -> Scores:
+    """Scores by a reward that gets one group in a call. After it gives up it is not called."""
+    if groups is None:
+        groups = [prompts.index(prompt) for prompt in prompts]
+    values, parts = torch.full((len(images),), torch.nan), list[Scores]()
+    for group in dict.fromkeys(map(int, groups)):
+        places = torch.tensor([i for i, number in enumerate(groups) if number == group])
+        prompt = prompts[int(places[0])]
+        if parts and parts[-1].gave_up:
+            parts.append(_failed(len(places), str(parts[-1].reason), gave_up=True))
+            continue
+
+        def compare(of_group: Tensor, _: Sequence[Prompt], prompt: Prompt = prompt) -> Any:
+            return reward.score_group(of_group, prompt)
+
+        parts.append(_call(compare, images[places], [prompt] * len(places), False)[0])
+        values[places] = parts[-1].values
+    return replace(Scores.concatenate(parts), values=values)
+
+
 def _call(
     reward: Reward, images: Tensor, prompts: list[Prompt], explain: bool
 ) -> tuple[Scores, Explanation | None]:
@@ -193,6 +242,7 @@ def _call(
             assert isinstance(reward, Explains)
             result = reward.explain(images.clone(), prompts)
         else:
+            assert not isinstance(reward, GroupReward)  # see `score`
             result = reward(images.clone(), prompts)
     except Unscored as error:
         failure, result = error, error.result

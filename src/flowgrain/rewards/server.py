@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from flowgrain.heap import release_freed_memory
-from flowgrain.rewards.base import Reward
+from flowgrain.rewards.base import GroupReward, Reward
 from flowgrain.rewards.gate import Gate, Limits
 from flowgrain.rewards.messages import ScoreRequest, ScoreResponse
 from flowgrain.rewards.scoring import score
@@ -41,7 +41,7 @@ def reward_app(
         when_idle: called when the last request is finished.
 
     Raises:
-        SettingsError: FastAPI is not installed.
+        SettingsError: FastAPI is not installed, or a reward compares the images of a prompt.
     """
     try:
         import fastapi
@@ -51,6 +51,12 @@ def reward_app(
             "A reward server needs FastAPI. Install it: pip install 'flowgrain[serve]'"
         ) from error
 
+    for name, reward in rewards.items():
+        if isinstance(reward, GroupReward):
+            raise SettingsError(
+                f"{name}: cannot be served, because it compares all images of a prompt, and a "
+                "request may contain only some of them. Use it in the configuration of the run."
+            )
     app = fastapi.FastAPI(title="flowgrain rewards", docs_url=None, redoc_url=None)
     lock = asyncio.Lock()
     limits = Limits(max_bytes, max_queue, body_seconds)

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowgrain.data import Prompt
 from flowgrain.rewards.base import Explanation, Unscored
 from flowgrain.rewards.http_client import ScoringCall
-from flowgrain.rewards.judge import Judge
+from flowgrain.rewards.judge import Judge, data_url
 
 log = logging.getLogger(__name__)
 
@@ -120,4 +120,4 @@ class UniGenBench(Judge):
             return None
         lines = (f"{i}. {name}: {text}" for i, (name, text) in enumerate(points, 1))
         question = self.fill_template(prompt=prompt.text, points="\n".join(lines))
-        return parse_points(self.ask(call, image, question), len(points))
+        return parse_points(self.ask(call, [data_url(image)], question), len(points))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flowgrain.config import Config
+from flowgrain.rewards import score
 from flowgrain.shapes.features import diversity, features, frechet, true_features
 from flowgrain.studies.comparison import Measurement
 from flowgrain.studies.entries import Entry
@@ -70,7 +71,9 @@ def machine_speed(config: Config) -> dict[str, float]:
         work: dict[str, Callable[[], Any]] = {
             "passes": lambda: policy.sample_velocity(noise, sigma, cond, guidance),
             "decodes": lambda: backbone.decode(noise),
-            "scores": lambda: [reward(images, prompts) for reward in trainer.rewards.values()],
+            "scores": lambda: [
+                score(reward, images, prompts) for reward in trainer.rewards.values()
+            ],
         }
         return {name: count * _calls_per_second(call) for name, call in work.items()}
     finally:

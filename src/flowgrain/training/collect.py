@@ -182,7 +182,8 @@ class RolloutCollector:
                     images.append(decode(self.policy, latents, sampling.batch_size))
                 with timer.measure("score"):
                     owners = [mine[first + p] for p in tree.prompt[tree.leaves]]
-                    interruptible(self.world, partial(scorer.submit, images[-1], owners))
+                    groups = self.method.leaf_groups(tree)
+                    interruptible(self.world, partial(scorer.submit, images[-1], owners, groups))
             with timer.measure("score"):
                 scores = interruptible(self.world, scorer.results) or {}
             stop_together(self.world)

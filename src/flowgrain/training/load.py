@@ -1,5 +1,6 @@
 """Loading the parts of a run: device and dtypes, the backbone, rewards and prompts."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -7,13 +8,22 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
+from flowgrain.distributed import env_rank
 from flowgrain.methods import Method, RewardGradient
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.models.quiet import quiet_libraries
-from flowgrain.rewards import DIFFERENTIABLE, Reward, build_reward, is_differentiable
+from flowgrain.rewards import (
+    DIFFERENTIABLE,
+    GroupReward,
+    Reward,
+    build_reward,
+    is_differentiable,
+)
 from flowgrain.rewards.options import check_call
 from flowgrain.rewards.reachable import check_server
 from flowgrain.settings import SettingsError
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,17 +86,24 @@ def load_rewards(
 ) -> tuple[dict[str, Reward], dict[str, Reward]]:
     """The trained rewards, and all rewards that evaluation uses.
 
+    An evaluation has one image per prompt, so it leaves out rewards that compare images. A warning
+    names them.
+
     Args:
         config: settings of the rewards.
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
-        SettingsError: a reward cannot be loaded, nobody answers at the address of its server, or
-            the method needs a gradient that it does not have.
+        SettingsError: a reward cannot be loaded, nobody answers at the address of its server, the
+            method needs a gradient that it does not have, or evaluation.rewards contains a reward
+            that compares images.
     """
     quiet_libraries()
     if given is not None:
-        trained = {name: check_call(name, reward) for name, reward in given.items()}
+        trained = {
+            name: reward if isinstance(reward, GroupReward) else check_call(name, reward)
+            for name, reward in given.items()
+        }
     else:
         trained = {reward.name: build_reward(reward) for reward in config.rewards}
     check_gradients(config.method, trained)
@@ -95,10 +112,26 @@ def load_rewards(
         for reward in config.evaluation.rewards
         if reward.name not in trained
     }
-    rewards = {**trained, **others}
-    for name, reward in rewards.items():
+    for name, reward in {**trained, **others}.items():
         check_server(name, reward)
-    return trained, rewards
+    return trained, _evaluated(trained, others)
+
+
+def _evaluated(trained: Mapping[str, Reward], others: Mapping[str, Reward]) -> dict[str, Reward]:
+    """The rewards that evaluation uses."""
+    reason = "compares the images of a prompt, and an evaluation has one image per prompt"
+    for name, reward in others.items():
+        if isinstance(reward, GroupReward):
+            raise SettingsError(f"evaluation.rewards: {name!r} {reason}. Remove it.")
+    left_out = [name for name, reward in trained.items() if isinstance(reward, GroupReward)]
+    evaluated = {
+        name: reward for name, reward in {**trained, **others}.items() if name not in left_out
+    }
+    if env_rank()[0] == 0:
+        for name in left_out:
+            fix = "" if evaluated else " Add another reward to evaluation.rewards."
+            log.warning("rewards[%s]: is not evaluated, because it %s.%s", name, reason, fix)
+    return evaluated
 
 
 def check_gradients(method: Method, rewards: Mapping[str, Reward]) -> None:

@@ -21,8 +21,8 @@ from flowgrain.core.tree import Ints, Tree
 from flowgrain.data import Prompt, latent_noise
 from flowgrain.methods import RewardGradient
 from flowgrain.models import Conditioning, take
+from flowgrain.registry import describe
 from flowgrain.rewards import total_gradient
-from flowgrain.rewards.base import describe
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
