@@ -118,12 +118,18 @@ def outcome(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
     return normalize(edge_values(tree, rewards).nanmean(1), how.groups(tree), how)
 
 
-def _completion_rewards(tree: Tree, rewards: Tensor, rows: Ints) -> Tensor:
-    """Rewards of the ODE completions of `rows`.
+def completion_rewards(
+    tree: Tree, rewards: Tensor, rows: Ints, channel: int | None = None
+) -> Tensor:
+    """Rewards [len(rows)] of the ODE completions of `rows`.
 
-    The completion of a row is its image in the channel whose number is the row's grid index.
+    Args:
+        tree: a tree whose states are completed (DenseGRPO).
+        rewards: [I] rewards of the leaves.
+        rows: rows of the tree.
+        channel: channel of the completion. Default: the row's grid index.
     """
-    index = tree.grid_index[rows]
+    index = tree.grid_index[rows] if channel is None else np.full(len(rows), channel)
     return row_values(tree, rewards)[torch.from_numpy(rows), torch.from_numpy(index)]
 
 
@@ -133,8 +139,8 @@ def gains(tree: Tree, rewards: Tensor) -> Tensor:
     R_i is the reward of the ODE completion of the state at grid index i.
     """
     edges = tree.edges
-    after = _completion_rewards(tree, rewards, edges)
-    return after - _completion_rewards(tree, rewards, tree.parent[edges])
+    after = completion_rewards(tree, rewards, edges)
+    return after - completion_rewards(tree, rewards, tree.parent[edges])
 
 
 def gain(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
@@ -144,7 +150,7 @@ def gain(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
 
 def state(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
     """DenseGRPO's baseline [E]: the reward R_{i+1} of the state after the step, normalized."""
-    return normalize(_completion_rewards(tree, rewards, tree.edges), how.groups(tree), how)
+    return normalize(completion_rewards(tree, rewards, tree.edges), how.groups(tree), how)
 
 
 def per_image(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
