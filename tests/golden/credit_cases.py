@@ -8,7 +8,14 @@ from golden.comparison import comparison, golden, tensor
 from torch import Tensor
 
 from flowgrain.core import credit
-from flowgrain.core.credit import Normalization, combine, gains, normalize, row_values
+from flowgrain.core.credit import (
+    Normalization,
+    combine,
+    gains,
+    normalize,
+    row_values,
+    softmax_values,
+)
 from flowgrain.core.tree import Planner, Tree
 from flowgrain.core.turning_points import (
     balanced,
@@ -227,6 +234,38 @@ def branch_advantages_of_the_method() -> Cases:
             yield f"{number}", advantage, case["advantage_mean"][1:]
 
 
+@comparison(
+    "BranchGRPO: softmax-weighted values of its nodes",
+    "advantages_trees",
+    f"{BRANCH}, compute_node_rewards_from_leaves",
+    1e-6,
+    reason=FLOAT,
+)
+def branch_softmax_values() -> Cases:
+    for name, case, tree in _branch_trees():
+        values = softmax_values(tree, tensor(case["leaf_rewards"]), _log_prob(case))
+        yield name, values, case["node_reward_weighted"]
+
+
+@comparison(
+    "BranchGRPO: advantages by depth, softmax-weighted",
+    "advantages_trees",
+    f"{BRANCH}, compute_hierarchical_advantages_by_depth",
+    1e-5,
+    reason=FLOAT,
+)
+def branch_softmax_advantages() -> Cases:
+    how = build_method({"name": "branchgrpo", "node_value": "softmax"}).normalization()
+    for name, case, tree in _branch_trees():
+        advantage = credit.softmax_outcome(tree, tensor(case["leaf_rewards"]), how, _log_prob(case))
+        yield name, advantage, case["advantage_weighted"][1:]
+
+
+def _log_prob(case: dict[str, Any]) -> Tensor:
+    """Log-probabilities of the steps to all nodes. The root has none."""
+    return tensor([value or 0.0 for value in case["log_prob"]])
+
+
 # TP-GRPO
 
 
@@ -281,8 +320,10 @@ def turning_point_rewards() -> Cases:
     for name, case in _turning_points(*OF_SETTING):
         method = build_method({"name": "tp_grpo", **OF_SETTING[case.golden["setting"]]})
         values = process_rewards(case.tree, case.rewards, method.turning_points, method.balanced)
-        yield f"{name} gains", case.by_trajectory(gains(case.tree, case.rewards)), (
-            case.golden["gains"]
+        yield (
+            f"{name} gains",
+            case.by_trajectory(gains(case.tree, case.rewards)),
+            (case.golden["gains"]),
         )
         yield name, case.by_trajectory(values), case.golden["process_rewards"]
 

@@ -70,6 +70,36 @@ def row_values(tree: Tree, rewards: Tensor) -> Tensor:
     return total[..., 0] / total[..., 1]  # 0 / 0 gives the NaN of a row without scores
 
 
+def softmax_values(tree: Tree, rewards: Tensor, log_prob: Tensor) -> Tensor:
+    """Values [N, C] of all rows: the mean of the children's values, weighted by probability.
+
+    The weights of the children of a row are the softmax of their log-probabilities (published code
+    of BranchGRPO). With equal log-probabilities and full subtrees the values are `row_values`.
+
+    Args:
+        tree: N rows.
+        rewards: [I] in the order of `tree.leaves`. A child without a scored leaf is left out.
+        log_prob: [N] log-probability of the step to each row. Only differences between the
+            children of the same row matter.
+    """
+    values = row_values(tree, rewards)  # those of the leaves stay
+    parent, weight = torch.from_numpy(tree.parent), log_prob.double().cpu()
+    largest = torch.full_like(weight, -torch.inf)
+    below = parent != ROOT
+    largest.scatter_reduce_(0, parent[below], weight[below], "amax")
+    weight = (weight - largest[parent]).exp()[:, None]
+    grid_index = torch.from_numpy(tree.grid_index)
+    for index in range(tree.num_steps, 0, -1):  # a child always has a larger index than its parent
+        rows = ((grid_index == index) & below).nonzero().squeeze(1)
+        scored = values[rows].isfinite()
+        terms = torch.stack([values[rows].nan_to_num(), torch.ones_like(values[rows])], -1)
+        total = torch.zeros(*values.shape, 2, dtype=torch.float64)
+        total.index_add_(0, parent[rows], terms * (weight[rows] * scored)[..., None])
+        parents = parent[rows].unique()
+        values[parents] = total[parents, :, 0] / total[parents, :, 1]
+    return values
+
+
 def edge_values(tree: Tree, rewards: Tensor) -> Tensor:
     """The value [E, C] of every trained edge: the value of the row it leads to."""
     return row_values(tree, rewards)[torch.from_numpy(tree.edges)]
@@ -116,6 +146,12 @@ def granular(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
 def outcome(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
     """Flow-GRPO's credit [E] (eq. 4): the mean reward of all images below the edge, normalized."""
     return normalize(edge_values(tree, rewards).nanmean(1), how.groups(tree), how)
+
+
+def softmax_outcome(tree: Tree, rewards: Tensor, how: Normalization, log_prob: Tensor) -> Tensor:
+    """BranchGRPO's credit [E] with `softmax_values` of the rows that the edges lead to."""
+    values = softmax_values(tree, rewards, log_prob)[torch.from_numpy(tree.edges)]
+    return normalize(values.nanmean(1), how.groups(tree), how)
 
 
 def completion_rewards(
@@ -181,6 +217,11 @@ For methods that train on images the advantages are [I].
 """
 
 
+def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Weighted sum [I] of rewards [I] by name. NaN where a score is missing."""
+    return torch.stack([weights[name] * rewards[name] for name in rewards]).sum(0)
+
+
 def combine(
     credit: Credit,
     tree: Tree,
@@ -204,8 +245,7 @@ def combine(
         clip: advantages are clamped to [-clip, clip]. None: they are not clamped.
     """
     if by == "reward":
-        total = torch.stack([weights[name] * rewards[name] for name in rewards]).sum(0)
-        advantage = credit(tree, total, how)
+        advantage = credit(tree, weighted_sum(rewards, weights), how)
     else:
         terms = [weights[name] * credit(tree, rewards[name], how) for name in rewards]
         advantage = torch.stack(terms).sum(0)

@@ -215,9 +215,7 @@ class Planner:
         """Add an initial noise sample at sigma = 1, and return its row."""
         return self._add(_Row(ROOT, 0, draw=self._next_draw()))
 
-    def sde(
-        self, node: int, fan: int = 1, train: bool = True, *, length: int = 1
-    ) -> list[int]:
+    def sde(self, node: int, fan: int = 1, train: bool = True, *, length: int = 1) -> list[int]:
         """Add `fan` stochastic steps from `node`, each with its own noise.
 
         Args:
