@@ -95,7 +95,7 @@ def softmax_values(tree: Tree, rewards: Tensor, log_prob: Tensor) -> Tensor:
         terms = torch.stack([values[rows].nan_to_num(), torch.ones_like(values[rows])], -1)
         total = torch.zeros(*values.shape, 2, dtype=torch.float64)
         total.index_add_(0, parent[rows], terms * (weight[rows] * scored)[..., None])
-        parents = parent[rows].unique()
+        parents = torch.from_numpy(np.unique(tree.parent[rows.numpy()]))
         values[parents] = total[parents, :, 0] / total[parents, :, 1]
     return values
 
@@ -146,6 +146,25 @@ def granular(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
 def outcome(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
     """Flow-GRPO's credit [E] (eq. 4): the mean reward of all images below the edge, normalized."""
     return normalize(edge_values(tree, rewards).nanmean(1), how.groups(tree), how)
+
+
+def standardize(tree: Tree, rewards: Tensor, baseline: Tensor, how: Normalization) -> Tensor:
+    """DDPO's credit [E]: the reward of the image, normalized by given statistics of the prompt.
+
+    The advantage of a NaN value is 0. So are the advantages of a prompt whose std is only float32
+    rounding.
+
+    Args:
+        tree: tree of P prompts.
+        rewards: [I] rewards of the leaves.
+        baseline: [P, 2] mean and std of every prompt.
+        how: normalization. Only its epsilon is used.
+    """
+    values = edge_values(tree, rewards).nanmean(1)
+    mean, std = baseline.double()[torch.from_numpy(tree.prompt[tree.edges])].T
+    known = values.isfinite() & (std > 1e-6 * mean.abs())
+    advantage = (values - mean) / (std + how.epsilon)
+    return torch.where(known, advantage, torch.zeros_like(advantage)).float()
 
 
 def softmax_outcome(tree: Tree, rewards: Tensor, how: Normalization, log_prob: Tensor) -> Tensor:

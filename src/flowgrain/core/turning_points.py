@@ -1,4 +1,4 @@
-"""Credit of TP-GRPO (arXiv 2602.06422): gains of the steps, and aggregated rewards at turning points.
+"""Credit of TP-GRPO (arXiv 2602.06422): gains of steps, aggregated rewards at turning points.
 
 Shapes: I images, E trained edges, N rows. Everything runs on the CPU in float64.
 """
