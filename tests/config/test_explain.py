@@ -47,11 +47,11 @@ def test_an_unknown_setting_without_a_near_one_names_the_sections(path):
     ("method", "option", "message"),
     [
         ("g2rpo", "granularity", "Did you mean 'method.granularities'?"),
-        ("flow_grpo", "granularities", "Remove it, or use method 'g2rpo'."),
+        ("flow_grpo", "granularities", "Remove it, or use method 'g2rpo' or 'e_grpo'."),
         ("g2rpo", "beta", "Remove it, or use method 'diffusionnft'."),
         ("diffusionnft", "sde_type", "Remove it, or use method "),
         ("g2rpo", "split_fan", "Remove it, or use method 'branchgrpo'."),
-        ("g2rpo", "completion_steps", "Remove it, or use method 'densegrpo'."),
+        ("g2rpo", "completion_steps", "Remove it, or use method 'densegrpo' or "),
     ],
 )
 def test_an_option_of_another_method_names_both(method, option, message):

@@ -84,19 +84,20 @@ def softmax_values(tree: Tree, rewards: Tensor, log_prob: Tensor) -> Tensor:
     """
     values = row_values(tree, rewards)  # those of the leaves stay
     parent, weight = torch.from_numpy(tree.parent), log_prob.double().cpu()
-    largest = torch.full_like(weight, -torch.inf)
     below = parent != ROOT
+    largest = torch.full_like(weight, -torch.inf)
     largest.scatter_reduce_(0, parent[below], weight[below], "amax")
     weight = (weight - largest[parent]).exp()[:, None]
-    grid_index = torch.from_numpy(tree.grid_index)
-    for index in range(tree.num_steps, 0, -1):  # a child always has a larger index than its parent
+    # Weighted sum and weight of the children of each row.
+    total = torch.zeros(*values.shape, 2, dtype=torch.float64)
+    grid_index, inner = torch.from_numpy(tree.grid_index), torch.from_numpy(tree.evaluated)
+    for index in range(tree.num_steps, -1, -1):  # a child has a larger index than its parent
+        done = inner[grid_index[inner] == index]
+        values[done] = total[done, :, 0] / total[done, :, 1]
         rows = ((grid_index == index) & below).nonzero().squeeze(1)
         scored = values[rows].isfinite()
         terms = torch.stack([values[rows].nan_to_num(), torch.ones_like(values[rows])], -1)
-        total = torch.zeros(*values.shape, 2, dtype=torch.float64)
         total.index_add_(0, parent[rows], terms * (weight[rows] * scored)[..., None])
-        parents = torch.from_numpy(np.unique(tree.parent[rows.numpy()]))
-        values[parents] = total[parents, :, 0] / total[parents, :, 1]
     return values
 
 

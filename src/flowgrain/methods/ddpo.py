@@ -34,7 +34,10 @@ class DDPO(FlowGRPO):
         "The trajectories are scored by their final images. The reward is compared with earlier "
         "rewards of the prompt. Every trained step of a trajectory has the same advantage."
     )
-    config_defaults = {"sampling": {"num_steps": 50}}  # published code
+    config_defaults = {
+        "sampling": {"num_steps": 50},  # published code
+        "lora": {"rank": 4},  # published code: the default of diffusers
+    }
     learning_rates = LearningRates(lora=3e-4)  # published code
 
     group_size: int = 8  # own choice
