@@ -79,7 +79,7 @@ def test_a_dropped_term_is_far_and_has_moved_in_the_direction_of_its_advantage(v
         mean, old = given_edges.transition.mean[i].detach(), given_edges.old_transition.mean[i]
         std, ratio = given_edges.transition.std[i], result.ratio[i].item()
         divergence = float((mean - old).square().mean() / (2 * std**2))
-        assert math.isclose(math.log(ratio), float(given_edges.log_ratio[i]), abs_tol=1e-6)
+        assert math.isclose(math.log(ratio), float(given_edges.log_ratio[i].detach()), abs_tol=1e-6)
         toward = ratio > 1 if advantage > 0 else ratio < 1
         if not math.isclose(divergence, region, rel_tol=1e-4):
             assert bool(result.clipped[i]) == (divergence > region and toward)

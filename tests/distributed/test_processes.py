@@ -30,6 +30,7 @@ LORA = {
     for method in METHODS
 }
 MORE = {
+    "weighted values": ("branchgrpo", {"method.node_value": "softmax"}),
     "sharded rollout": ("g2rpo", SHARDED),
     "sharded adapter": ("flow_grpo", {**SHARDED, "lora.rank": 2}),
     "reference": ("flow_grpo", {"method.kl_weight": 0.1, "method.updates_per_rollout": 3}),
