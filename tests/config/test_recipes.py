@@ -17,6 +17,14 @@ PROMPTS = ["a red cat", "two blue dogs", "a green bird"]
 COVERED = {(name.split("/")[0], load_config(name).method.name) for name in LARGE}
 OTHERS = [(model, m) for model in ("flux", "sd3") for m in METHODS if (model, m) not in COVERED]
 
+WITHOUT_RECIPE = {
+    "ddpo": "published for Stable Diffusion 1.5, which is no flow model",
+    "e_grpo": "the published scripts differ, and state no complete run",
+    "flow_dppo": "the published run draws 3 of the first 5 steps for every rollout",
+    "stepwise_flow_grpo": "no code was published, and the paper's settings were not read",
+    "tp_grpo": "no recipe yet",
+}
+
 
 def leaves(values, prefix=""):
     """The values of nested mappings by full path."""
@@ -37,7 +45,7 @@ def at(config, path):
 def test_the_published_runs_have_recipes():
     assert NAMES[0] == "demo"
     trained = {load_config(name).method.name for name in LARGE}
-    assert trained == set(METHODS)
+    assert trained == set(METHODS) - set(WITHOUT_RECIPE)
 
 
 @pytest.mark.parametrize("name", NAMES)
