@@ -47,7 +47,7 @@ def test_an_unknown_setting_without_a_near_one_names_the_sections(path):
     ("method", "option", "message"),
     [
         ("g2rpo", "granularity", "Did you mean 'method.granularities'?"),
-        ("flow_grpo", "granularities", "Remove it, or use method 'g2rpo' or 'e_grpo'."),
+        ("flow_grpo", "granularities", "Remove it, or use method 'g2rpo'."),
         ("g2rpo", "beta", "Remove it, or use method 'diffusionnft'."),
         ("diffusionnft", "sde_type", "Remove it, or use method "),
         ("g2rpo", "split_fan", "Remove it, or use method 'branchgrpo'."),

@@ -195,7 +195,6 @@ PAPER_VALUES = {
         "group_size": 12,
         "sde_steps": (0, 1, 2, 4),
         "merged_steps": (1, 1, 2, 3),
-        "granularities": (1,),
         "eta": 0.7,
         "clip_range": 1e-4,
         "updates_per_rollout": "per_step",
@@ -230,7 +229,7 @@ UNKNOWN = [
     (
         "flow_grpo",
         "granularities=[1,2]",
-        "Method 'flow_grpo' has no option 'granularities'. Remove it, or use method 'g2rpo' or ",
+        "Method 'flow_grpo' has no option 'granularities'. Remove it, or use method 'g2rpo'.",
     ),
     (
         "diffusionnft",

@@ -4,13 +4,14 @@ from typing import Literal
 
 from pydantic import field_validator
 
+from flowgrain.core.tree import Planner
 from flowgrain.methods.base import LearningRates, register
-from flowgrain.methods.g2rpo import G2RPO
+from flowgrain.methods.options import StepChoice
 from flowgrain.settings import IntTuple, Setting
 
 
 @register
-class EGRPO(G2RPO):
+class EGRPO(StepChoice):
     """E-GRPO: branches from one ODE trajectory by stochastic steps that merge grid steps.
 
     A step with little entropy is merged with the steps after it into one stochastic step with more
@@ -29,7 +30,6 @@ class EGRPO(G2RPO):
     learning_rates = LearningRates(full=2e-6)  # published code
 
     sde_steps: IntTuple | None = (0, 1, 2, 4)  # published code
-    granularities: IntTuple = (1,)  # published code
     updates_per_rollout: int | Literal["per_step"] = "per_step"  # published code
     merged_steps: IntTuple = Setting(
         (1, 1, 2, 3),
@@ -37,15 +37,23 @@ class EGRPO(G2RPO):
         unit="grid steps",
     )  # published code
 
-    def step_length(self, k: int, num_steps: int) -> int:
-        return self.merged_steps[self.stochastic_steps(num_steps).index(k)]
+    def plan(self, tree: Planner, step: int, seed: int) -> None:
+        lengths = dict(zip(self.steps(tree.num_steps - 1), self.merged_steps, strict=True))
+        trunk = tree.root()
+        for k in range(tree.num_steps):
+            if k in lengths:
+                for branch in tree.sde(trunk, self.group_size, length=lengths[k]):
+                    tree.image(tree.ode(branch, order=self.tail_order))
+            trunk = tree.ode(trunk, to=k + 1)
+        tree.image(trunk)
 
     def published_passes(self, num_steps: int) -> int:
-        return super().published_passes(num_steps) if self.granularities == (1,) else 0
+        # The published completion of a merged step has as many steps as of a step of length 1.
+        passes = sum(num_steps - k for k in self.steps(num_steps - 1))
+        return num_steps + self.group_size * passes
 
     def check(self, num_steps: int) -> None:
-        super().check(num_steps)
-        steps = self.stochastic_steps(num_steps)
+        steps = self.steps(num_steps - 1)
         if len(self.merged_steps) != len(steps):
             raise ValueError(
                 f"merged_steps={list(self.merged_steps)}: has {len(self.merged_steps)} lengths. "
@@ -53,12 +61,13 @@ class EGRPO(G2RPO):
             )
         last = self.last_possible_step(num_steps) + 1
         for k, length in zip(steps, self.merged_steps, strict=True):
-            if k + length > last:
+            if k < last < k + length:
                 raise ValueError(
                     f"merged_steps={list(self.merged_steps)}: the step from grid index {k} ends at "
                     f"{k + length}, but must end at {last} or before with "
                     f"sampling.num_steps={num_steps}. Use at most {last - k}."
                 )
+        super().check(num_steps)
 
     @field_validator("merged_steps")
     @classmethod

@@ -39,9 +39,9 @@ class G2RPO(StepChoice):
     )
 
     def plan(self, tree: Planner, step: int, seed: int) -> None:
-        steps, anchor = self.stochastic_steps(tree.num_steps), tree.root()
+        steps, anchor = self._steps(tree.num_steps), tree.root()
         for k in range(tree.num_steps):
-            for branch in self._branches(tree, anchor, k) if k in steps else ():
+            for branch in tree.sde(anchor, fan=self.group_size) if k in steps else ():
                 for channel, stride in enumerate(self.granularities):
                     leaf = tree.ode(
                         branch, stride=stride, order=self.tail_order, grid=self.coarse_grid
@@ -51,22 +51,14 @@ class G2RPO(StepChoice):
         if self.anchor_image:
             tree.image(anchor)
 
-    def _branches(self, tree: Planner, anchor: int, k: int) -> list[int]:
-        return tree.sde(anchor, self.group_size, length=self.step_length(k, tree.num_steps))
-
-    def step_length(self, k: int, num_steps: int) -> int:
-        """Grid steps of the stochastic step from grid index `k` of a grid with `num_steps`."""
-        return 1
-
     def credit(self, tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
         return credit.granular(tree, rewards, how)
 
-    def stochastic_steps(self, num_steps: int) -> tuple[int, ...]:
-        """Grid indices at which the trajectory branches."""
+    def _steps(self, num_steps: int) -> tuple[int, ...]:
         return self.steps(num_steps // 2)  # appendix and published code: the first half of the grid
 
     def published_passes(self, num_steps: int) -> int:
-        steps = self.stochastic_steps(num_steps)
+        steps = self._steps(num_steps)
         tails = sum(
             -(-(num_steps - 1 - k) // stride) for k in steps for stride in self.granularities
         )
