@@ -161,7 +161,7 @@ def divergence_masked(
 
 
 def score_function(kl_weight: float = 0.0, kl_form: KLForm = "gaussian") -> Objective:
-    """DDPO's score-function estimator (arXiv 2305.13301 eq. 4, DDPO_SF).
+    """DDPO's score-function estimator (arXiv 2305.13301, DDPO_SF).
 
     The gradient is -A grad log p(x_next | x) of the trained policy. The value is -A, because the
     log-probability is subtracted from itself without a gradient. The estimator is on-policy: it

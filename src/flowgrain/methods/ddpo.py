@@ -42,7 +42,7 @@ class DDPO(FlowGRPO):
 
     group_size: int = 8  # own choice
     updates_per_rollout: int | Literal["per_step"] = 4  # published code
-    kl_weight: float = 0.0  # paper: no KL
+    kl_weight: float = 0.0  # published code
     std_epsilon: float = 1e-6  # published code
     estimator: Literal["score", "ppo"] = Setting(
         "ppo",
