@@ -52,7 +52,7 @@ def test_an_unknown_setting_without_a_near_one_names_the_sections(path):
         ("g2rpo", "soft_clip", "Remove it, or use method 'vgrpo'."),
         ("diffusionnft", "sde_type", "Remove it, or use method "),
         ("g2rpo", "split_fan", "Remove it, or use method 'branchgrpo'."),
-        ("g2rpo", "completion_steps", "Remove it, or use method 'densegrpo'."),
+        ("g2rpo", "completion_steps", "Remove it, or use method 'densegrpo' or "),
     ],
 )
 def test_an_option_of_another_method_names_both(method, option, message):

@@ -16,6 +16,10 @@ from flowgrain.core.credit import (
     granular,
     normalize,
     outcome,
+    row_values,
+    softmax_outcome,
+    softmax_values,
+    standardize,
 )
 from flowgrain.core.tree import Planner, Tree
 
@@ -97,3 +101,54 @@ def test_a_missing_score_masks_the_image_only_in_a_sum_of_rewards():
     assert combine(outcome, tree, both, weights, HOW, by="reward").abs().max() == 0
     by_advantage = combine(outcome, tree, both, weights, HOW)
     torch.testing.assert_close(by_advantage, outcome(tree, a, HOW))
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=trees(), seed=st.integers(0, 99))
+def test_softmax_values_against_a_recursion(tree, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.rand(len(tree.leaves), generator=generator)
+    rewards[:: max(2, seed % 5)] = torch.nan
+    log_prob = 3 * torch.randn(len(tree), generator=generator)
+    values, means = softmax_values(tree, rewards, log_prob), row_values(tree, rewards)
+
+    def recursion(row: int, channel: int) -> float:
+        children = [i for i in range(len(tree)) if tree.parent[i] == row]
+        if not children:
+            return float(means[row, channel])
+        found = [(float(log_prob[i]), recursion(i, channel)) for i in children]
+        found = [(math.exp(w), v) for w, v in found if not math.isnan(v)]
+        total = sum(w for w, _ in found)
+        return sum(w * v for w, v in found) / total if found else math.nan
+
+    for row in range(len(tree)):
+        for channel in range(tree.num_channels):
+            expected = recursion(row, channel)
+            ours = float(values[row, channel])
+            assert ours == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+def test_equal_probabilities_give_the_mean_of_a_full_tree():
+    planner = Planner(3)
+    nodes = [planner.root()]
+    for _ in range(3):
+        nodes = [child for node in nodes for child in planner.sde(node, 2)]
+    for node in nodes:
+        planner.image(node)
+    tree, rewards = planner.tree(), torch.rand(8, generator=torch.Generator().manual_seed(0))
+    same = torch.full((len(tree),), -1.4)
+    torch.testing.assert_close(softmax_values(tree, rewards, same), row_values(tree, rewards))
+    torch.testing.assert_close(
+        softmax_outcome(tree, rewards, HOW, same), outcome(tree, rewards, HOW)
+    )
+
+
+def test_given_statistics_of_the_prompt():
+    planner = Planner(2)
+    for _ in range(2):
+        planner.image(planner.ode(planner.sde(planner.root())[0]))
+    tree = planner.tree().repeat(2)
+    rewards = torch.tensor([1.0, math.nan, 5.0, 7.0])
+    baseline = torch.tensor([[3.0, 2.0], [4.0, 0.0]])
+    advantage = standardize(tree, rewards, baseline, Normalization(epsilon=0.5))
+    assert advantage.tolist() == pytest.approx([-2 / 2.5, 0, 0, 0])

@@ -55,7 +55,25 @@ def test_the_planner_rejects_impossible_plans():
         planner.ode(root, via=[2, 1])
     with pytest.raises(ValueError, match="not at sigma = 0"):
         planner.image(root)
-    with pytest.raises(ValueError, match="is at sigma = 0"):
+    with pytest.raises(ValueError, match="no stochastic step of length 1"):
         planner.sde(planner.ode(root))
+    for length in (0, 5):
+        with pytest.raises(ValueError, match=f"no stochastic step of length {length}"):
+            planner.sde(root, length=length)
     with pytest.raises(ValueError, match="no image"):
         planner.tree()
+
+
+def test_merged_steps_that_end_together_are_not_compared():
+    """Steps 0-2, 1-2 and 1-3: only steps with the same start and end share a group."""
+    planner = Planner(4)
+    root = planner.root()
+    middle = planner.ode(root, to=1)
+    for node, length in ((root, 2), (middle, 1), (middle, 2)):
+        for branch in planner.sde(node, 2, length=length):
+            planner.image(planner.ode(branch))
+    tree = planner.tree()
+    assert tree.grid_index[tree.edges].tolist() == [2, 2, 2, 2, 3, 3]
+    groups = tree.comparison_groups.tolist()
+    assert [groups.count(group) for group in groups] == [2] * 6
+    assert groups[0] == groups[1] != groups[2] == groups[3] != groups[4] == groups[5]

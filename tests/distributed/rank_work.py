@@ -35,6 +35,8 @@ SETTINGS = {
 }
 OF_METHOD = {
     "branchgrpo": {"method.split_steps": [0, 1], "method.group_size": 4},
+    "ddpo": {"method.min_count": 5, "method.updates_per_rollout": 2},
+    "e_grpo": {"method.sde_steps": [0, 1], "method.merged_steps": [1, 2]},
     "densegrpo": {"method.calibration.rounds": 1, "method.calibration.samples": 3},
 }
 

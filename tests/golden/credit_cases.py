@@ -8,8 +8,21 @@ from golden.comparison import comparison, golden, tensor
 from torch import Tensor
 
 from flowgrain.core import credit
-from flowgrain.core.credit import Normalization, combine, normalize, row_values
+from flowgrain.core.credit import (
+    Normalization,
+    combine,
+    gains,
+    normalize,
+    row_values,
+    softmax_values,
+)
 from flowgrain.core.tree import Planner, Tree
+from flowgrain.core.turning_points import (
+    balanced,
+    process_rewards,
+    step_rewards,
+    turning_points,
+)
 from flowgrain.methods import Method, build_method, plan_tree
 
 FLOAT = "float64 against fp32 mean and std"
@@ -22,6 +35,7 @@ DANCEGRPO = "XueZeyue/DanceGRPO 15cc71d, train_one_step"
 FACTORY = "X-GenGroup/Flow-Factory a0b2bc5, AdvantageProcessor"
 VERL = "verl-project/verl-omni a1139ba, compute_flow_grpo_outcome_advantage"
 BRANCH = "Fredreic1849/BranchGRPO 19fbb9f"
+TURNING_POINT = "YunzeTong/TurningPoint-GRPO 994d26a, my_train_sd3_fast_with_op3.py"
 GRANULAR = "bcmi/Granular-GRPO cae0961, train_one_step"
 
 Cases = Iterator[tuple[str, Any, Any]]
@@ -218,6 +232,133 @@ def branch_advantages_of_the_method() -> Cases:
             how = method.normalization()
             advantage = method.credit(tree, tensor(case["leaf_rewards"]), how)
             yield f"{number}", advantage, case["advantage_mean"][1:]
+
+
+@comparison(
+    "BranchGRPO: softmax-weighted values of its nodes",
+    "advantages_trees",
+    f"{BRANCH}, compute_node_rewards_from_leaves",
+    1e-6,
+    reason=FLOAT,
+)
+def branch_softmax_values() -> Cases:
+    for name, case, tree in _branch_trees():
+        values = softmax_values(tree, tensor(case["leaf_rewards"]), _log_prob(case))
+        yield name, values, case["node_reward_weighted"]
+
+
+@comparison(
+    "BranchGRPO: advantages by depth, softmax-weighted",
+    "advantages_trees",
+    f"{BRANCH}, compute_hierarchical_advantages_by_depth",
+    1e-5,
+    reason=FLOAT,
+)
+def branch_softmax_advantages() -> Cases:
+    how = build_method({"name": "branchgrpo", "node_value": "softmax"}).normalization()
+    for name, case, tree in _branch_trees():
+        advantage = credit.softmax_outcome(tree, tensor(case["leaf_rewards"]), how, _log_prob(case))
+        yield name, advantage, case["advantage_weighted"][1:]
+
+
+def _log_prob(case: dict[str, Any]) -> Tensor:
+    """Log-probabilities of the steps to all nodes. The root has none."""
+    return tensor([value or 0.0 for value in case["log_prob"]])
+
+
+# TP-GRPO
+
+
+def completed_trajectories(count: int, steps: int) -> Tree:
+    """`count` trajectories of `steps` trained steps. The image follows one more, untrained step."""
+    planner = Planner(steps + 1)
+    for _ in range(count):
+        node = planner.root()
+        for k in range(steps + 1):
+            planner.image(planner.ode(node), channel=k)
+            node = planner.sde(node, train=k < steps)[0]
+        planner.image(node, channel=steps + 1)
+    return planner.tree()
+
+
+class TurningPointCase:
+    """A turning-point case of advantages_trees.json on a tree of completed trajectories."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.golden, sequence = case, tensor(case["reward_sequence"])
+        self.count, self.steps = len(sequence), sequence.shape[1] - 1
+        self.tree = completed_trajectories(self.count, self.steps)
+        # Leaves are in order of trajectories: completions of the states, then the image.
+        self.rewards = torch.cat([sequence, tensor(case["sde_reward"])[:, None]], 1).flatten()
+
+    def by_trajectory(self, values: Tensor) -> Tensor:
+        """Values [E] as [trajectories, steps]."""
+        return values.reshape(self.count, self.steps)
+
+
+def _turning_points(*settings: str) -> Iterator[tuple[str, TurningPointCase]]:
+    for number, case in enumerate(golden("advantages_trees")["turning_point"]):
+        if case["setting"] in settings:
+            yield f"{number} {case['setting']}", TurningPointCase(case)
+
+
+OF_SETTING = {  # options of flowgrain's TP-GRPO by the setting of a case
+    "launch script": {},
+    "launch script without balance": {"balanced": False},
+    "launch script, all turning points": {"balanced": False, "turning_points": "all"},
+}
+
+
+@comparison(
+    "TP-GRPO: process rewards",
+    "advantages_trees",
+    TURNING_POINT,
+    1e-6,
+    reason=FLOAT,
+)
+def turning_point_rewards() -> Cases:
+    for name, case in _turning_points(*OF_SETTING):
+        method = build_method({"name": "tp_grpo", **OF_SETTING[case.golden["setting"]]})
+        values = process_rewards(case.tree, case.rewards, method.turning_points, method.balanced)
+        yield (
+            f"{name} gains",
+            case.by_trajectory(gains(case.tree, case.rewards)),
+            (case.golden["gains"]),
+        )
+        yield name, case.by_trajectory(values), case.golden["process_rewards"]
+
+
+@comparison("TP-GRPO: turning points", "advantages_trees", TURNING_POINT, reason=INDICES)
+def turning_point_indicator() -> Cases:
+    for name, case in _turning_points(*OF_SETTING):
+        options = OF_SETTING[case.golden["setting"]]
+        steps = step_rewards(case.tree, case.rewards)
+        chosen = turning_points(steps, options.get("turning_points", "consistent"))
+        if options.get("balanced", True):
+            chosen = balanced(chosen, steps.total_gain)
+        yield name, case.by_trajectory(chosen.float()), case.golden["indicator"]
+
+
+@comparison("DenseGRPO: gains", "advantages_trees", TURNING_POINT, 1e-6, reason=FLOAT)
+def turning_point_gains() -> Cases:
+    """The published process reward without turning points is DenseGRPO's gain."""
+    for name, case in _turning_points("gains only"):
+        ours = case.by_trajectory(gains(case.tree, case.rewards))
+        yield name, ours, case.golden["process_rewards"]
+
+
+@comparison(
+    "TP-GRPO: process rewards of other flags",
+    "advantages_trees",
+    TURNING_POINT,
+    1e-6,
+    deviation="The published code can also add the gain of the whole trajectory at turning points, "
+    "or to every step. Its launch script does neither, and flowgrain does not offer them.",
+)
+def other_turning_point_rewards() -> Cases:
+    for name, case in _turning_points("config defaults", "bonus added"):
+        values = process_rewards(case.tree, case.rewards)
+        yield name, case.by_trajectory(values), case.golden["process_rewards"]
 
 
 # Granular-GRPO

@@ -1,5 +1,6 @@
 """Golden numbers of objectives: ratios, losses and gradients in the velocity."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +48,20 @@ class StepCase:
         """Transition of the rows, which may share x and v."""
         return self.kernel(self.x.expand_as(self.x_next), v.expand_as(self.x_next), self.step)
 
-    def evaluate(self, objective: Objective) -> tuple[EdgeLoss, Callable[[Tensor], Tensor]]:
-        """The result of an objective, and a function from a loss to its gradient in v."""
+    def evaluate(
+        self, objective: Objective, clip: float = CLIP
+    ) -> tuple[EdgeLoss, Callable[[Tensor], Tensor]]:
+        """The result of an objective, and a function from a loss to its gradient in v.
+
+        Advantages are clamped to `clip`.
+        """
         v = tensor(self.golden["v"]).requires_grad_()
         reference = self.golden.get("v_ref")
         edges = Edges(
             transition=self.transition(v),
             old_transition=self.transition(tensor(self.golden["v_old"])),
             x_next=self.x_next,
-            advantage=tensor(self.golden["advantage"]).clamp(-CLIP, CLIP),
+            advantage=tensor(self.golden["advantage"]).clamp(-clip, clip),
             step=self.step,
             reference=None if reference is None else self.transition(tensor(reference)),
         )
@@ -212,6 +218,46 @@ def verl_flow_grpo() -> Cases:
 )
 def verl_guard() -> Cases:
     yield from _verl_losses("grpo_guard", "GRPOGuardLoss")
+
+
+def _dppo_objective(case: StepCase) -> Objective:
+    """Flow-DPPO's objective with the threshold of a case."""
+    threshold = case.golden["kl_mask_threshold"]
+    method = build_method({"name": "flow_dppo", "trust_region": threshold})
+    return method.objective(sigma_grid(case.golden["num_steps"]))
+
+
+@comparison(
+    "Flow-DPPO: loss, gradient and mean ratio",
+    "objectives_trust_region",
+    f"{VERL}, FlowDPPOLoss",
+    1e-5,
+    reason=LOSS,
+)
+def verl_flow_dppo() -> Cases:
+    """The published loss does not clamp advantages. flowgrain clamps them in `combine`."""
+    for name, case in _cases("objectives_trust_region"):
+        values = case.golden["FlowDPPOLoss"]
+        result, gradient = case.evaluate(_dppo_objective(case), clip=math.inf)
+        loss = result.loss.mean()
+        yield f"{name} loss", loss, values["loss"]
+        yield f"{name} gradient", gradient(loss), values["gradient"]
+        yield f"{name} ratio", result.ratio.mean(), values["ratio_mean"]
+
+
+@comparison(
+    "Flow-DPPO: loss of every row",
+    "objectives_trust_region",
+    "Tencent-Hunyuan/UniRL 1a7b501, _flowdppo_kl_adv_loss",
+    1e-5,
+    reason=LOSS,
+)
+def unirl_flow_dppo() -> Cases:
+    for name, case in _cases("objectives_trust_region"):
+        result, _ = case.evaluate(_dppo_objective(case), clip=math.inf)
+        values = case.golden["unirl_flow_dppo"]
+        yield f"{name} loss", result.loss, values["loss_per_row"]
+        yield f"{name} dropped", result.clipped.float().mean(), values["masked_fraction"]
 
 
 # Granular-GRPO

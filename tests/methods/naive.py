@@ -33,6 +33,8 @@ class NaiveEdge:
     log_prob: float
     values: Values
     advantage: float = 0.0
+    end: int = 0
+    """Grid index of x_next."""
 
 
 class Naive:
@@ -66,9 +68,11 @@ class Naive:
         number = torch.tensor([PROMPTS.index(text)])
         return self.model(x[None], torch.tensor([self.sigma[k]]), number)[0]
 
-    def transition(self, x: Tensor, v: Tensor, k: int) -> tuple[Tensor, float]:
-        """Mean and std of a stochastic step."""
-        method, s, s_next = self.method, self.sigma[k], self.sigma[k + 1]
+    def transition(
+        self, x: Tensor, v: Tensor, k: int, end: int | None = None
+    ) -> tuple[Tensor, float]:
+        """Mean and std of a stochastic step from grid index k to `end`, by default k + 1."""
+        method, s, s_next = self.method, self.sigma[k], self.sigma[end or k + 1]
         dt = s_next - s
         if method.sde_type == "dance_sde":
             score = -(x - (1 - s) * (x - s * v)) / s**2
@@ -81,7 +85,7 @@ class Naive:
         if method.sde_type == "calibrated_sde":
             strength = method.psi[k]
         else:
-            level = self.sigma[1] if k == 0 else s
+            level = s_next if k == 0 else s
             strength = method.eta * math.sqrt(s / (1 - level))
         drift = strength**2 / (2 * s)
         mean = x * (1 + drift * dt) + v * (1 + drift * (1 - s)) * dt
@@ -94,10 +98,10 @@ class Naive:
         z = (x - mean) ** 2 / (2 * std**2)
         return (-z - math.log(std) - 0.5 * math.log(2 * math.pi)).mean()
 
-    def sde(self, x: Tensor, k: int) -> tuple[Tensor, float]:
+    def sde(self, x: Tensor, k: int, end: int | None = None) -> tuple[Tensor, float]:
         """A stochastic step from grid index k: the next state and its log-probability."""
         with torch.no_grad():
-            mean, std = self.transition(x, self.v(x, k), k)
+            mean, std = self.transition(x, self.v(x, k), k, end)
             x_next = mean + std * self.noise()
             return x_next, float(self.log_prob(x_next, mean, std))
 
@@ -162,9 +166,18 @@ class Naive:
         image, prompt = self.toy.decode(x[None]), Prompt(self.texts[self.prompt])
         return {name: float(reward(image, [prompt])[0]) for name, reward in REWARDS.items()}
 
-    def edge(self, k: int, x: Tensor, x_next: Tensor, log_prob: float, values: Values) -> None:
+    def edge(
+        self,
+        k: int,
+        x: Tensor,
+        x_next: Tensor,
+        log_prob: float,
+        values: Values,
+        end: int | None = None,
+    ) -> None:
         """Add a trained step."""
-        self.edges.append(NaiveEdge(self.prompt, k, x, x_next, log_prob, values))
+        edge = NaiveEdge(self.prompt, k, x, x_next, log_prob, values, end=end or k + 1)
+        self.edges.append(edge)
 
     def trajectory(self, x: Tensor, stochastic: Sequence[int], trained: Sequence[int]) -> None:
         """A trajectory from sigma = 1 to 0. All its trained steps have its reward."""
@@ -232,10 +245,11 @@ class Naive:
     ) -> Tensor:
         """The loss of an edge under the current policy."""
         method = self.method
-        mean, std = self.transition(edge.x, self.v(edge.x, edge.k, edge.prompt), edge.k)
+        v = self.v(edge.x, edge.k, edge.prompt)
+        mean, std = self.transition(edge.x, v, edge.k, edge.end)
         # The policy before the rollout is the old policy and the reference.
-        old, _ = self.transition(edge.x, self.old_v[id(edge)], edge.k)
-        dt = self.sigma[edge.k + 1] - self.sigma[edge.k]
+        old, _ = self.transition(edge.x, self.old_v[id(edge)], edge.k, edge.end)
+        dt = self.sigma[edge.end] - self.sigma[edge.k]
         log_ratio = self.log_prob(edge.x_next, mean, std) - edge.log_prob
         distance = ((mean - old) ** 2).mean() / (2 * std**2)
         if guard:
@@ -243,11 +257,15 @@ class Naive:
         ratio, advantage = log_ratio.exp(), edge.advantage
         bound = ratio.clamp(1 - method.clip_range, 1 + method.clip_range)
         loss = -torch.min(ratio * advantage, bound * advantage)
+        if hasattr(method, "trust_region"):
+            toward = ratio > 1 if advantage > 0 else ratio < 1
+            kept = not (toward and distance >= method.trust_region)
+            loss = -ratio * advantage * kept
         if guard:
             loss = loss / -dt
         if step_weights is not None:  # of the policy loss only
             loss = loss * step_weights[edge.k]
         if method.kl_weight:
-            exact = method.kl_form == "gaussian"
+            exact = method.kl_form == "gaussian" or method.sde_type == "cps"
             loss = loss + method.kl_weight * distance * (1 if exact else -dt)
         return loss

@@ -29,6 +29,7 @@ class Case:
     plan: Callable[[Naive], None]
     options: dict[str, Any] = field(default_factory=dict)
     num_steps: int = 5
+    advantages: Callable[[Naive], None] = Naive.assign_advantages
 
 
 PSI = [0.9, 0.7, 0.5, 0.5, 0.4]
@@ -96,12 +97,37 @@ CASES = {
     "branchgrpo": Case(
         "branchgrpo", naive_plans.branchgrpo, {"split_steps": [0, 2], "group_size": 4}
     ),
+    "branchgrpo-softmax": Case(
+        "branchgrpo",
+        naive_plans.softmax_branchgrpo,
+        {"split_steps": [0, 2], "group_size": 9, "split_fan": 3, "node_value": "softmax"},
+    ),
+    "flow_dppo": Case("flow_dppo", naive_plans.flow_grpo, {"trust_region": 1e-4}),
+    "tp_grpo": Case("tp_grpo", naive_plans.tp_grpo, {"group_size": 4}, 6),
+    "stepwise_flow_grpo": Case("stepwise_flow_grpo", naive_plans.densegrpo),
+    "e_grpo": Case(
+        "e_grpo", naive_plans.e_grpo, {"sde_steps": [0, 1, 3], "merged_steps": [2, 1, 3]}, 7
+    ),
+    "ddpo": Case("ddpo", naive_plans.flow_grpo, advantages=naive_plans.ddpo_advantages),
+    "ddpo-own-statistics": Case(
+        "ddpo",
+        naive_plans.flow_grpo,
+        {"min_count": 3},
+        advantages=lambda naive: naive_plans.ddpo_advantages(naive, own=True),
+    ),
+    "ddpo-score": Case(
+        "ddpo",
+        naive_plans.flow_grpo,
+        {"estimator": "score", "updates_per_rollout": 1},
+        advantages=naive_plans.ddpo_advantages,
+    ),
 }
 
 
 def case_trainer(case: Case, out):
     # Many updates of few samples would be empty.
-    updates = min(METHODS.get(case.method)().updates_per_rollout, 2)
+    published = METHODS.get(case.method)().updates_per_rollout
+    updates = published if published == "per_step" else min(published, 2)
     values = {"updates_per_rollout": updates, **case.options}
     options = {f"method.{name}": value for name, value in values.items()}
     config = toy_config(case.method, {"sampling.num_steps": case.num_steps, **options})
@@ -146,7 +172,7 @@ def test_against_the_naive_version(case, tmp_path, monkeypatch):
     trainer = case_trainer(case, tmp_path)
     naive = Naive(trainer)
     case.plan(naive)
-    naive.assign_advantages()
+    case.advantages(naive)
     naive.store_old_velocities()
     batch, edges = trainer.collector.collect(STEP), naive.edges
 

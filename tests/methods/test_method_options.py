@@ -260,9 +260,59 @@ PAPER_VALUES |= {
         "max_decay": 0.999,
     },
 }
+PAPER_VALUES |= {
+    "flow_dppo": {
+        "group_size": 16,
+        "updates_per_rollout": 2,
+        "trust_region": 1e-5,
+        "kl_weight": 0.0,
+        "std_scope": "global",
+        "sde_type": "flow_sde",
+        "eta": 0.7,
+    },
+    "tp_grpo": {
+        "group_size": 24,
+        "updates_per_rollout": 2,
+        "sde_type": "cps",
+        "eta": 0.7,
+        "cps_log_prob": "squared_error",
+        "clip_range": 1e-5,
+        "kl_weight": 1e-4,
+        "std_scope": "group",
+        "std_epsilon": 1e-4,
+        "turning_points": "consistent",
+        "balanced": True,
+        "completion_steps": "all",
+    },
+    "stepwise_flow_grpo": {
+        "sde_type": "flow_sde",
+        "completion_steps": 1,
+        "comparison": "prompt",
+        "dense_reward": "gain",
+    },
+    "e_grpo": {
+        "group_size": 12,
+        "sde_steps": (0, 1, 2, 4),
+        "merged_steps": (1, 1, 2, 3),
+        "eta": 0.7,
+        "clip_range": 1e-4,
+        "updates_per_rollout": "per_step",
+    },
+    "ddpo": {
+        "estimator": "ppo",
+        "clip_range": 1e-4,
+        "updates_per_rollout": 4,
+        "buffer_size": 16,
+        "min_count": 16,
+        "std_unbiased": False,
+        "std_epsilon": 1e-6,
+        "kl_weight": 0.0,
+        "advantage_clip": 5.0,
+    },
+}
 NUM_STEPS = {"g2rpo": 16, "dancegrpo": 16, "branchgrpo": 20, "draft": 50, "refl": 40}
 NUM_STEPS |= dict.fromkeys(("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"), 25)
-NUM_STEPS |= {"awm": 14, "ram": 20, "vgrpo": 40}
+NUM_STEPS |= {"awm": 14, "ram": 20, "vgrpo": 40, "e_grpo": 16, "ddpo": 50}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -322,6 +372,27 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
     ("dancegrpo", ["tail_ratio=0.5"], "method.tail_ratio=0.5", "before 14"),
     ("branchgrpo", ["group_size=8"], "method.group_size=8", "group_size=16"),
     ("branchgrpo", ["split_steps=[0,19]"], "method.split_steps=[0, 19]", "stochastic step"),
+    (
+        "branchgrpo",
+        ["node_value=softmax", "sde_type=cps", "cps_log_prob=squared_error"],
+        "method.node_value=softmax",
+        "method.cps_log_prob=gaussian",
+    ),
+    ("flow_dppo", ["clip_range=1e-3"], "method.clip_range=0.001", "use method.trust_region"),
+    ("e_grpo", ["merged_steps=[1,2]"], "method.merged_steps=[1, 2]", "Use 4"),
+    ("e_grpo", ["merged_steps=[1,0,1,1]"], "method.merged_steps=[1, 0, 1, 1]", "at least 1"),
+    ("e_grpo", ["merged_steps=[1,1,1,12]"], "method.merged_steps=[1, 1, 1, 12]", "at most 11"),
+    ("ddpo", ["min_count=17"], "method.min_count=17", "at most 16"),
+    ("ddpo", ["std_scope=group"], "method.std_scope=group", "Remove it"),
+    ("ddpo", ["comparison=prompt"], "method.comparison=prompt", "Remove it"),
+    ("ddpo", ["reward_mix=advantage"], "method.reward_mix=advantage", "reward_mix=reward"),
+    ("ddpo", ["estimator=score"], "method.updates_per_rollout=4", "updates_per_rollout=1"),
+    (
+        "ddpo",
+        ["estimator=score", "updates_per_rollout=1", "clip_range=0.1"],
+        "method.clip_range=0.1",
+        "method.estimator=ppo",
+    ),
     (
         "diffusionnft",
         ["updates_per_rollout=per_step"],

@@ -82,6 +82,37 @@ def row_values(tree: Tree, rewards: Tensor) -> Tensor:
     return total[..., 0] / total[..., 1]  # 0 / 0 gives the NaN of a row without scores
 
 
+def softmax_values(tree: Tree, rewards: Tensor, log_prob: Tensor) -> Tensor:
+    """Values [N, C] of all rows: the mean of the children's values, weighted by probability.
+
+    The weights of the children of a row are the softmax of their log-probabilities (published code
+    of BranchGRPO). With equal log-probabilities and full subtrees the values are `row_values`.
+
+    Args:
+        tree: N rows.
+        rewards: [I] in the order of `tree.leaves`. A child without a scored leaf is left out.
+        log_prob: [N] log-probability of the step to each row. Only differences between the
+            children of the same row matter.
+    """
+    values = row_values(tree, rewards)  # those of the leaves stay
+    parent, weight = torch.from_numpy(tree.parent), log_prob.double().cpu()
+    below = parent != ROOT
+    largest = torch.full_like(weight, -torch.inf)
+    largest.scatter_reduce_(0, parent[below], weight[below], "amax")
+    weight = (weight - largest[parent]).exp()[:, None]
+    # Weighted sum and weight of the children of each row.
+    total = torch.zeros(*values.shape, 2, dtype=torch.float64)
+    grid_index, inner = torch.from_numpy(tree.grid_index), torch.from_numpy(tree.evaluated)
+    for index in range(tree.num_steps, -1, -1):  # a child has a larger index than its parent
+        done = inner[grid_index[inner] == index]
+        values[done] = total[done, :, 0] / total[done, :, 1]
+        rows = ((grid_index == index) & below).nonzero().squeeze(1)
+        scored = values[rows].isfinite()
+        terms = torch.stack([values[rows].nan_to_num(), torch.ones_like(values[rows])], -1)
+        total.index_add_(0, parent[rows], terms * (weight[rows] * scored)[..., None])
+    return values
+
+
 def edge_values(tree: Tree, rewards: Tensor) -> Tensor:
     """The value [E, C] of every trained edge: the value of the row it leads to."""
     return row_values(tree, rewards)[torch.from_numpy(tree.edges)]
@@ -130,12 +161,43 @@ def outcome(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
     return normalize(edge_values(tree, rewards).nanmean(1), how.groups(tree), how)
 
 
-def _completion_rewards(tree: Tree, rewards: Tensor, rows: Ints) -> Tensor:
-    """Rewards of the ODE completions of `rows`.
+def standardize(tree: Tree, rewards: Tensor, baseline: Tensor, how: Normalization) -> Tensor:
+    """DDPO's credit [E]: the reward of the image, normalized by given statistics of the prompt.
 
-    The completion of a row is its image in the channel whose number is the row's grid index.
+    The advantage of a NaN value is 0. So are the advantages of a prompt whose std is only float32
+    rounding.
+
+    Args:
+        tree: tree of P prompts.
+        rewards: [I] rewards of the leaves.
+        baseline: [P, 2] mean and std of every prompt.
+        how: normalization. Only its epsilon is used.
     """
-    index = tree.grid_index[rows]
+    values = edge_values(tree, rewards).nanmean(1)
+    mean, std = baseline.double()[torch.from_numpy(tree.prompt[tree.edges])].T
+    known = values.isfinite() & (std > 1e-6 * mean.abs())
+    advantage = (values - mean) / (std + how.epsilon)
+    return torch.where(known, advantage, torch.zeros_like(advantage)).float()
+
+
+def softmax_outcome(tree: Tree, rewards: Tensor, how: Normalization, log_prob: Tensor) -> Tensor:
+    """BranchGRPO's credit [E] with `softmax_values` of the rows that the edges lead to."""
+    values = softmax_values(tree, rewards, log_prob)[torch.from_numpy(tree.edges)]
+    return normalize(values.nanmean(1), how.groups(tree), how)
+
+
+def completion_rewards(
+    tree: Tree, rewards: Tensor, rows: Ints, channel: int | None = None
+) -> Tensor:
+    """Rewards [len(rows)] of the ODE completions of `rows`.
+
+    Args:
+        tree: a tree whose states are completed (DenseGRPO).
+        rewards: [I] rewards of the leaves.
+        rows: rows of the tree.
+        channel: channel of the completion. Default: the row's grid index.
+    """
+    index = tree.grid_index[rows] if channel is None else np.full(len(rows), channel)
     return row_values(tree, rewards)[torch.from_numpy(rows), torch.from_numpy(index)]
 
 
@@ -145,8 +207,8 @@ def gains(tree: Tree, rewards: Tensor) -> Tensor:
     R_i is the reward of the ODE completion of the state at grid index i.
     """
     edges = tree.edges
-    after = _completion_rewards(tree, rewards, edges)
-    return after - _completion_rewards(tree, rewards, tree.parent[edges])
+    after = completion_rewards(tree, rewards, edges)
+    return after - completion_rewards(tree, rewards, tree.parent[edges])
 
 
 def gain(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
@@ -156,7 +218,7 @@ def gain(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
 
 def state(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
     """DenseGRPO's baseline [E]: the reward R_{i+1} of the state after the step, normalized."""
-    return normalize(_completion_rewards(tree, rewards, tree.edges), how.groups(tree), how)
+    return normalize(completion_rewards(tree, rewards, tree.edges), how.groups(tree), how)
 
 
 def per_image(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
@@ -187,6 +249,11 @@ For methods that train on images the advantages are [I].
 """
 
 
+def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Weighted sum [I] of rewards [I] by name. NaN where a score is missing."""
+    return torch.stack([weights[name] * rewards[name] for name in rewards]).sum(0)
+
+
 def combine(
     credit: Credit,
     tree: Tree,
@@ -210,8 +277,7 @@ def combine(
         clip: advantages are clamped to [-clip, clip]. None: they are not clamped.
     """
     if by == "reward":
-        total = torch.stack([weights[name] * rewards[name] for name in rewards]).sum(0)
-        advantage = credit(tree, total, how)
+        advantage = credit(tree, weighted_sum(rewards, weights), how)
     else:
         terms = [weights[name] * credit(tree, rewards[name], how) for name in rewards]
         advantage = torch.stack(terms).sum(0)

@@ -126,3 +126,57 @@ def guarded(clip_range: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussi
         return EdgeLoss(loss / -edges.step.dt + kl_weight * kl, ratio, active, kl)
 
     return objective
+
+
+def divergence_masked(
+    trust_region: float, kl_weight: float = 0.0, kl_form: KLForm = "gaussian"
+) -> Objective:
+    """Flow-DPPO: the surrogate r A without a clip, of the edges inside the trust region.
+
+    An edge is dropped, so that its loss and gradient are 0, if two conditions hold (arXiv
+    2606.11025 eq. 14 and 18, mean over latent dimensions as in the published code):
+
+    - ||mean - mean_old||^2 / (2 std^2) >= `trust_region`,
+    - the ratio has moved in the direction of the advantage: r > 1 and A > 0, or r < 1 and A < 0.
+
+    Dropped edges count in the mean of the losses. `EdgeLoss.clipped` marks them.
+
+    Args:
+        trust_region: largest divergence from the old policy at which all edges are kept.
+        kl_weight: weight of the KL to the reference, which no edge drops.
+        kl_form: see `KLForm`.
+    """
+
+    def objective(edges: Edges) -> EdgeLoss:
+        ratio = edges.log_ratio.exp()
+        with torch.no_grad():
+            far = edges.transition.kl(edges.old_transition) >= trust_region
+            dropped = far & ((ratio - 1) * edges.advantage > 0)
+        unclipped = -ratio * edges.advantage
+        loss = torch.where(dropped, torch.zeros_like(unclipped), unclipped)
+        kl = _kl(edges, kl_form)
+        return EdgeLoss(loss + kl_weight * kl, ratio, dropped, kl)
+
+    return objective
+
+
+def score_function(kl_weight: float = 0.0, kl_form: KLForm = "gaussian") -> Objective:
+    """DDPO's score-function estimator (arXiv 2305.13301, DDPO_SF).
+
+    The gradient is -A grad log p(x_next | x) of the trained policy. The value is -A, because the
+    log-probability is subtracted from itself without a gradient. The estimator is on-policy: it
+    does not use the old policy, and is correct for the first update of a rollout only.
+
+    Args:
+        kl_weight: weight of the KL to the reference.
+        kl_form: see `KLForm`.
+    """
+
+    def objective(edges: Edges) -> EdgeLoss:
+        log_prob = edges.transition.log_prob(edges.x_next)
+        ratio = (log_prob - log_prob.detach()).exp()
+        kl = _kl(edges, kl_form)
+        never = torch.zeros_like(ratio, dtype=torch.bool)
+        return EdgeLoss(-ratio * edges.advantage + kl_weight * kl, ratio.detach(), never, kl)
+
+    return objective

@@ -128,10 +128,12 @@ class Tree:
     def comparison_groups(self) -> Ints:
         """Number of the comparison group [E] of every trained edge.
 
-        Edges of the same prompt at the same grid step are in the same group.
+        Edges of the same prompt at the same grid step are in the same group. A step is identified
+        by its first and last grid index.
         """
-        edges = self.edges
-        key = self.prompt[edges] * (self.num_steps + 1) + self.grid_index[edges]
+        edges, size = self.edges, self.num_steps + 1
+        start, end = self.grid_index[self.parent[edges]], self.grid_index[edges]
+        key = (self.prompt[edges] * size + start) * size + end
         groups: Ints = np.unique(key, return_inverse=True)[1]
         return groups
 
@@ -220,18 +222,28 @@ class Planner:
         """Add an initial noise sample at sigma = 1, and return its row."""
         return self._add(_Row(ROOT, 0, draw=self._next_draw()))
 
-    def sde(self, node: int, fan: int = 1, train: bool = True) -> list[int]:
-        """Add `fan` stochastic steps of one grid step from `node`, each with its own noise.
+    def sde(self, node: int, fan: int = 1, train: bool = True, *, length: int = 1) -> list[int]:
+        """Add `fan` stochastic steps from `node`, each with its own noise.
+
+        Args:
+            node: row to start from.
+            fan: number of steps.
+            train: whether the steps are trained.
+            length: grid steps that are merged into one stochastic step (E-GRPO).
 
         Returns:
             The rows of the steps.
 
         Raises:
-            ValueError: `node` is already at sigma = 0.
+            ValueError: `length` is below 1, or leads beyond sigma = 0.
         """
-        index = self._rows[node].grid_index + 1
-        if index > self.num_steps:
-            raise ValueError(f"row {node} is at sigma = 0, so no stochastic step can follow it")
+        index = self._rows[node].grid_index + length
+        if length < 1 or index > self.num_steps:
+            start = self._rows[node].grid_index
+            raise ValueError(
+                f"row {node} is at grid index {start} of {self.num_steps}, so no stochastic step "
+                f"of length {length} can follow it"
+            )
         rows = (
             _Row(node, index, stochastic=True, trained=train, draw=self._next_draw())
             for _ in range(fan)

@@ -3,7 +3,14 @@
 import importlib
 import pkgutil
 
-from flowgrain.methods.base import METHODS, LearningRates, Method, build_method, register
+from flowgrain.methods.base import (
+    METHODS,
+    LearningRates,
+    Method,
+    Observation,
+    build_method,
+    register,
+)
 from flowgrain.methods.cost import plan_tree, price
 from flowgrain.methods.forward_process import ForwardProcess
 from flowgrain.methods.policy_gradient import PolicyGradient
@@ -17,6 +24,7 @@ __all__ = [
     "ForwardProcess",
     "LearningRates",
     "Method",
+    "Observation",
     "PolicyGradient",
     "RewardGradient",
     "build_method",

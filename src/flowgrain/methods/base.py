@@ -4,7 +4,8 @@ A method is one class with typed settings, a plan, a credit and an objective.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import field_validator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from flowgrain.core import credit
 from flowgrain.core.credit import Normalization, RewardMix, Scope
+from flowgrain.core.rollout import Noise
 from flowgrain.core.tree import Ints, Planner, Tree
 from flowgrain.registry import Registry
 from flowgrain.settings import Section, Setting, SettingsError
@@ -48,6 +50,25 @@ def build_method(values: Mapping[str, Any]) -> "Method":
     """
     options = dict(values)
     return METHODS.get(str(options.pop("name"))).model_validate(options)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A scored rollout, the same on every rank, for `Method.observe`.
+
+    Attributes:
+        step: training step, from 1.
+        prompts: texts of the P prompts.
+        tree: tree of all prompts.
+        rewards: [I] weighted sums of the rewards of the leaves. NaN marks an image without a score.
+        noise: the noise of the rollout, by prompt number and draw.
+    """
+
+    step: int
+    prompts: Sequence[str]
+    tree: Tree
+    rewards: Tensor
+    noise: Noise
 
 
 class Method(Section, ABC):
@@ -142,6 +163,16 @@ class Method(Section, ABC):
     def needs_reference(self) -> bool:
         """Whether the loss needs the velocity of the model before training."""
         return self.kl_weight > 0
+
+    def observe(self, observation: Observation) -> None:
+        """Take from a scored rollout what `credit` needs besides the tree and the rewards.
+
+        `credit` is a function of the tree and the rewards of one rollout. A method whose credit
+        also depends on earlier rollouts (DDPO's running statistics per prompt) or on the noise
+        (BranchGRPO's weighted values) stores it here. Called once per rollout before `credit`.
+        A step that was stopped is observed again after the resume, so the state that
+        `state_dict` returns must not count it twice. The default does nothing.
+        """
 
     @property
     def plan_varies(self) -> bool:

@@ -22,6 +22,23 @@ def distinct(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def without_clip_range(method: PolicyGradient, instead: str) -> None:
+    """Check that `clip_range` is not set, because the loss of `method` has no clip.
+
+    Args:
+        method: the method.
+        instead: setting or value that replaces the clip, for the message.
+
+    Raises:
+        ValueError: `clip_range` differs from the default.
+    """
+    if method.clip_range != type(method).model_fields["clip_range"].default:
+        raise ValueError(
+            f"clip_range={method.clip_range}: has no effect, because the loss has no clip. "
+            f"Remove it, or use {instead}."
+        )
+
+
 class StepChoice(PolicyGradient):
     """Options of methods whose stochastic steps can be chosen."""
 

@@ -18,7 +18,14 @@ from flowgrain.core.sde import ODE, Kernel
 from flowgrain.core.tree import Ints, Tree
 from flowgrain.data import Prompt, keyed_noise, prompts_of_step
 from flowgrain.distributed import SINGLE, World
-from flowgrain.methods import ForwardProcess, Method, PolicyGradient, RewardGradient, plan_tree
+from flowgrain.methods import (
+    ForwardProcess,
+    Method,
+    Observation,
+    PolicyGradient,
+    RewardGradient,
+    plan_tree,
+)
 from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Reward, Scorer, Scores
@@ -87,6 +94,8 @@ class RolloutCollector:
 
         tree, normalization = prompt_tree.repeat(len(prompts)), method.normalization()
         values = {name: scores.values for name, scores in scored.scores.items()}
+        total = credit.weighted_sum(values, self.reward_weights)
+        method.observe(Observation(step, [p.text for p in prompts], tree, total, noise))
         advantage = credit.combine(
             method.credit,
             tree,
@@ -133,8 +142,8 @@ class RolloutCollector:
             noise = keyed_noise(self.policy.backbone.latent_shape, "calibrate", seed, number)
             scores = self.score_tree(prompt_tree, prompts, kernel, noise).scores
             check_failed_rewards(scores, self.config.training.max_failed_rewards)
-            weights = self.reward_weights
-            return torch.stack([weights[name] * s.values for name, s in scores.items()]).sum(0)
+            values = {name: s.values for name, s in scores.items()}
+            return credit.weighted_sum(values, self.reward_weights)
 
         result = calibrate(method, self.sigmas, score_tree)
         method.set_psi(result.psi)
