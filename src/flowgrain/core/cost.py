@@ -124,3 +124,20 @@ def _first_images(tree: Tree) -> Ints:
         rows = np.flatnonzero((tree.grid_index == index) & (tree.parent != ROOT))
         np.minimum.at(first, tree.parent[rows], first[rows])
     return first
+
+
+def split_images(tree: Tree, updates: int) -> list[Ints]:
+    """The leaves of every optimizer update: equal shares of the images of every prompt.
+
+    Args:
+        tree: tree of all prompts.
+        updates: number of updates. With fewer images, there are fewer updates.
+
+    Returns:
+        The leaves of each update, in rising order.
+    """
+    prompt = tree.prompt[tree.leaves]
+    of_prompt = [tree.leaves[prompt == p] for p in np.unique(prompt)]
+    parts = zip(*(np.array_split(leaves, updates) for leaves in of_prompt), strict=True)
+    shares = [np.sort(np.concatenate(part)) for part in parts]
+    return [share for share in shares if len(share)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
+from flowgrain.core.cost import split_images
 from flowgrain.core.regression import Noised, Quantities, linearized, squared_error
 from flowgrain.core.sde import per_row
 from flowgrain.core.tree import Ints
@@ -60,20 +61,12 @@ class ForwardProcessLoss:
         self.levels = method.draw_levels(random, count, sigmas.cpu().numpy())
         self.num_draws = self.levels.sigma.shape[1]
         self.updates: Sequence[Update] = [
-            self._update(rows, config.micro_batch_size) for rows in self._shares()
+            self._update(rows, config.micro_batch_size)
+            for rows in split_images(batch.tree, int(method.updates_per_rollout))
         ]
         self._old: list[list[Tensor]] = []
         self._linear: tuple[Tensor, Tensor] | None = None
         self._passed: list[Tensor] = []
-
-    def _shares(self) -> list[Ints]:
-        """The leaves of every optimizer update: equal shares of the images of every prompt."""
-        prompt = self.batch.tree.prompt[self.leaves]
-        updates = int(self.method.updates_per_rollout)
-        of_prompt = [self.leaves[prompt == p] for p in np.unique(prompt)]
-        parts = zip(*(np.array_split(leaves, updates) for leaves in of_prompt), strict=True)
-        shares = [np.sort(np.concatenate(part)) for part in parts]
-        return [share for share in shares if len(share)]
 
     def _update(self, leaves: Ints, size: int) -> Update:
         rows = leaves.repeat(self.num_draws)

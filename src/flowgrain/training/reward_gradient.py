@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flowgrain.config.schema import Config
+from flowgrain.core.cost import split_images
 from flowgrain.core.sde import ODE, Step, per_row
 from flowgrain.core.tree import Ints, Tree
 from flowgrain.data import Prompt, latent_noise
@@ -61,17 +62,9 @@ class RewardGradientLoss:
         self.batch_sizes = config.reward_batch_sizes
         self.samples = max(method.noise_samples, 1)
         self.updates: Sequence[Update] = [
-            self._update(leaves, config.micro_batch_size) for leaves in self._shares()
+            self._update(leaves, config.micro_batch_size)
+            for leaves in split_images(batch.tree, int(method.updates_per_rollout))
         ]
-
-    def _shares(self) -> list[Ints]:
-        """The leaves of every optimizer update: equal shares of the images of every prompt."""
-        tree = self.batch.tree
-        of_prompt = [tree.leaves[tree.prompt[tree.leaves] == p] for p in range(tree.num_prompts)]
-        updates = int(self.method.updates_per_rollout)
-        parts = zip(*(np.array_split(leaves, updates) for leaves in of_prompt), strict=True)
-        shares = [np.sort(np.concatenate(part)) for part in parts]
-        return [share for share in shares if len(share)]
 
     def _update(self, leaves: Ints, size: int) -> Update:
         rows = leaves.repeat(self.samples)
