@@ -141,3 +141,14 @@ def split_images(tree: Tree, updates: int) -> list[Ints]:
     parts = zip(*(np.array_split(leaves, updates) for leaves in of_prompt), strict=True)
     shares = [np.sort(np.concatenate(part)) for part in parts]
     return [share for share in shares if len(share)]
+
+
+def tail_length(tree: Tree) -> int:
+    """The largest number of consecutive model calls after the last stochastic step."""
+    length = np.zeros(len(tree), dtype=np.int64)
+    has_child = np.isin(np.arange(len(tree)), tree.evaluated)
+    for row in range(len(tree)):
+        parent = tree.parent[row]
+        if tree.tail[row] and has_child[row]:
+            length[row] = 1 + (length[parent] if parent != ROOT else 0)
+    return int(length.max(initial=0))
