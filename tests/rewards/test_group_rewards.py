@@ -102,6 +102,8 @@ def of_method(name):
     changes = {"method.split_steps": [0, 1]} if name == "branchgrpo" else {}
     if "window_size" in METHODS.get(name).model_fields:
         changes = {"method.window_size": 2}
+    if name == "e_grpo":
+        changes = {"method.sde_steps": [0], "method.merged_steps": [2]}
     return load_config(name, {**SMALL, **changes})
 
 
