@@ -173,6 +173,7 @@ def test_rollout_images_that_are_not_finite(three, tmp_path, first):
     assert message.startswith(f"step {first + 1}: the model is destroyed: ")
     assert "images contain NaN or infinity" in message
     assert f"Its checkpoint was renamed to damaged-step-{first:06d}" in message
+    assert ("no earlier checkpoint: a resume starts at step 0" in message) == (first == 1)
     assert "'optimizer.learning_rate': 3.33333e-05" in message
     assert steps_of(tmp_path) == ["step-000001"][: first - 1]
     assert (tmp_path / "checkpoints" / f"damaged-step-{first:06d}").is_dir()
