@@ -117,6 +117,9 @@ def test_an_empty_option(directory, words):
     assert list(directory.iterdir()) == []
 
 
+SD3 = ("model.name=sd3", "rewards=['toy:red']", "optimizer.learning_rate=1e-4")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -126,7 +129,7 @@ def test_an_empty_option(directory, words):
         (("train", "training.max_steps="), "training.max_steps=: is empty."),
         (("train", "data.prompts=''"), "data.prompts='': is empty."),
         (("train", "model.path="), "model.path=: is empty. Write model.path=VALUE"),
-        (("train", "sd3/flow_grpo", "model.path=''"), "model.name=sd3 needs weights."),
+        (("train", "g2rpo", *SD3, "model.path=''"), "model.path: model.name=sd3 needs weights."),
         (("train", "--training.max_steps=3"), "write training.max_steps=3 without dashes"),
         (("train", "--training.max_steps", "3"), "write training.max_steps=VALUE without dashes"),
     ],
