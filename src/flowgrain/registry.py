@@ -145,8 +145,12 @@ def load_plugin(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        fix = ". Install it." if isinstance(error, ModuleNotFoundError) else ""
-        raise SettingsError(f"plugin {path}: {describe(error)}{fix}") from error
+        fix, reason = (
+            ". Install it." if isinstance(error, ModuleNotFoundError) else "",
+            describe(error),
+        )
+        shown = file.name if f"({file}, line " in reason else path  # the reason has the full path
+        raise SettingsError(f"plugin {shown}: {reason}{fix}") from error
 
 
 def describe(error: BaseException) -> str:

@@ -70,7 +70,7 @@ def state_of(checkpoint):
 
 def test_a_method_is_trained_and_resumed(plugin, directory):
     words = ("--plugin", plugin, "counting", *SMALL, "method.first=1", "--out", "run")
-    assert "counting on shapes: 2 steps" in succeeded("train", *words)
+    assert "counting on shapes: steps 1 to 2, into run\n" in succeeded("train", *words)
     saved = yaml.safe_load((directory / "run/run.yaml").read_text())
     assert saved["config"]["method"]["first"] == 1
     assert saved["config"]["runtime"]["plugins"] == [str(directory / plugin)]

@@ -55,7 +55,7 @@ def test_serve_without_a_token(served, monkeypatch):
         (["{weight: 1}"], "name: Field required"),
         (["{name: towers"], "not a YAML value"),
         (["towers,preference"], "'towers,preference': not one reward. Separate rewards by spaces"),
-        ([""], "'': not one reward"),
+        ([""], "'': an empty word. Write a name or a path"),
         (["{name: towers, weight: 0}"], "weight: the reward would have no effect"),
     ],
 )

@@ -62,7 +62,9 @@ def test_an_option_of_another_method_names_both(method, option, message):
 
 
 def as_typed(value):
-    """`value` as it is written in YAML."""
+    """`value` as it is written in YAML. Texts that start with another character have quotes."""
+    if isinstance(value, str) and not value[:1].isalpha():
+        return repr(value)
     return yaml.safe_dump(value, default_flow_style=True).splitlines()[0].replace(".nan", "nan")
 
 

@@ -68,11 +68,9 @@ def test_a_yaml_file(tmp_path):
     assert load_config(write(tmp_path / "b.yaml", {**config.to_dict(), "name": "x"})).name == "x"
 
 
-def test_a_list_with_too_many_values_and_a_long_list_of_names(tmp_path):
+def test_a_list_with_too_many_values():
     with pytest.raises(ValueError, match=r"more than 100,000 values, counting aliases"):
         check_yaml(f"[{','.join(['1'] * 100_001)}]")
-    with pytest.raises(SettingsError, match=r"Known: .* and \d+ more\.$"):
-        load_config("qwertzuiop")
 
 
 def test_the_directory_of_a_run(tmp_path):
@@ -107,8 +105,8 @@ def test_an_unknown_source_names_the_nearest(source, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method: [", "not readable as YAML"),
-        ("- a\n- b\n", "not readable as YAML: not a mapping of sections"),
+        ("method: [", "a.yaml: line 2 is not YAML: expected node content."),
+        ("- a\n- b\n", "a.yaml: contains a list. Write sections such as training: "),
         ("3: 4\n", "keys must be text. Write `section:` and below it `key: value`"),
         ("method: {name: g2rpo}\nsampling: {num_step: 3}\n", "sampling.num_step is not a setting"),
         ("training: {max_steps: 3}\n", "method.name: required, but not set"),
@@ -127,7 +125,7 @@ def test_an_unusable_yaml_file(tmp_path, text, message):
 
 def test_bytes_that_are_not_text(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SettingsError, match=r"a\.yaml: not readable as YAML"):
+    with pytest.raises(SettingsError, match=r"a\.yaml: not UTF-8 text .* Save it as UTF-8\.$"):
         load_config(tmp_path / "a.yaml")
 
 

@@ -1,15 +1,18 @@
 """Mistakes of a first hour: each is one line with the fix, and writes nothing."""
 
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import SMALL, flowgrain, refused, succeeded
 
 from flowgrain.rewards import RewardConfig, build_reward, reachable
+from flowgrain.training.health import smaller_rate
 
 PROMPT = ("--prompt", "three green circles", "--steps", "1")
 
@@ -114,6 +117,9 @@ def test_an_empty_option(directory, words):
     assert list(directory.iterdir()) == []
 
 
+SD3 = ("model.name=sd3", "rewards=['toy:red']", "optimizer.learning_rate=1e-4")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -122,7 +128,8 @@ def test_an_empty_option(directory, words):
         (("train", "data.prompts="), "data.prompts=: is empty. Write data.prompts=VALUE"),
         (("train", "training.max_steps="), "training.max_steps=: is empty."),
         (("train", "data.prompts=''"), "data.prompts='': is empty."),
-        (("train", "model.path=''"), "model.path='': is empty."),
+        (("train", "model.path="), "model.path=: is empty. Write model.path=VALUE"),
+        (("train", "g2rpo", *SD3, "model.path=''"), "model.path: model.name=sd3 needs weights."),
         (("train", "--training.max_steps=3"), "write training.max_steps=3 without dashes"),
         (("train", "--training.max_steps", "3"), "write training.max_steps=VALUE without dashes"),
     ],
@@ -194,7 +201,7 @@ def test_a_backbone_that_ends_the_process(directory):
 def test_code_of_the_user_that_ends_a_command(directory, monkeypatch):
     from flowgrain import Trainer
 
-    (directory / "ends.py").write_text("def end(*_):\n    raise SystemExit(0)\n")
+    (directory / "ends.py").write_text("def end(*_, **__):\n    raise SystemExit(0)\n")
     monkeypatch.syspath_prepend(directory)
     import ends
 
@@ -335,7 +342,7 @@ def test_a_file_in_place_of_a_directory(directory):
 
 
 def test_a_directory_that_is_not_writable(directory, monkeypatch, run):
-    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
     (directory / "locked").mkdir()
     assert "locked: is not writable." in refused("train", *SMALL, "--out", "locked")
     monkeypatch.undo()
@@ -399,16 +406,18 @@ def test_control_c_while_a_run_starts(directory, monkeypatch):
 
 @pytest.mark.parametrize("rate", [1e30, 3e-6])
 def test_the_advice_of_a_run_that_diverged(tiny, rate):
-    from types import SimpleNamespace
-
-    from flowgrain.training.health import _what_remains
-
+    """A third of the rate, at most 1e-4 (bundled model) or the published rate (other models)."""
     config = tiny.with_changes({"optimizer.learning_rate": rate})
-    trainer = SimpleNamespace(config=config, out=Path("nowhere"), resume_command="RESUME")
-    message = _what_remains(trainer)
-    assert "There is no checkpoint, so the resumed run starts again from step 0." in message
     published = config.method.published_learning_rate(lora=False)
-    assert float(message.split("=")[-1]) == pytest.approx(min(rate / 3, published), rel=1e-4)
+    assert published < 1e-4
+    for model, limit in (("shapes", 1e-4), ("sd3", published)):
+        config = config.with_changes({"model.name": model})
+        recorder = SimpleNamespace(given=[])
+        trainer = SimpleNamespace(config=config, out=Path("nowhere"), recorder=recorder)
+        message = smaller_rate(trainer)
+        start = f"Use a smaller learning rate than {rate:g}: flowgrain train --resume nowhere "
+        assert message.startswith(f"{start}optimizer.learning_rate=")
+        assert float(message.split("=")[-1]) == pytest.approx(min(rate / 3, limit), rel=1e-4)
 
 
 REPORT = {

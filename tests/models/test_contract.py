@@ -1,5 +1,6 @@
 """The contract of a backbone, checked when it is loaded or given from Python."""
 
+import re
 import types
 
 import pytest
@@ -110,7 +111,10 @@ def test_the_toy_follows_the_contract():
 def test_a_missing_member_is_named(name):
     backbone = members_of(Toy())
     delattr(backbone, name)
-    with pytest.raises(ValueError, match=f"backbone SimpleNamespace: member '{name}' is missing"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^backbone SimpleNamespace \(.*types\.py\): member '{name}' is missing\. ",
+    ):
         check_backbone(backbone)
 
 
@@ -196,7 +200,9 @@ class ToyWithoutExport(nn.Module):
 )
 def test_results_are_checked_before_training(tiny, tmp_path, changes, message):
     backbone = type("Wrong", (Toy,), changes)()
-    with pytest.raises(SettingsError, match=f"backbone Wrong: member {message}"):
+    with pytest.raises(
+        SettingsError, match=rf"backbone Wrong \({re.escape(__file__)}\): member {message}"
+    ):
         Trainer(tiny, tmp_path / "run", backbone=backbone, rewards={"red": red})
     assert not (tmp_path / "run").exists()
 
@@ -246,7 +252,10 @@ def test_a_backbone_from_a_plugin_file(tmp_path):
 def test_an_incomplete_backbone_from_a_plugin_file(tmp_path):
     (tmp_path / "broken.py").write_text(PLUGIN.replace("DECODE", "decoder"))
     load_plugin(tmp_path / "broken.py")
-    with pytest.raises(ValueError, match="backbone LinearToy: member 'decode' is missing"):
+    place = re.escape(str(tmp_path / "broken.py"))
+    with pytest.raises(
+        ValueError, match=rf"backbone LinearToy \({place}\): member 'decode' is missing"
+    ):
         load_backbone(ModelConfig(name="linear_toy"), Dtypes())
 
 

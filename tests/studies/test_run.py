@@ -143,7 +143,8 @@ def test_a_diverged_run_is_a_result(tmp_path):
     state = run_comparison(comparison, tmp_path / "out")
     (name,) = state.diverged
     assert name == "mixgrpo+oracle+1"
-    assert "non-finite" in state.diverged[name]
+    assert "the model is destroyed: " in state.diverged[name]
+    assert "images contain NaN or infinity" in state.diverged[name]
     result = next(r for r in results(tmp_path / "out") if r["label"] == "mixgrpo")
     assert result["stopped"] == state.diverged[name]
 

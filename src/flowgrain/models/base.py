@@ -42,7 +42,6 @@ class ModelConfig(Section):
         None,
         "Directory or Hugging Face Hub name of a diffusers pipeline. The shapes model needs none.",
         keep=True,
-        min_length=1,
     )
     revision: str | None = Setting(
         None, "Branch, tag or commit of the Hub repository. Default: its main branch.", keep=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -105,14 +106,16 @@ def destroyed(trainer: Trainer, place: str, reason: str) -> Diverged:
 
 
 def smaller_rate(trainer: Trainer) -> str:
-    """The advice to resume with a smaller learning rate, at most the published rate."""
+    """The advice to resume with a third of the learning rate, at most a rate that is safe.
+
+    That is 1e-4 for the bundled model, and the published rate of the method for other models.
+    """
     config, rate = trainer.config, trainer.config.learning_rate
-    optimizer = config.optimizer.model_copy(update={"learning_rate": None})
-    try:
-        published = config.model_copy(update={"optimizer": optimizer}).learning_rate
-    except ValueError:  # the method has none for this kind of training
-        published = 1e-4
-    changes = {"optimizer.learning_rate": f"{min(rate / 3, published):g}"}
+    limit = 1e-4
+    if config.model.name != "shapes":
+        with contextlib.suppress(ValueError):  # no rate was published for this kind of training
+            limit = config.method.published_learning_rate(lora=config.lora.rank > 0)
+    changes = {"optimizer.learning_rate": f"{min(rate / 3, limit):g}"}
     command = resume_command(trainer.out, trainer.recorder.given, changes)
     return f"Use a smaller learning rate than {rate:g}: {command}"
 
