@@ -18,9 +18,10 @@ from flowgrain.config.sections import (
     TrainingConfig,
 )
 from flowgrain.config.warnings import warnings_of
+from flowgrain.core.cost import tail_length
 from flowgrain.core.schedule import TailSchedule
 from flowgrain.core.sde import Shift, sigma_grid
-from flowgrain.core.tree import Tree, tail_length
+from flowgrain.core.tree import Tree
 from flowgrain.methods import ForwardProcess, Method, build_method, plan_tree
 from flowgrain.models.base import Backbone, ModelConfig
 from flowgrain.rewards.base import RewardConfig
@@ -103,7 +104,8 @@ class Config(Section):
 
     def tree(self, step: int = 1) -> Tree:
         """The tree of one prompt at training step `step`."""
-        return plan_tree(self.method, self.sampling.num_steps, step, self.runtime.seed)
+        steps, seed = self.sampling.num_steps, self.runtime.seed
+        return plan_tree(self.method, steps, step, seed, self.sigmas().tolist())
 
     @property
     def tail_schedule(self) -> TailSchedule:

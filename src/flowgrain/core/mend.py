@@ -7,6 +7,7 @@ the trained policy by the accepted d, and keeps the estimate of an image without
 Shapes: I images, K candidates of an image, B rows, *L latent.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -47,14 +48,15 @@ def next_global_cap(previous: float | None, reward: Tensor, quantile: float, rat
 
     Args:
         previous: kappa_glob of the previous rollout, or None.
-        reward: [I] rewards. NaN rewards are left out. With no others, `previous` is kept.
+        reward: [I] rewards. NaN rewards are left out. If all are NaN, `previous` or NaN is
+            returned.
         quantile: share in 0..1.
         rate: share of the distance to the quantile.
     """
     target = float(torch.nanquantile(reward, quantile))
-    if target != target:  # no reward is known
-        return previous if previous is not None else target
-    return target if previous is None else max(previous, previous + rate * (target - previous))
+    if previous is None:
+        return target
+    return previous if math.isnan(target) else max(previous, previous + rate * (target - previous))
 
 
 def unit_direction(slope: Tensor) -> Tensor:
@@ -75,15 +77,7 @@ def proposals(slope: Tensor, etas: Sequence[float]) -> Tensor:
 
 
 def proximal_cost(displacement: Tensor, tau: float) -> Tensor:
-    """mean(d^2) / (2 tau) of displacements [..., B, *L] with `displacement.dim() - 2` latent dims.
-
-    Args:
-        displacement: [K, B, *L].
-        tau: step size.
-
-    Returns:
-        Costs [K, B].
-    """
+    """mean(d^2) / (2 tau) [K, B] of displacements d [K, B, *L]."""
     return displacement.flatten(2).square().mean(2) / (2 * tau)
 
 

@@ -180,17 +180,6 @@ class Tree:
         )
 
 
-def tail_length(tree: Tree) -> int:
-    """The largest number of consecutive model calls after the last stochastic step."""
-    length = np.zeros(len(tree), dtype=np.int64)
-    has_child = np.isin(np.arange(len(tree)), tree.evaluated)
-    for row in range(len(tree)):
-        parent = tree.parent[row]
-        if tree.tail[row] and has_child[row]:
-            length[row] = 1 + (length[parent] if parent != ROOT else 0)
-    return int(length.max(initial=0))
-
-
 class _Row(NamedTuple):
     parent: int
     grid_index: int
@@ -208,10 +197,12 @@ class Planner:
 
     Args:
         num_steps: T, steps of the sampling grid.
+        sigmas: [T + 1] noise levels of the grid. Default: evenly spaced.
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, sigmas: Sequence[float] | None = None) -> None:
         self.num_steps = num_steps
+        self.sigmas = sigmas or np.linspace(1, 0, num_steps + 1).tolist()
         self._rows: list[_Row] = []
         self._ode_child: dict[_Row, int] = {}
         self._images: dict[tuple[int, int], None] = {}  # in order, without repeats
