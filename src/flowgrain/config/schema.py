@@ -104,7 +104,8 @@ class Config(Section):
 
     def tree(self, step: int = 1) -> Tree:
         """The tree of one prompt at training step `step`."""
-        return plan_tree(self.method, self.sampling.num_steps, step, self.runtime.seed)
+        steps, seed = self.sampling.num_steps, self.runtime.seed
+        return plan_tree(self.method, steps, step, seed, self.sigmas().tolist())
 
     @property
     def tail_schedule(self) -> TailSchedule:

@@ -52,6 +52,17 @@ def cost(tree: Tree, num_rewards: int = 1) -> Cost:
     )
 
 
+def tail_length(tree: Tree) -> int:
+    """The largest number of consecutive model calls after the last stochastic step."""
+    length = np.zeros(len(tree), dtype=np.int64)
+    has_child = np.isin(np.arange(len(tree)), tree.evaluated)
+    for row in range(len(tree)):
+        parent = tree.parent[row]
+        if tree.tail[row] and has_child[row]:
+            length[row] = 1 + (length[parent] if parent != ROOT else 0)
+    return int(length.max(initial=0))
+
+
 def count_updates(tree: Tree, updates: int | str, prompts: int) -> tuple[int, int]:
     """The result of `split_updates` in numbers, without the tree of all prompts.
 

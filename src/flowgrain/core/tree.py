@@ -197,10 +197,12 @@ class Planner:
 
     Args:
         num_steps: T, steps of the sampling grid.
+        sigmas: [T + 1] noise levels of the grid. Default: evenly spaced.
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, sigmas: Sequence[float] | None = None) -> None:
         self.num_steps = num_steps
+        self.sigmas = sigmas or np.linspace(1, 0, num_steps + 1).tolist()
         self._rows: list[_Row] = []
         self._ode_child: dict[_Row, int] = {}
         self._images: dict[tuple[int, int], None] = {}  # in order, without repeats

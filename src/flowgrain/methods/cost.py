@@ -1,5 +1,6 @@
 """Plan and cost of a method, before anything runs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,17 +9,31 @@ from flowgrain.core.cost import Cost, cost, count_updates
 from flowgrain.core.tree import Planner, Tree, TreeTooLarge
 from flowgrain.methods.base import Method
 from flowgrain.methods.forward_process import ForwardProcess
+from flowgrain.methods.repair import Repair
 from flowgrain.methods.reward_gradient import RewardGradient
 from flowgrain.settings import SettingsError
 
 
-def plan_tree(method: Method, num_steps: int, step: int = 1, seed: int = 0) -> Tree:
+def plan_tree(
+    method: Method,
+    num_steps: int,
+    step: int = 1,
+    seed: int = 0,
+    sigmas: Sequence[float] | None = None,
+) -> Tree:
     """The tree of one prompt at training step `step` on a grid of `num_steps` steps.
+
+    Args:
+        method: its plan.
+        num_steps: T.
+        step: training step, from 1.
+        seed: seed of the run.
+        sigmas: [T + 1] noise levels of the grid. Default: evenly spaced. No cost depends on them.
 
     Raises:
         SettingsError: the tree has more than `core.tree.MAX_ROWS` rows.
     """
-    planner = Planner(num_steps)
+    planner = Planner(num_steps, sigmas)
     try:
         method.plan(planner, step, seed)
     except TreeTooLarge as error:
@@ -52,6 +67,9 @@ def price(
         updates = num_updates(method, tree, prompts_per_step)
         first = len(np.array_split(np.arange(images), updates)[0])
         frozen = float(method.frozen_passes(gradient, (images - first) * levels))
+        if isinstance(method, Repair):  # at most: every image may get candidates
+            decodes = images * (1 + method.num_candidates)
+            counted = replace(counted, decodes=decodes, reward_calls=decodes * num_rewards)
     elif isinstance(method, RewardGradient):
         gradient = len(tree.leaves) * method.passes_per_image
         frozen = float(gradient if method.kl_weight else 0)

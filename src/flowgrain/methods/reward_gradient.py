@@ -1,6 +1,7 @@
-"""Base class of methods that train on the gradient of the reward."""
+"""Base classes of methods that use the gradient of the reward."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -10,13 +11,37 @@ from flowgrain.core.tree import Tree
 from flowgrain.methods.base import Method
 from flowgrain.settings import Setting
 
-_NO_EFFECT = (
-    *("tail_order", "reward_mix", "std_scope", "std_unbiased", "std_epsilon", "advantage_clip"),
-)
-"""Options of advantages and of second-order steps, which these methods do not have."""
+OF_ADVANTAGES = ("reward_mix", "std_scope", "std_unbiased", "std_epsilon", "advantage_clip")
+"""Options of advantages."""
 
 
-class RewardGradient(Method):
+class DifferentiableReward(Method):
+    """A method whose rewards must be differentiable. Their gradient goes through the decoder."""
+
+    decode_batch_size: int = Setting(
+        1,
+        "Images that are decoded and scored together with gradient. The memory of the decoder "
+        "grows with it.",
+        unit="images",
+        ge=1,
+        le=10_000,
+    )
+
+    def check_unused(self, names: Sequence[str]) -> None:
+        """Check that the options `names`, which have no effect, keep their default.
+
+        Raises:
+            ValueError: an option was changed.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value}: has no effect with method {self.name!r}. Remove it."
+                )
+
+
+class RewardGradient(DifferentiableReward):
     """A method that trains on the gradient of the reward, through the last steps of the sampler.
 
     Images are sampled by the ODE without gradient. The last steps of every image are repeated with
@@ -26,14 +51,6 @@ class RewardGradient(Method):
 
     group_size: int = Setting(1, "Images per prompt (G).", unit="images", ge=1, le=10_000)
     reward_mix: RewardMix = "reward"  # own choice: the weighted sum of the rewards
-    decode_batch_size: int = Setting(
-        1,
-        "Images that are decoded and scored together with gradient. The memory of the decoder "
-        "grows with it.",
-        unit="images",
-        ge=1,
-        le=10_000,
-    )
 
     @property
     @abstractmethod
@@ -73,9 +90,4 @@ class RewardGradient(Method):
                 f"updates_per_rollout={self.updates_per_rollout}: the images of a prompt are "
                 f"divided among the updates. Use at most method.group_size={self.group_size}."
             )
-        for name in _NO_EFFECT:
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}={value}: has no effect with method {self.name!r}. Remove it."
-                )
+        self.check_unused(("tail_order", *OF_ADVANTAGES))

@@ -88,7 +88,8 @@ class RolloutCollector:
         config, method = self.config, self.method
         seed, num_prompts = config.runtime.seed, config.training.prompts_per_step
         prompts = prompts_of_step(self.prompts, step, num_prompts, seed)
-        prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed)
+        sigmas = config.sigmas().tolist()
+        prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed, sigmas)
         noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
         scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise)
 

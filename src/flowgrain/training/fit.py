@@ -17,7 +17,7 @@ import torch
 
 from flowgrain.config.schema import Config
 from flowgrain.distributed import env_rank, local_world_size
-from flowgrain.methods import PolicyGradient, RewardGradient
+from flowgrain.methods import DifferentiableReward, PolicyGradient
 from flowgrain.methods.calibration import calibration_tree
 from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError, SettingsWarning
@@ -187,7 +187,7 @@ def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int
     else:
         parameters = Need(sum(parts.values()), "the parameters", "model.name", model.name, False)
     needs = [parameters, _of_step(config, latents, "the latents of a step")]
-    if activations and isinstance(config.method, RewardGradient):
+    if activations and isinstance(config.method, DifferentiableReward):
         images = config.method.decode_batch_size
         setting, value = ("method.decode_batch_size", images)
         if images == 1:

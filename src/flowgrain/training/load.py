@@ -9,7 +9,7 @@ import torch
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
 from flowgrain.distributed import env_rank
-from flowgrain.methods import Method, RewardGradient
+from flowgrain.methods import DifferentiableReward, Method
 from flowgrain.models import Backbone, Dtypes, load_backbone
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.rewards import (
@@ -135,12 +135,12 @@ def _evaluated(trained: Mapping[str, Reward], others: Mapping[str, Reward]) -> d
 
 
 def check_gradients(method: Method, rewards: Mapping[str, Reward]) -> None:
-    """Check that all trained rewards are differentiable, if the method trains on their gradient.
+    """Check that all trained rewards are differentiable, if the method uses their gradient.
 
     Raises:
         SettingsError: a reward is not.
     """
-    if not isinstance(method, RewardGradient):
+    if not isinstance(method, DifferentiableReward):
         return
     for name, reward in rewards.items():
         if not is_differentiable(reward):

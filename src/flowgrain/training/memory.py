@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from flowgrain.config.schema import Config
-from flowgrain.methods import ForwardProcess, RewardGradient
+from flowgrain.methods import DifferentiableReward, ForwardProcess, Repair, RewardGradient
 from flowgrain.training.activations import decoder_activations
 from flowgrain.training.sizes import ModelSize
 
@@ -139,18 +139,22 @@ def _decoder_activations(config: Config) -> float:
 
     The activations of the transformer and of the rewards are not counted.
     """
-    if not isinstance(config.method, RewardGradient):
+    if not isinstance(config.method, DifferentiableReward):
         return 0.0
-    images = min(config.method.decode_batch_size, config.micro_batch_size)
+    images = config.method.decode_batch_size
+    if isinstance(config.method, RewardGradient):  # the images of a micro-batch
+        images = min(images, config.micro_batch_size)
     return _vae_width(config) * images * decoder_activations(config.model)
 
 
 def _latents(config: Config, size: ModelSize, gpus: int) -> float:
     """Bytes of the float32 latents that a rollout keeps.
 
-    These are leaves, trained edges, their parents, and kept rows.
+    These are leaves, trained edges, their parents, and kept rows. A repair moves every leaf.
     """
     tree = config.tree()
     kept = len(tree.leaves) + len(tree.edges) + len(tree.trained_parents) + int(tree.kept.sum())
+    if isinstance(config.method, Repair):
+        kept += len(tree.leaves)
     prompts = -(-config.training.prompts_per_step // gpus)
     return 4.0 * size.latent * prompts * kept

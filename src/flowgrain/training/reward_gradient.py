@@ -1,8 +1,8 @@
 """The losses of methods that train on the gradient of the reward.
 
-The last steps of every image are repeated with gradient. Decoder and rewards are evaluated for a
-few images at a time: their gradient with respect to x0 is computed at once, and their graph is
-freed. The loss then contains the reward as a number with this gradient.
+The last steps of every image are repeated with gradient. The gradient of the rewards with respect
+to x0 is computed first, see `DecodedRewards`. The loss then contains the reward as a number with
+this gradient.
 
 Shapes: I images, B rows of a micro-batch, K steps with gradient, *L latent.
 """
@@ -19,12 +19,10 @@ from flowgrain.config.schema import Config
 from flowgrain.core.cost import split_images
 from flowgrain.core.sde import ODE, Step, per_row
 from flowgrain.core.tree import Ints, Tree
-from flowgrain.data import Prompt, latent_noise
+from flowgrain.data import latent_noise
 from flowgrain.methods import RewardGradient
 from flowgrain.models import Conditioning, take
-from flowgrain.registry import describe
-from flowgrain.rewards import total_gradient
-from flowgrain.training.errors import RunStopped
+from flowgrain.training.decoded_rewards import DecodedRewards
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
@@ -59,7 +57,7 @@ class RewardGradientLoss:
     ) -> None:
         self.method, self.policy, self.batch, self.sigmas = method, policy, batch, sigmas
         self.seed, self.guidance = config.runtime.seed, config.sampling.guidance_scale
-        self.batch_sizes = config.reward_batch_sizes
+        self.decoded = DecodedRewards(config, method, policy, batch)
         self.samples = max(method.noise_samples, 1)
         self.updates: Sequence[Update] = [
             self._update(leaves, config.micro_batch_size)
@@ -80,7 +78,7 @@ class RewardGradientLoss:
         taken = sum(len(before.rows) for before in micro_batches[:place])
         sample = np.arange(taken, taken + len(rows)) % self.samples
         x0, distance = self._last_steps(rows, self._start(rows, sample))
-        reward, slope = self._rewards(x0.detach(), self.batch.prompts_of(rows))
+        reward, slope = self.decoded.gradient(x0.detach(), self.batch.prompts_of(rows))
         scored = reward.isfinite() & slope.isfinite().flatten(1).all(1)
         reward = torch.where(scored, reward, 0).requires_grad_()
         value = self.method.loss(reward)
@@ -136,36 +134,6 @@ class RewardGradientLoss:
             self.policy.train_velocity, *inputs, use_reentrant=False, preserve_rng_state=False
         )
         return v
-
-    def _rewards(self, x0: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the rewards [B] of latents, and its gradient [B, *L].
-
-        Raises:
-            RunStopped: a reward or the decoder has no gradient, or raises an error.
-        """
-        rewards, slopes = [], []
-        size = self.method.decode_batch_size
-        for first in range(0, len(x0), size):
-            latents = x0[first : first + size].requires_grad_()
-            images = self.policy.backbone.decode(latents)
-            if not images.requires_grad:
-                raise RunStopped(
-                    f"method {self.method.name!r} needs the gradient of the decoder, but the "
-                    "images that this backbone decodes have none"
-                )
-            try:
-                reward, slope = total_gradient(
-                    self.batch.rewards,
-                    self.batch.reward_weights,
-                    images.detach(),
-                    prompts[first : first + size],
-                    self.batch_sizes,
-                )
-            except Exception as error:  # user code may raise anything
-                raise RunStopped(f"no gradient of the rewards: {describe(error)}") from error
-            rewards.append(reward)
-            slopes.append(torch.autograd.grad(images, latents, slope.to(images))[0].float())
-        return torch.cat(rewards), torch.cat(slopes)
 
     def _index(self, values: Ints) -> Tensor:
         return torch.from_numpy(values).to(self.policy.device)

@@ -8,13 +8,14 @@ from torch import Tensor
 from flowgrain.config.schema import Config
 from flowgrain.distributed import World
 from flowgrain.distributed.sharding import set_gradient_sync
-from flowgrain.methods import ForwardProcess, Method, PolicyGradient, RewardGradient
+from flowgrain.methods import ForwardProcess, Method, PolicyGradient, Repair, RewardGradient
 from flowgrain.training.collect import RolloutCollector, check_failed_rewards
 from flowgrain.training.forward_process import ForwardProcessLoss
 from flowgrain.training.losses import RolloutLoss, TermRecord
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.policy_gradient import PolicyGradientLoss
+from flowgrain.training.repair import RepairLoss
 from flowgrain.training.reward_gradient import RewardGradientLoss
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 from flowgrain.training.signals import check_stop
@@ -42,7 +43,7 @@ def train_step(
         metrics = update(
             config, collector.method, collector.policy, optimizer, batch, collector.sigmas
         )
-    metrics |= rollout_metrics(batch)
+    metrics |= rollout_metrics(batch, metrics.get("candidate_decodes", 0))
     metrics |= {"seconds": time.perf_counter() - begin, **collector.timer.seconds}
     return metrics, batch
 
@@ -100,6 +101,8 @@ def rollout_loss(
     """
     if isinstance(method, PolicyGradient):
         return PolicyGradientLoss(config, method, policy, batch, sigmas)
+    if isinstance(method, Repair):
+        return RepairLoss(config, method, policy, batch, sigmas)
     if isinstance(method, ForwardProcess):
         return ForwardProcessLoss(config, method, policy, batch, sigmas)
     if isinstance(method, RewardGradient):
@@ -109,8 +112,13 @@ def rollout_loss(
     )
 
 
-def rollout_metrics(batch: RolloutBatch) -> Metrics:
-    """Rewards, advantages and cost of a rollout batch."""
+def rollout_metrics(batch: RolloutBatch, more_decodes: int = 0) -> Metrics:
+    """Rewards, advantages and cost of a rollout batch.
+
+    Args:
+        batch: the rollout batch.
+        more_decodes: images that were decoded and scored after the rollout.
+    """
     metrics: Metrics = {}
     for name, scores in batch.scores.items():
         metrics[f"reward/{name}"] = float(scores.values.nanmean())
@@ -120,5 +128,5 @@ def rollout_metrics(batch: RolloutBatch) -> Metrics:
         "advantage/std": float(batch.advantage.std()) if len(batch.advantage) > 1 else 0.0,
         "advantage/zero": float((batch.advantage == 0).float().mean()),
         "forward_passes": batch.rollout.forward_passes * world.size,
-        "decodes": len(batch.tree.leaves),
+        "decodes": len(batch.tree.leaves) + more_decodes,
     }
