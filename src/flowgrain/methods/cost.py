@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from flowgrain.core.cost import Cost, cost, count_updates
 from flowgrain.core.tree import Planner, Tree, TreeTooLarge
@@ -47,7 +48,11 @@ def price(
     tree = plan_tree(method, num_steps, step, seed)
     counted = cost(tree, num_rewards)
     if isinstance(method, ForwardProcess):
-        levels, images = method.num_levels(num_steps), len(tree.leaves)
+        everything = torch.zeros(len(tree.leaves))
+        levels, images = (
+            method.num_levels(num_steps),
+            int(method.selected(everything, everything).sum()),
+        )
         gradient = images * levels
         updates = num_updates(method, tree, prompts_per_step)
         first = len(np.array_split(np.arange(images), updates)[0])
