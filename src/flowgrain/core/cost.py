@@ -42,12 +42,16 @@ class Cost:
 
 
 def cost(tree: Tree, num_rewards: int = 1) -> Cost:
-    """The cost of `tree`, if `num_rewards` rewards score its images."""
+    """The cost of `tree`, if `num_rewards` rewards score its images.
+
+    An image without a parent is given. It is neither decoded nor scored.
+    """
+    sampled = int((tree.parent[tree.leaves] != ROOT).sum())
     return Cost(
         forward_passes=len(tree.evaluated),
         train_forward_passes=len(tree.trained_parents),
-        decodes=len(tree.leaves),
-        reward_calls=len(tree.leaves) * num_rewards,
+        decodes=sampled,
+        reward_calls=sampled * num_rewards,
         trained_edges=len(tree.edges),
     )
 

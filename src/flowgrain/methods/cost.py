@@ -43,9 +43,20 @@ def price(
     prompts_per_step: int = 1,
     step: int = 1,
     seed: int = 0,
+    tree: Tree | None = None,
 ) -> Cost:
-    """The cost of training step `step` per prompt, including its optimizer updates."""
-    tree = plan_tree(method, num_steps, step, seed)
+    """The cost of training step `step` per prompt, including its optimizer updates.
+
+    Args:
+        method: the method.
+        num_steps: T, steps of the sampling grid.
+        num_rewards: rewards that score an image.
+        prompts_per_step: prompts of a training step.
+        step: training step, from 1.
+        seed: seed of the run.
+        tree: tree of one prompt. Default: the plan of the method.
+    """
+    tree = plan_tree(method, num_steps, step, seed) if tree is None else tree
     counted = cost(tree, num_rewards)
     if isinstance(method, ForwardProcess):
         everything = torch.zeros(len(tree.leaves))

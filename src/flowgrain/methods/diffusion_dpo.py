@@ -28,6 +28,7 @@ class DiffusionDPO(Draws):
     name = "diffusion_dpo"
     title = "Diffusion-DPO"
     paper = "2311.12908"
+    trains_on = "pairs"
     summary = (
         "Only the best and the worst image of a prompt are trained. No step of the sampler is "
         "trained."
@@ -45,7 +46,7 @@ class DiffusionDPO(Draws):
     reference_every: int | None = Setting(
         40,
         "Optimizer updates after which the trained policy becomes the reference, which also "
-        "samples. Null: the reference stays the model before training.",
+        "samples. Null, and with data.pairs: the reference stays the model before training.",
         unit="updates",
         ge=1,
         le=10_000_000,

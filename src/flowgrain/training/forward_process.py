@@ -213,8 +213,8 @@ class ForwardProcessLoss:
         return torch.stack(noise).to(x0)
 
     def finish(self) -> None:
-        """Move the old policy toward the trained policy."""
-        if self.method.needs_old:
+        """Move the old policy toward the trained policy, unless the images were given."""
+        if self.method.needs_old and self.batch.rollout.forward_passes:
             self.policy.move_old(self.method.decay(self.policy.updates))
 
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002
