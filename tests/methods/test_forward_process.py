@@ -189,6 +189,15 @@ def test_who_samples(tmp_path):
     assert not torch.equal(sampled, trainer.policy.old_velocity(*inputs))
 
 
+def test_sft_trains_the_images_with_the_highest_reward():
+    config = load_config("sft", {"method.group_size": 4, "optimizer.learning_rate": 1e-3})
+    tree = config.tree().repeat(3)
+    nan = float("nan")
+    rewards = torch.tensor([0.1, 0.7, nan, 0.7, 0.5, 0.5, 0.5, 0.5, nan, nan, nan, nan])
+    weights = config.method.credit(tree, rewards, config.method.normalization())
+    assert weights.tolist() == [0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+
+
 # ------------------------------------------------------------------------------ Diffusion-DPO
 
 

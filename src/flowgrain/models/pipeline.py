@@ -222,10 +222,6 @@ class PipelineBackbone(ABC):
         """Return the velocity v [B, *L] at `x` [B, *L] and noise levels `sigma` [B]."""
 
     @abstractmethod
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return the clean latents [I, *L], float32, of images [I, 3, H, W] in 0..1."""
-
-    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of clean latents [B, *L]."""
 

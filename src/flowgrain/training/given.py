@@ -44,7 +44,7 @@ def given_batch(
         timer: measures the stages.
 
     Raises:
-        RunStopped: an image cannot be read.
+        RunStopped: an image cannot be read, or its latent has a wrong shape.
         StopRequested: a signal arrived.
     """
     kind = config.data.kind
@@ -92,9 +92,15 @@ def _encode(policy: Policy, images: Tensor, world: World) -> Tensor:
     Images are encoded one at a time. In a batch, the last bits depend on the other images, and
     another number of ranks has other batches.
     """
-    assert isinstance(policy.backbone, ImageEncoder)
-    latents = []
+    backbone = policy.backbone
+    assert isinstance(backbone, ImageEncoder)
+    latents, expected = [], (1, *policy.backbone.latent_shape)
     for image in images:
         check_stop(world)
-        latents.append(policy.backbone.encode_images(image[None].to(policy.device)).float())
+        latents.append(backbone.encode_images(image[None].to(policy.device)).float())
+        if latents[-1].shape != expected:
+            raise RunStopped(
+                f"backbone {type(backbone).__name__}: encode_images returns a tensor "
+                f"{list(latents[-1].shape)}, but the latent of an image is {list(expected)}"
+            )
     return torch.cat(latents)
