@@ -1,20 +1,24 @@
 """What each rank does in the tests of several processes on gloo: runs of a small model."""
 
+import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import diffusers.training_utils  # noqa: F401  imported once before the fork, not after each
 import torch
 from diffusers.loaders import PeftAdapterMixin
+from PIL import Image
 from torch import nn
 from toy import PROMPTS, Toy, red
 
 from flowgrain import METHODS, PolicyGradient, RunStopped, SettingsError, Trainer, load_config
 from flowgrain.distributed import destroy_process_group
 from flowgrain.distributed.sharding import full_tensor
+from flowgrain.image_data import COLUMNS
 from flowgrain.training.step import update
 
 # Six prompts on four ranks: two ranks do work whose result is discarded.
@@ -70,6 +74,23 @@ class Small(Toy):
     def blocks(self):
         return [self.transformer.into]
 
+    def encode_images(self, images):
+        return torch.stack([images[:, :, 0, 0], images[:, :, -1, -1]], 1)
+
+
+def write_images(kind):
+    """A data set with a row for every toy prompt, in a directory of this process."""
+    folder, columns = Path(tempfile.mkdtemp()), COLUMNS[kind]
+    rows = []
+    for number, text in enumerate(PROMPTS):
+        names = {name: f"{name}-{number}.png" for name in columns}
+        for place, name in enumerate(names.values()):
+            color = (50 * number, 40 + 90 * place, 200 - 30 * number)
+            Image.new("RGB", (8, 8), color).save(folder / name)
+        rows.append(json.dumps({"prompt": text, **names}))
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return str(folder / "rows.jsonl")
+
 
 class WithoutExport(Trainer):
     """A trainer whose export is empty. Exports are tested on the bundled model."""
@@ -81,15 +102,18 @@ class WithoutExport(Trainer):
 def make(folder, changes=None, method="g2rpo"):
     """A run of six prompts per step."""
     of_method = OF_METHOD.get(method, {})
+    changes, prompts = dict(changes or {}), SIX
+    for kind in ("pairs", "images"):
+        if f"data.{kind}" in changes:
+            changes[f"data.{kind}"], prompts = write_images(kind), None
     if "window_size" in METHODS.get(method).model_fields:
         of_method = {"method.window_size": 2}
-    changes = changes or {}
     config = load_config(method, {**SETTINGS, **of_method, **changes})
     return WithoutExport(
         config,
         folder,
         backbone=Small(),
-        prompts=SIX,
+        prompts=prompts,
         eval_prompts=PROMPTS,
         rewards=None if "rewards" in changes else {"red": red},
     )

@@ -327,3 +327,37 @@ def crd_losses() -> Cases:
         loss = (policy if added is None else policy + added).mean()
         yield f"{number} loss", loss, case["loss"]
         yield f"{number} gradient", torch.autograd.grad(loss, x.v)[0], case["gradient"]
+
+
+@comparison(
+    "Diffusion-DPO: term inside the sigmoid, loss and gradient of pairs",
+    "forward_dpo",
+    f"yifan123/flow_grpo ac4c86e, train_sd3_dpo.py; {FACTORY}, DPOTrainer.optimize",
+    1e-5,
+    reason=FORWARD,
+)
+def dpo_losses() -> Cases:
+    for number, case in enumerate(golden("forward_dpo")["cases"]):
+        method = build_method({"name": "diffusion_dpo", "beta": float(case["beta"])})
+        pairs = len(case["t"])
+        chosen, rejected = (
+            {
+                "x0": case[f"x0_{image}"],
+                "v": case[f"v_{image}"],
+                "v_old": case[f"v_ref_{image}"],
+            }
+            for image in ("chosen", "rejected")
+        )
+        both = {name: chosen[name] + rejected[name] for name in chosen}
+        shared = {"eps": case["eps"] * 2, "t": case["t"] * 2}
+        x = noised(both | shared | {"advantage": [1.0] * pairs + [-1.0] * pairs})
+        better = method.quantity(x) - method.quantity(replace(x, v=x.old))
+        inside = -method.beta / 2 * (better[:pairs] - better[pairs:])
+        yield f"{number} inside", inside, case["inside_term"]
+        losses, x = group_losses(method, x, list(range(pairs)) * 2)
+        loss = losses.mean()
+        yield f"{number} loss", loss, case["loss"]
+        yield f"{number} Flow-Factory", loss, case["flow_factory_loss"]
+        gradient = torch.autograd.grad(loss, x.v)[0]
+        yield f"{number} gradient", gradient[:pairs], case["gradient_chosen"]
+        yield f"{number} gradient of the rejected", gradient[pairs:], case["gradient_rejected"]

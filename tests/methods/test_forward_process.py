@@ -15,6 +15,7 @@ from flowgrain.core.regression import (
     Quantities,
     crd_loss,
     dgpo_loss,
+    dpo_loss,
     flow_awr_energy,
     group_softmax,
     linearized,
@@ -39,6 +40,7 @@ OPTIONS = {
     "dgpo-no-clip": ("dgpo", {"method.clip_range": None, "method.levels": "uniform"}),
     "crd-softmax": ("crd", {"method.temperature": 0.5, "method.matching": "bce"}),
     "crd-plain": ("crd", {"method.normalized_error": False, "method.adaptive_kl": False}),
+    "dpo-guided": ("diffusion_dpo", {"sampling.guidance_scale": 3.0, "method.beta": 5.0}),
     "diffusionnft-two": ("diffusionnft", {"method.updates_per_rollout": 2}),
 }
 CASES = {name: (name, {}) for name in FORWARD} | OPTIONS
@@ -89,7 +91,8 @@ def whole_loss(trainer, batch, images, start):
     state = (1 - t)[:, None, None] * x0 + t[:, None, None] * eps
     row_prompt = torch.from_numpy(prompt)[images].repeat_interleave(n)
     cond = {key: value[row_prompt] for key, value in batch.cond.items()}
-    inputs = (state, t, cond, trainer.config.sampling.guidance_scale)
+    guidance = trainer.config.sampling.guidance_scale if method.trains_guided else 1.0
+    inputs = (state, t, cond, guidance)
     reference = policy.reference_velocity(*inputs) if method.needs_reference else None
     old = policy.old_velocity(*inputs) if method.needs_old else None
     v = policy.train_velocity(*inputs)
@@ -138,7 +141,9 @@ def test_the_gradient_is_that_of_one_graph_at_any_batch_size(name, size, tmp_pat
     assert len(distances) == len(shares)
     # float32: the two-pass gradient rounds every row once more.
     assert max(distances) < 2e-4
-    assert metrics["train_forward_passes"] == len(leaves) * len(start[0])
+    trained = sum(len(share.rows) for share in shares)
+    assert trained == (2 * P if trainer.method.name == "diffusion_dpo" else len(leaves))
+    assert metrics["train_forward_passes"] == trained * len(start[0])
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -166,6 +171,7 @@ def test_the_anchors_of_a_method_exist_only_if_it_needs_them(tmp_path):
         ("ram", {"method.residual": "trained", "method.kl_weight": 0.0}, False, True),
         ("dgpo", {"method.anchor": "slow", "method.kl_weight": 0.0}, True, False),
         ("diffusionnft", {"method.kl_weight": 0.0}, True, False),
+        ("diffusion_dpo", {"method.kl_weight": 0.0}, True, False),
     ):
         policy = toy_trainer(toy_config(name, changes), tmp_path / name).policy
         assert (policy.old is not None, policy.reference is not None) == (old, reference), name
@@ -173,7 +179,7 @@ def test_the_anchors_of_a_method_exist_only_if_it_needs_them(tmp_path):
 
 def test_who_samples(tmp_path):
     """With an old policy that only anchors, the trained policy samples."""
-    for name, samples in (("diffusionnft", True), ("flowawr", True), ("ram", True)):
+    for name, samples in (("diffusionnft", True), ("flowawr", True), ("diffusion_dpo", True)):
         assert METHODS.get(name)().old_samples == samples
     trainer = moved_trainer("awm", tmp_path)
     cond = trainer.policy.encode(["zero"])
@@ -181,6 +187,95 @@ def test_who_samples(tmp_path):
     sampled = trainer.policy.rollout_velocity(*inputs)
     torch.testing.assert_close(sampled, trainer.policy.train_velocity(*inputs).detach())
     assert not torch.equal(sampled, trainer.policy.old_velocity(*inputs))
+
+
+def test_sft_trains_the_images_with_the_highest_reward():
+    config = load_config("sft", {"method.group_size": 4, "optimizer.learning_rate": 1e-3})
+    tree = config.tree().repeat(3)
+    nan = float("nan")
+    rewards = torch.tensor([0.1, 0.7, nan, 0.7, 0.5, 0.5, 0.5, 0.5, nan, nan, nan, nan])
+    weights = config.method.credit(tree, rewards, config.method.normalization())
+    assert weights.tolist() == [0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+
+
+# ------------------------------------------------------------------------------ Diffusion-DPO
+
+
+def naive_dpo(q, best, worst, beta):
+    """-log sigmoid(-beta / 2 [(l_w - l_ref,w) - (l_l - l_ref,l)]) of every draw."""
+    better, worse = (q.trained[i] - q.reference[i] for i in (best, worst))
+    return -torch.nn.functional.logsigmoid(-beta / 2 * (better - worse))
+
+
+def test_the_loss_of_a_pair_does_not_depend_on_its_order():
+    torch.manual_seed(0)
+    trained, reference = torch.rand(6, 5).requires_grad_(), torch.rand(6, 5)
+    advantage, group = (
+        torch.tensor([0.3, 2.0, -1.0, -1.5, 0.7, 0.7]),
+        torch.tensor([0, 0, 1, 1, 2, 2]),
+    )
+    q = Quantities(trained, reference, reference, advantage, group)
+    loss = dpo_loss(q, 3.0)
+    pairs = torch.stack([naive_dpo(q, 1, 0, 3.0), naive_dpo(q, 2, 3, 3.0)])
+    torch.testing.assert_close(loss[:4], pairs.repeat_interleave(2, 0))
+    assert (loss[4:] == 0).all()  # equal rewards
+    ours = torch.autograd.grad(loss.mean(), trained, retain_graph=True)[0]
+    theirs = torch.autograd.grad(pairs.sum() / 15, trained)[0]
+    torch.testing.assert_close(ours, theirs)
+
+
+@given(st.integers(2, 7), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31))
+def test_a_pair_is_the_best_and_the_worst_image(size, groups, different, seed):
+    advantage = torch.randint(different + 1, (groups * size,), generator=torch.manual_seed(seed))
+    group = torch.arange(groups).repeat_interleave(size)
+    chosen = METHODS.get("diffusion_dpo")().selected(advantage.float(), group)
+    for number in range(groups):
+        of_group, values = chosen[group == number], advantage[group == number]
+        assert of_group.sum() == 2
+        assert sorted(values[of_group].tolist()) == [values.min(), values.max()]
+
+
+def test_a_prompt_without_a_best_image_has_no_gradient(tmp_path):
+    """Its draws count, so that the number of forward passes does not depend on the rewards."""
+    changes = {"method.kl_weight": 0.0, "method.draws": 3}
+    trainer = moved_trainer("diffusion_dpo", tmp_path, changes)
+    batch = trainer.collector.collect(STEP)
+
+    def trained(advantage):
+        losses = rollout_loss(
+            trainer.config,
+            trainer.method,
+            trainer.policy,
+            replace(batch, advantage=advantage),
+            trainer.sigmas,
+        )
+        (share,) = losses.updates
+        places = range(len(share.micro_batches))
+        loss = torch.cat([losses.terms(0, place)["loss"] for place in places]).sum() / share.count
+        gradient = torch.autograd.grad(loss, list(trainer.policy.model.parameters()))
+        return share.count, loss.item(), torch.cat([g.flatten() for g in gradient])
+
+    everything = trained(batch.advantage)
+    none = trained(torch.zeros_like(batch.advantage))
+    assert everything[0] == none[0] == 2 * P * 3
+    assert everything[1] > 0 == none[1]
+    assert everything[2].abs().max() > 0 == none[2].abs().max()
+
+
+def test_the_reference_samples_and_is_replaced(tmp_path):
+    changes = {"method.reference_every": 2, "method.draws": 2}
+    trainer = toy_trainer(toy_config("diffusion_dpo", changes), tmp_path)
+    policy = trainer.policy
+    inputs = (torch.ones(1, 2, 3), torch.full((1,), 0.5), policy.encode(["one"]), 1.0)
+    start = policy.old_velocity(*inputs)
+    trainer.step(1)
+    assert torch.equal(policy.old_velocity(*inputs), start)
+    assert torch.equal(policy.rollout_velocity(*inputs), start)
+    assert not torch.equal(policy.train_velocity(*inputs), start)
+    trainer.step(2)
+    torch.testing.assert_close(
+        policy.old_velocity(*inputs), policy.train_velocity(*inputs).detach(), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -220,6 +315,19 @@ def test_noise_levels_are_in_their_range(levels, draws, first, width, num_steps)
     if levels in ("binned", "binned_grid"):
         order = np.diff(found.sigma, axis=1)
         assert (order >= 0).all() if levels == "binned" else (order <= 0).all()
+
+
+def test_logit_normal_levels_are_places_of_the_grid():
+    method = METHODS.get("diffusion_dpo")(draws=50)
+    sigmas = sigma_grid(1000, 3.0).numpy()
+    found = method.draw_levels(np.random.default_rng(0), 2000, sigmas)
+    place = found.sigma / (3 - 2 * found.sigma)  # without the shift
+    logit = np.log(place / (1 - place))
+    assert logit.mean() == pytest.approx(0, abs=0.01)
+    assert logit.std() == pytest.approx(1, abs=0.01)
+    narrow = METHODS.get("diffusion_dpo")(draws=50, level_range=(0.0, 0.5))
+    found = narrow.draw_levels(np.random.default_rng(0), 100, sigmas)
+    assert sigmas[500] <= found.sigma.min() < found.sigma.max() <= 1
 
 
 def test_the_density_toward_noise_is_2t():

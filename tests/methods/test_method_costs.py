@@ -40,6 +40,7 @@ PASSES = {  # sampling forward passes per prompt with the papers' values: ours, 
     "diffusionnft": (10, 240, 240),
     "flow_dppo": (10, 160, 160),
     "ddpo": (50, 400, 400),
+    "diffusion_dpo": (40, 960, 960),
     # 16 of the trunk, and the completions of 12 branches from grid indices 1, 2, 4 and 7. The
     # published completions of merged steps have as many passes as after a step of length 1.
     "e_grpo": (16, 16 + 12 * (15 + 14 + 12 + 9), 16 + 12 * (1 + 15 + 1 + 14 + 1 + 13 + 1 + 11)),

@@ -246,6 +246,24 @@ PAPER_VALUES |= {
         "max_decay": 0.3,
         "std_scope": "group",
     },
+    "diffusion_dpo": {
+        "group_size": 24,
+        "updates_per_rollout": 1,
+        "kl_weight": 0.0,
+        "draws": 39,
+        "levels": "logit_normal",
+        "shared_draws": True,
+        "beta": 100.0,
+        "reference_every": 40,
+    },
+    "sft": {
+        "group_size": 24,
+        "updates_per_rollout": 1,
+        "kl_weight": 0.0,
+        "draws": 1,
+        "levels": "logit_normal",
+        "shared_draws": False,
+    },
     "crd": {
         "group_size": 24,
         "updates_per_rollout": 2,
@@ -312,7 +330,15 @@ PAPER_VALUES |= {
 }
 NUM_STEPS = {"g2rpo": 16, "dancegrpo": 16, "branchgrpo": 20, "draft": 50, "refl": 40}
 NUM_STEPS |= dict.fromkeys(("mixgrpo", "mixgrpo_flash", "mixgrpo_flash_star"), 25)
-NUM_STEPS |= {"awm": 14, "ram": 20, "vgrpo": 40, "e_grpo": 16, "ddpo": 50}
+NUM_STEPS |= {
+    "diffusion_dpo": 40,
+    "sft": 40,
+    "awm": 14,
+    "ram": 20,
+    "vgrpo": 40,
+    "e_grpo": 16,
+    "ddpo": 50,
+}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

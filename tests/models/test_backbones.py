@@ -71,6 +71,34 @@ def test_images_match_the_pipeline(folders, name, folder, guidance):
         assert (other - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "qwen_image", "zimage"])
+@torch.no_grad()
+def test_encoding_is_the_inverse_of_decoding(folders, monkeypatch, name):
+    """Except for the VAE, whose input of the decoder is used as the output of the encoder."""
+    backbone = load_backbone(config_of(name, folders / name), Dtypes())
+    latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(1))
+    images = backbone.decode(latents)
+    encoded = backbone.encode_images(images)
+    assert encoded.shape == latents.shape
+    assert encoded.dtype == torch.float32
+    raw = []
+    monkeypatch.setattr(backbone, "_images", lambda latents: raw.append(latents) or latents)
+    backbone.decode(latents)
+    monkeypatch.setattr(backbone, "_modes", lambda images: raw[0])
+    torch.testing.assert_close(backbone.encode_images(images), latents)
+
+
+def test_images_are_encoded_by_the_mode_of_the_vae(folders):
+    backbone = load_backbone(config_of("sd3", folders / "sd3"), Dtypes())
+    images = torch.rand(3, 3, 32, 48)
+    both = backbone.encode_images(images)
+    posterior = backbone.vae.encode(2 * images[1:2] - 1).latent_dist.mode()
+    config = backbone.vae.config
+    expected = (posterior - config.shift_factor) * config.scaling_factor
+    torch.testing.assert_close(both[1:2], expected)
+    assert not both.requires_grad
+
+
 def klein_mu(tokens, num_steps):
     """The formula of FLUX.2-klein's pipeline with its published constants."""
     slope = (8.73809524e-05, 0.00016927)

@@ -13,7 +13,7 @@ KEPT = {
     *("lora.rank", "lora.alpha", "lora.target_modules"),
     *("sampling.num_steps", "sampling.grid", "sampling.shift"),
     *("sampling.shift_terminal", "sampling.sigma_min"),
-    "data.prompts",
+    *("data.prompts", "data.pairs", "data.images"),
     *("runtime.seed", "runtime.dtype"),
     "method.reward_weights",
 }
@@ -38,6 +38,8 @@ OTHER_VALUES = {
     "sampling.shift_terminal": 0.1,
     "sampling.sigma_min": 0.01,
     "data.prompts": "other.txt",
+    "data.pairs": "other.jsonl",
+    "data.images": "other.jsonl",
     "runtime.seed": 3,
     "runtime.dtype": "bfloat16",
     "method.sde_type": "dance_sde",
@@ -92,7 +94,8 @@ def test_the_kept_settings_of_every_method(method):
 @pytest.mark.parametrize("path", OTHER_VALUES)
 def test_a_kept_setting_is_refused(tmp_path, path):
     adapters = {"lora.rank": 1} if path.startswith("lora.") else {}
-    config = load_config("g2rpo", adapters)
+    methods = {"data.pairs": "diffusion_dpo", "data.images": "sft"}
+    config = load_config(methods.get(path, "g2rpo"), adapters)
     changed = config.with_changes({path: OTHER_VALUES[path]})
     with pytest.raises(SettingsError) as error:
         check_kept(changed, config.to_dict(), tmp_path)

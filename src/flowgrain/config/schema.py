@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import field_serializer, field_validator, model_validator
 from torch import Tensor
 
+from flowgrain.config.data import DataConfig
 from flowgrain.config.noise import check_noise
 from flowgrain.config.sections import (
-    DataConfig,
     EvaluationConfig,
     LoraConfig,
     OptimizerConfig,
@@ -19,10 +19,12 @@ from flowgrain.config.sections import (
 )
 from flowgrain.config.warnings import warnings_of
 from flowgrain.core.cost import tail_length
+from flowgrain.core.given import image_tree
 from flowgrain.core.schedule import TailSchedule
 from flowgrain.core.sde import Shift, sigma_grid
 from flowgrain.core.tree import Tree
-from flowgrain.methods import ForwardProcess, Method, build_method, plan_tree
+from flowgrain.image_data import IMAGES_OF_PROMPT
+from flowgrain.methods import METHODS, ForwardProcess, Method, build_method, plan_tree
 from flowgrain.models.base import Backbone, ModelConfig
 from flowgrain.rewards.base import RewardConfig
 from flowgrain.settings import Section, Setting
@@ -45,7 +47,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Setting(OptimizerConfig(), "AdamW.")
     training: TrainingConfig = Setting(TrainingConfig(), "The training loop.")
     evaluation: EvaluationConfig = Setting(EvaluationConfig(), "Evaluation on held-out prompts.")
-    data: DataConfig = Setting(DataConfig(), "Prompt files.")
+    data: DataConfig = Setting(DataConfig(), "Prompt files and data sets.")
     runtime: RuntimeConfig = Setting(RuntimeConfig(), "Seed, device and processes.")
 
     def sigmas(self, num_steps: int | None = None) -> Tensor:
@@ -105,6 +107,8 @@ class Config(Section):
     def tree(self, step: int = 1) -> Tree:
         """The tree of one prompt at training step `step`."""
         steps, seed = self.sampling.num_steps, self.runtime.seed
+        if self.data.kind is not None:
+            return image_tree(steps, IMAGES_OF_PROMPT[self.data.kind])
         return plan_tree(self.method, steps, step, seed, self.sigmas().tolist())
 
     @property
@@ -184,6 +188,9 @@ class Config(Section):
             raise ValueError(f"method.{error}") from error
         self.lora.check()
         self.sampling.check()
+        kind = self.data.kind
+        known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
+        self.data.check(self.method.trains_on, known)
         check_noise(self.method, self.sigmas(), self.sampling)
         try:
             _ = self.learning_rate

@@ -275,26 +275,6 @@ class EvaluationConfig(Section):
         return self.num_prompts if self.every is not None else min(self.num_prompts, SHORT)
 
 
-class DataConfig(Section):
-    """Prompt files."""
-
-    prompts: str | None = Setting(
-        None,
-        "File with training prompts: .txt, .json, .jsonl, .csv or .parquet. "
-        "Default: the model's bundled prompts.",
-        keep=True,
-        min_length=1,
-        max_length=4096,
-    )
-    eval_prompts: str | None = Setting(
-        None,
-        "File with evaluation prompts. Default: the model's bundled prompts, or the last tenth of "
-        "data.prompts, which is then not used for training.",
-        min_length=1,
-        max_length=4096,
-    )
-
-
 class RuntimeConfig(Section):
     """Seed, device and process settings."""
 

@@ -42,12 +42,16 @@ class Cost:
 
 
 def cost(tree: Tree, num_rewards: int = 1) -> Cost:
-    """The cost of `tree`, if `num_rewards` rewards score its images."""
+    """The cost of `tree`, if `num_rewards` rewards score its images.
+
+    An image without a parent is given. It is neither decoded nor scored.
+    """
+    sampled = int((tree.parent[tree.leaves] != ROOT).sum())
     return Cost(
         forward_passes=len(tree.evaluated),
         train_forward_passes=len(tree.trained_parents),
-        decodes=len(tree.leaves),
-        reward_calls=len(tree.leaves) * num_rewards,
+        decodes=sampled,
+        reward_calls=sampled * num_rewards,
         trained_edges=len(tree.edges),
     )
 
@@ -152,14 +156,3 @@ def split_images(tree: Tree, updates: int) -> list[Ints]:
     parts = zip(*(np.array_split(leaves, updates) for leaves in of_prompt), strict=True)
     shares = [np.sort(np.concatenate(part)) for part in parts]
     return [share for share in shares if len(share)]
-
-
-def tail_length(tree: Tree) -> int:
-    """The largest number of consecutive model calls after the last stochastic step."""
-    length = np.zeros(len(tree), dtype=np.int64)
-    has_child = np.isin(np.arange(len(tree)), tree.evaluated)
-    for row in range(len(tree)):
-        parent = tree.parent[row]
-        if tree.tail[row] and has_child[row]:
-            length[row] = 1 + (length[parent] if parent != ROOT else 0)
-    return int(length.max(initial=0))

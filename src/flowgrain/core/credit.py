@@ -226,6 +226,18 @@ def per_image(tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
     return normalize(rewards, torch.from_numpy(tree.prompt[tree.leaves]), how)
 
 
+def best_of_prompt(tree: Tree, rewards: Tensor) -> Tensor:
+    """Weights [I]: 1 for the leaves with the highest reward of their prompt, 0 for the others.
+
+    A leaf without a score, which is NaN, has weight 0.
+    """
+    prompt = torch.from_numpy(np.unique(tree.prompt[tree.leaves], return_inverse=True)[1])
+    scored = rewards.nan_to_num(-torch.inf)
+    best = torch.full((int(prompt.max()) + 1,), -torch.inf).to(scored)
+    best = best.scatter_reduce(0, prompt, scored, "amax")
+    return ((scored == best[prompt]) & rewards.isfinite()).float()
+
+
 def extremes(advantage: Tensor, groups: Tensor, kept: int) -> Tensor:
     """Edge weights [E] that keep the best and the worst edges of every group (DanceGRPO).
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from flowgrain.core.objective import surrogate
 from flowgrain.core.sde import per_row
@@ -224,6 +224,24 @@ def left_trust_region(
     ratio = (old - quantity.detach()).exp()
     above, below = ratio > 1 + clip_range, ratio < 1 - clip_range
     return torch.where(advantage > 0, above, below)
+
+
+def dpo_loss(q: Quantities, beta: float) -> Tensor:
+    """Diffusion-DPO's loss [I, N] of pairs (arXiv 2311.12908 and the published flow code).
+
+    -log sigmoid(-beta / 2 [(l_w - l_ref,w) - (l_l - l_ref,l)]), where w is the image of the pair
+    with the higher advantage. Both images have this loss, so that their mean is the loss of the
+    pair. A pair with equal advantages has loss 0.
+
+    Args:
+        q: squared errors l. Every group is a pair.
+        beta: scale of the preference.
+    """
+    assert q.reference is not None
+    advantage = q.advantage[:, None].expand_as(q.trained)
+    sign = (advantage - q.mean_of_group(advantage)).sign()
+    difference = 2 * q.mean_of_group(sign * (q.trained - q.reference))
+    return softplus(beta / 2 * difference) * sign.abs()
 
 
 def crd_loss(

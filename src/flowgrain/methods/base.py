@@ -15,6 +15,7 @@ from flowgrain.core import credit
 from flowgrain.core.credit import Normalization, RewardMix, Scope
 from flowgrain.core.rollout import Noise
 from flowgrain.core.tree import Ints, Planner, Tree
+from flowgrain.image_data import DataKind
 from flowgrain.registry import Registry
 from flowgrain.settings import Section, Setting, SettingsError
 
@@ -92,6 +93,8 @@ class Method(Section, ABC):
     """Values of the paper for settings of other sections, by section."""
     learning_rates: ClassVar[LearningRates] = LearningRates()
     """Published learning rates of a full fine-tune and of a LoRA."""
+    trains_on: ClassVar[DataKind | None] = None
+    """Kind of data set that the method can train on in place of sampled images."""
 
     group_size: int = Setting(
         12,

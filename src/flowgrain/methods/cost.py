@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from flowgrain.core.cost import Cost, cost, count_updates
 from flowgrain.core.tree import Planner, Tree, TreeTooLarge
@@ -57,12 +58,27 @@ def price(
     prompts_per_step: int = 1,
     step: int = 1,
     seed: int = 0,
+    tree: Tree | None = None,
 ) -> Cost:
-    """The cost of training step `step` per prompt, including its optimizer updates."""
-    tree = plan_tree(method, num_steps, step, seed)
+    """The cost of training step `step` per prompt, including its optimizer updates.
+
+    Args:
+        method: the method.
+        num_steps: T, steps of the sampling grid.
+        num_rewards: rewards that score an image.
+        prompts_per_step: prompts of a training step.
+        step: training step, from 1.
+        seed: seed of the run.
+        tree: tree of one prompt. Default: the plan of the method.
+    """
+    tree = plan_tree(method, num_steps, step, seed) if tree is None else tree
     counted = cost(tree, num_rewards)
     if isinstance(method, ForwardProcess):
-        levels, images = method.num_levels(num_steps), len(tree.leaves)
+        everything = torch.zeros(len(tree.leaves))
+        levels, images = (
+            method.num_levels(num_steps),
+            int(method.selected(everything, everything).sum()),
+        )
         gradient = images * levels
         updates = num_updates(method, tree, prompts_per_step)
         first = len(np.array_split(np.arange(images), updates)[0])

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Strict
 from torch import Tensor
@@ -15,7 +16,7 @@ from flowgrain.methods.base import Method
 from flowgrain.methods.plans import initial_noise
 from flowgrain.settings import Setting
 
-Levels = Literal["grid", "binned_grid", "uniform", "binned", "toward_noise"]
+Levels = Literal["grid", "binned_grid", "logit_normal", "uniform", "binned", "toward_noise"]
 Range = Annotated[tuple[float, float], Strict(False)]
 
 
@@ -49,6 +50,18 @@ class ForwardProcess(Method):
     def credit(self, tree: Tree, rewards: Tensor, how: Normalization) -> Tensor:
         """One advantage per image, normalized within the prompt."""
         return credit.per_image(tree, rewards, how)
+
+    def selected(self, advantage: Tensor, group: Tensor) -> Tensor:
+        """Whether an image is trained [I], as booleans. Default: all images.
+
+        The number of selected images of a group must only depend on the size of the group. It is
+        part of the cost, and all ranks must run the same number of forward passes.
+
+        Args:
+            advantage: [I].
+            group: [I] number of the prompt.
+        """
+        return torch.ones_like(advantage, dtype=torch.bool)
 
     def loss(self, x: Noised) -> Tensor:
         """Loss [B] of every draw. Not used if `reduces`."""
@@ -92,6 +105,11 @@ class ForwardProcess(Method):
     def shares_draws(self) -> bool:
         """Whether all images of a group have the same noise levels and noise."""
         return False
+
+    @property
+    def trains_guided(self) -> bool:
+        """Whether the losses use the guidance of sampling. Embedded guidance is always used."""
+        return True
 
     @property
     def reduces(self) -> bool:
@@ -218,7 +236,8 @@ class Draws(ForwardProcess):
     levels: Levels = Setting(
         "grid",
         "Noise levels: different levels of the sampling grid (grid), one grid level in each of N "
-        "equal bins (binned_grid), uniform in 0..1 (uniform), uniform in each of N equal bins of "
+        "equal bins (binned_grid), places on the grid with a logit-normal distribution "
+        "(logit_normal), uniform in 0..1 (uniform), uniform in each of N equal bins of "
         "0..1 (binned), or with density 2 t in 0..1 (toward_noise).",
     )
     level_range: Range = Setting(
@@ -255,6 +274,8 @@ class Draws(ForwardProcess):
             edges = np.linspace(first, last, n + 1).astype(int)
             low, high = edges[:-1], np.maximum(edges[1:], edges[:-1] + 1)
             return NoiseLevels(sigmas[random.integers(low, high, size=(count, n))], number)
+        if self.levels == "logit_normal":
+            return NoiseLevels(self._logit_normal(random, count, sigmas), number)
         parts = random.random((count, n))
         if self.levels == "binned":
             parts = (number + parts) / n
@@ -262,6 +283,15 @@ class Draws(ForwardProcess):
             parts = np.sqrt(parts)
         start, stop = self.level_range
         return NoiseLevels((start + (stop - start) * parts).astype(np.float32), number)
+
+    def _logit_normal(
+        self, random: np.random.Generator, count: int, sigmas: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Levels [count, N] at logit-normal places of the grid, interpolated between its levels."""
+        start, stop = self.level_range
+        place = 1 / (1 + np.exp(-random.standard_normal((count, self.draws))))
+        index = (start + (stop - start) * place) * (len(sigmas) - 1)
+        return np.interp(index, np.arange(len(sigmas)), sigmas).astype(np.float32)
 
     def _grid_range(self, num_steps: int) -> tuple[int, int]:
         """The first grid index that is drawn, and the one after the last."""

@@ -247,6 +247,17 @@ class CustomGuidance(Protocol):
         """
 
 
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """A backbone that encodes images, which training on a data set of images needs."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the clean latents [I, *L], float32, of images [I, 3, H, W] in 0..1.
+
+        This is the inverse of `decode`, up to the loss of the VAE.
+        """
+
+
 def take(cond: Conditioning, rows: Tensor) -> Conditioning:
     """Return the rows `rows` [B] of a conditioning."""
     return {name: value[rows] for name, value in cond.items()}

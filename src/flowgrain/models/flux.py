@@ -59,6 +59,10 @@ class FluxBackbone(PipelineBackbone):
         )[0]
         return v
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the latents [I, tokens, 64] of images [I, 3, H, W] in 0..1."""
+        return self._pack(self._encode_grid(images))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, tokens, 64]."""
         size = self.config.height, self.config.width

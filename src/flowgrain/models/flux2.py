@@ -61,10 +61,19 @@ class Flux2Backbone(PipelineBackbone):
         )[0]  # (B, tokens, 128)
         return packed.mT.reshape(x.shape)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the latents [I, 128, h, w] of images [I, 3, H, W] in 0..1."""
+        std, mean = self._statistics()
+        packed: Tensor = self.pipe._patchify_latents(self._modes(images))
+        return (packed - mean) / std
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, 128, h, w]."""
+        std, mean = self._statistics()
+        return self._images(self.pipe._unpatchify_latents(latents.float() * std + mean))
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Standard deviations and means [128, 1, 1] of the packed latents of the VAE."""
         norm = self.vae.bn
         std = (norm.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
-        mean = norm.running_mean.float()
-        latents = latents.float() * std[:, None, None] + mean[:, None, None]
-        return self._images(self.pipe._unpatchify_latents(latents))
+        return std[:, None, None], norm.running_mean.float()[:, None, None]

@@ -80,12 +80,24 @@ class QwenImageBackbone(PipelineBackbone):
         )
         return rescaled
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the latents [I, tokens, 64] of images [I, 3, H, W] in 0..1."""
+        mean, std = self._statistics(images.device)
+        modes = self._modes(images[:, :, None])  # (I, C, frames = 1, h, w)
+        return self._pack(((modes - mean) / std)[:, :, 0])
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, tokens, 64]."""
         size = self.config.height, self.config.width
         unpacked = self.pipe._unpack_latents(latents.float(), *size, self.pipe.vae_scale_factor)
-        mean, std = (
-            torch.tensor(values, device=latents.device)[:, None, None, None]
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
+        mean, std = self._statistics(latents.device)
         return self._images(unpacked * std + mean)[:, :, 0]  # (B, 3, frames = 1, H, W)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations [16, 1, 1, 1] of the latents of the VAE."""
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(values, device=device)[:, None, None, None]
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, std

@@ -173,6 +173,15 @@ class ShapesBackbone:
         )[0]
         return v
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the latents [I, 4, 8, 8] of images [I, 3, 32, 32] in 0..1."""
+        scale, shift = self.vae.config["scaling_factor"], self.vae.config["shift_factor"]
+        pixels = (2 * images - 1).contiguous(memory_format=torch.channels_last)
+        latents: Tensor = self.vae.encode(pixels).latents
+        scaled: Tensor = ((latents - shift) * scale).contiguous()
+        return scaled
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, 32, 32] in 0..1 of latents [B, 4, 8, 8]."""
         scale, shift = self.vae.config["scaling_factor"], self.vae.config["shift_factor"]

@@ -48,6 +48,10 @@ class ZImageBackbone(PipelineBackbone):
         )[0]
         return -torch.stack(outputs).squeeze(2)
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the latents [I, 16, h, w] of images [I, 3, H, W] in 0..1."""
+        return self._encode_grid(images)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, 16, h, w]."""
         return self._decode_grid(latents)

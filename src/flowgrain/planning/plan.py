@@ -38,6 +38,8 @@ class RunPlan:
     @cached_property
     def published_forward_passes(self) -> int:
         """Sampling forward passes per prompt of the method's published code. 0 if unknown."""
+        if self.config.data.kind is not None:
+            return 0
         return self.config.method.published_passes(self.config.sampling.num_steps)
 
     @cached_property
@@ -101,4 +103,5 @@ def prompt_cost(config: Config, step: int = 1) -> Cost:
         prompts_per_step=config.training.prompts_per_step,
         step=step,
         seed=config.runtime.seed,
+        tree=config.tree(step),
     )

@@ -168,6 +168,7 @@ def _steps(config: Config) -> Iterator[tuple[Cost, int]]:
                 prompts,
                 step,
                 config.runtime.seed,
+                tree,
             )
             prices[tree] = cost, num_updates(method, tree, prompts)
         yield prices[tree]

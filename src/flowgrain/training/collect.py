@@ -5,7 +5,7 @@ Shapes: P prompts, N rows of a tree, I images, *L latent.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Reward, Scorer, Scores
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import decode
+from flowgrain.training.given import given_batch
 from flowgrain.training.health import check_images
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
@@ -88,6 +89,9 @@ class RolloutCollector:
         config, method = self.config, self.method
         seed, num_prompts = config.runtime.seed, config.training.prompts_per_step
         prompts = prompts_of_step(self.prompts, step, num_prompts, seed)
+        if config.data.kind is not None:
+            batch = given_batch(config, self.policy, prompts, step, self.world, self.timer)
+            return replace(batch, rewards=self.rewards, reward_weights=self.reward_weights)
         sigmas = config.sigmas().tolist()
         prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed, sigmas)
         noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)

@@ -52,7 +52,9 @@ class ForwardProcessLoss:
         sigmas: Tensor,
     ) -> None:
         self.method, self.policy, self.batch = method, policy, batch
-        self.seed, self.guidance = config.runtime.seed, config.sampling.guidance_scale
+        self.seed = config.runtime.seed
+        guided = method.trains_guided or policy.backbone.embedded_guidance
+        self.guidance = config.sampling.guidance_scale if guided else 1.0
         self.leaves = leaves = batch.tree.leaves
         prompt = batch.tree.prompt[leaves]
         self.group = np.unique(prompt, return_inverse=True)[1] if method.shares_draws else None
@@ -60,8 +62,9 @@ class ForwardProcessLoss:
         count = len(leaves) if self.group is None else int(self.group.max()) + 1
         self.levels = method.draw_levels(random, count, sigmas.cpu().numpy())
         self.num_draws = self.levels.sigma.shape[1]
+        selected = method.selected(batch.advantage, torch.from_numpy(prompt)).numpy()
         self.updates: Sequence[Update] = [
-            self._update(rows, config.micro_batch_size)
+            self._update(rows[selected[np.searchsorted(leaves, rows)]], config.micro_batch_size)
             for rows in split_images(batch.tree, int(method.updates_per_rollout))
         ]
         self._old: list[list[Tensor]] = []
@@ -210,8 +213,8 @@ class ForwardProcessLoss:
         return torch.stack(noise).to(x0)
 
     def finish(self) -> None:
-        """Move the old policy toward the trained policy."""
-        if self.method.needs_old:
+        """Move the old policy toward the trained policy, unless the images were given."""
+        if self.method.needs_old and self.batch.rollout.forward_passes:
             self.policy.move_old(self.method.decay(self.policy.updates))
 
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002

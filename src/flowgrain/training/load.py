@@ -9,8 +9,9 @@ import torch
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, as_prompts, existing_file, read_prompts
 from flowgrain.distributed import env_rank
+from flowgrain.image_data import ImageData, ImagePrompt, check_image_files, read_image_data
 from flowgrain.methods import DifferentiableReward, Method
-from flowgrain.models import Backbone, Dtypes, load_backbone
+from flowgrain.models import Backbone, Dtypes, ImageEncoder, load_backbone
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.rewards import (
     DIFFERENTIABLE,
@@ -152,17 +153,47 @@ def check_gradients(method: Method, rewards: Mapping[str, Reward]) -> None:
 
 
 def check_prompt_files(config: Config) -> None:
-    """Check that the prompt files exist, before a large model is loaded.
+    """Check that the prompt files and the data set exist, before a large model is loaded.
 
     Raises:
-        SettingsError: a file does not exist.
+        SettingsError: a file does not exist, or the data set or one of its images cannot be read.
     """
+    data = _image_data(config)
+    if data is not None:
+        check_image_files(data.prompts)
+        if data.ties and env_rank()[0] == 0:
+            log.warning(
+                "data.pairs=%s: %d pairs are ties and are left out. %d pairs remain.",
+                config.data.pairs,
+                data.ties,
+                len(data.prompts),
+            )
     for name, path in (
         ("data.prompts", config.data.prompts),
         ("data.eval_prompts", config.data.eval_prompts),
     ):
         if path is not None:
             existing_file(name, path)
+
+
+def _image_data(config: Config) -> ImageData | None:
+    """The data set of images, if there is one."""
+    kind, file = config.data.kind, config.data.image_file
+    return None if kind is None or file is None else read_image_data(kind, file)
+
+
+def check_encoder(config: Config, backbone: Backbone) -> None:
+    """Check that the backbone encodes images, if there is a data set of images.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if config.data.kind is not None and not isinstance(backbone, ImageEncoder):
+        raise SettingsError(
+            f"data.{config.data.kind}={config.data.image_file}: backbone "
+            f"{type(backbone).__name__} has no method encode_images(images), which encodes the "
+            "images. See flowgrain.models.ImageEncoder."
+        )
 
 
 def load_prompts(
@@ -189,6 +220,12 @@ def load_prompts(
     setting = "data.prompts" if use == "train" else "data.eval_prompts"
     if given is not None:
         source, chosen = setting, as_prompts(given)
+        kind = config.data.kind
+        if use == "train" and kind and not all(isinstance(p, ImagePrompt) for p in chosen):
+            raise SettingsError(
+                f"data.{kind}={config.data.image_file}: the data set has its own prompts. "
+                "Remove the argument prompts."
+            )
     else:
         source, chosen = _configured_prompts(config, backbone, use, hold_out)
     if not chosen:
@@ -207,13 +244,16 @@ def _configured_prompts(
     config: Config, backbone: Backbone, use: Literal["train", "eval"], hold_out: bool
 ) -> tuple[str, list[Prompt]]:
     """The prompts that the settings name, and their source for error messages."""
-    path, eval_path = config.data.prompts, config.data.eval_prompts
+    data = config.data
+    path, eval_path = data.image_file or data.prompts, data.eval_prompts
+    name = f"data.{data.kind or 'prompts'}"
     if use == "eval" and eval_path is not None:
         return f"data.eval_prompts={eval_path}", read_prompts("data.eval_prompts", eval_path)
     bundled = backbone.bundled_prompts("train" if use == "train" else config.evaluation.split)
     if path is None or (use == "eval" and bundled):
         return f"data.{'prompts' if use == 'train' else 'eval_prompts'}", as_prompts(bundled)
-    source, prompts = f"data.prompts={path}", read_prompts("data.prompts", path)
+    source, images = f"{name}={path}", _image_data(config)
+    prompts = read_prompts(name, path) if images is None else list[Prompt](images.prompts)
     others = eval_path is not None or bool(backbone.bundled_prompts(config.evaluation.split))
     if use == "train" and (others or not hold_out):
         return source, prompts

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt
+from flowgrain.image_data import identity
 from flowgrain.methods import Method
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
@@ -71,9 +72,10 @@ def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
         return damaged, None
     check_kept(trainer.config, state["config"], trainer.out)
     if fingerprint(trainer.prompts) != state["prompts"]:
+        kind = trainer.config.data.kind
         raise SettingsError(
-            f"data.prompts: the training prompts differ from those of the run in {trainer.out}. "
-            "Use the same prompts, or start a new run."
+            f"data.{kind or 'prompts'}: the training prompts {'and images ' if kind else ''}differ "
+            f"from those of the run in {trainer.out}. Use the same prompts, or start a new run."
         )
     policy, optimizer = trainer.policy, trainer.optimizer
     optimizer.allocate(state["stepped"])
@@ -204,9 +206,9 @@ def stopped_by_disk(trainer: Trainer, error: OSError) -> RunStopped:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of the training prompts and their order."""
+    """A hash of the training prompts and their order, and of the images of a data set."""
     texts = "\0".join(prompt.text for prompt in prompts)
-    return hashlib.sha256(texts.encode()).hexdigest()
+    return hashlib.sha256(texts.encode() + identity(prompts)).hexdigest()
 
 
 _EARLIER = {"sampling.grid": "shifted", "method.reward_weights": "as_given"}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
+from flowgrain.core.cost import cost
 from flowgrain.distributed import World
 from flowgrain.distributed.sharding import set_gradient_sync
 from flowgrain.methods import ForwardProcess, Method, PolicyGradient, Repair, RewardGradient
@@ -128,5 +129,5 @@ def rollout_metrics(batch: RolloutBatch, more_decodes: int = 0) -> Metrics:
         "advantage/std": float(batch.advantage.std()) if len(batch.advantage) > 1 else 0.0,
         "advantage/zero": float((batch.advantage == 0).float().mean()),
         "forward_passes": batch.rollout.forward_passes * world.size,
-        "decodes": len(batch.tree.leaves) + more_decodes,
+        "decodes": cost(batch.tree).decodes + more_decodes,
     }
