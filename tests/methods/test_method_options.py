@@ -265,6 +265,8 @@ PAPER_VALUES |= {
         "shared_draws": False,
     },
     "crd": {
+        "levels": "binned_grid",
+        "draws": 9,
         "group_size": 24,
         "updates_per_rollout": 2,
         "kl_weight": 0.1,

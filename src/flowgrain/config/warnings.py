@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from flowgrain.core.cost import count_updates
 from flowgrain.distributed.threads import available_cores
 from flowgrain.methods import ForwardProcess, RewardGradient
+from flowgrain.methods.cost import num_updates
 from flowgrain.models.base import ModelConfig
 from flowgrain.settings import printable
 
@@ -52,7 +52,7 @@ def _of_optimizer(config: "Config") -> Iterator[str]:
     if rate > _HIGH_LEARNING_RATE:
         yield (
             f"optimizer.learning_rate={rate:g}: very high. The published rates are between 1e-6 "
-            "and 3e-4."
+            "and 1e-3."
         )
     if not any(betas):
         yield (
@@ -67,12 +67,12 @@ def _of_updates(config: "Config") -> Iterator[str]:
     wanted = method.updates_per_rollout
     if wanted == "per_step" or isinstance(method, RewardGradient):  # checked by the method
         return
-    if isinstance(method, ForwardProcess):
-        actual = min(int(wanted), prompts)
-    else:
-        actual = count_updates(config.tree(), wanted, prompts)[0]
+    actual = num_updates(method, config.tree(), prompts)
+    images = isinstance(method, ForwardProcess)
+    name, value = ("group_size", method.group_size) if images else ("prompts_per_step", prompts)
+    section = "method" if images else "training"
     if actual < int(wanted):
         yield (
-            f"method.updates_per_rollout={wanted}: with training.prompts_per_step={prompts}, a "
-            f"rollout can only be divided into {actual} updates."
+            f"method.updates_per_rollout={wanted}: with {section}.{name}={value}, a rollout can "
+            f"only be divided into {actual} updates."
         )

@@ -8,7 +8,7 @@ from flowgrain.core.credit import RewardMix, Scope
 from flowgrain.core.regression import Noised, Quantities, crd_loss, normalized, squared_error
 from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.flow_grpo import FLOW_GRPO_RUN
-from flowgrain.methods.forward_process import Draws, Range, SlowPolicy
+from flowgrain.methods.forward_process import Draws, Levels, Range, SlowPolicy
 from flowgrain.settings import Setting
 
 
@@ -37,6 +37,7 @@ class CRD(SlowPolicy, Draws):
     std_epsilon: float = 1e-4  # own choice
     reward_mix: RewardMix = "reward"  # own choice
     draws: int = 9  # own choice: every level of the grid but the last
+    levels: Levels = "binned_grid"  # Flow-Factory: a mean compares images at one level
     level_range: Range = (0.0, 0.99)  # Flow-Factory
     decay_rate: float = 0.005  # Flow-Factory: min(0.25 + 0.005 n, 0.999)
     decay_start: int = -50  # Flow-Factory

@@ -39,7 +39,7 @@ class DGPO(SlowPolicy, Draws):
     config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
 
-    group_size: int = 24  # paper; the published configurations for 4 GPUs use 16
+    group_size: int = 24  # published code, in a comment; its configurations for 4 GPUs use 16
     kl_weight: float = 0.02  # published code
     std_unbiased: bool = False  # published code
     std_epsilon: float = 1e-4  # published code
