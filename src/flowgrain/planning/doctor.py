@@ -34,7 +34,13 @@ from flowgrain.rewards import build_reward
 from flowgrain.settings import SettingsError
 from flowgrain.training import Trainer
 from flowgrain.training.fit import existing_parent, in_bytes, machine_memory
-from flowgrain.training.load import compute_device, compute_dtype, load_model, load_prompts
+from flowgrain.training.load import (
+    check_prompt_files,
+    compute_device,
+    compute_dtype,
+    load_model,
+    load_prompts,
+)
 from flowgrain.training.memory import checkpoint_bytes, memory
 from flowgrain.training.sizes import ModelSize, model_size, size_of_loaded
 from flowgrain.units import duration
@@ -132,11 +138,14 @@ def check_separately(config: Config, backbone: Backbone | None) -> list[Finding]
 
 def check_files(config: Config, backbone: Backbone | None) -> list[Finding]:
     """Check the prompts. Without a model only whether their files can be read."""
-    findings = []
+    findings, data = [], config.data
     uses: tuple[tuple[Literal["train", "eval"], str, str | None], ...] = (
-        ("train", "data.prompts", config.data.prompts),
-        ("eval", "data.eval_prompts", config.data.eval_prompts),
+        ("train", f"data.{data.kind or 'prompts'}", data.image_file or data.prompts),
+        ("eval", "data.eval_prompts", data.eval_prompts),
     )
+    if data.kind is not None:
+        check = partial(check_prompt_files, config)
+        findings.append(attempt("images", check, lambda _: "found").finding)
     for use, name, path in uses:
         if backbone is not None:
             read: Callable[[], list[Prompt]] = partial(load_prompts, config, backbone, use)
