@@ -26,6 +26,7 @@ WITHOUT_RECIPE = {
     "flow_dppo": "the published run draws 3 of the first 5 steps for every rollout",
     "stepwise_flow_grpo": "no code was published, and the paper's settings were not read",
     "tp_grpo": "no recipe yet",
+    "mend": "no recipe yet",
 }
 
 
