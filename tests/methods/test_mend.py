@@ -113,10 +113,10 @@ def test_the_gradient_is_that_of_a_loop_at_any_batch_size(
         "sampling.batch_size": size,
         "method.decode_batch_size": decoded,
         "method.updates_per_rollout": updates,
-        "method.tau": 0.05,
+        "method.tau": 0.1,
     }
     trainer = moved_trainer(tmp_path, changes)
-    loop = Loop(trainer, 0.05)
+    loop = Loop(trainer, 0.1)
     repaired = sum(image["move"] is not None for image in loop.images)
     assert 0 < repaired < loop.failing < P * G
     parts = [np.array_split(np.arange(G), updates)[u] for u in range(updates)]
