@@ -27,6 +27,7 @@ WITHOUT_RECIPE = {
     "stepwise_flow_grpo": "no code was published, and the paper's settings were not read",
     "sft": "the published run has a KL weight of another method, and its launch script is broken",
     "tp_grpo": "no recipe yet",
+    "mend": "no recipe yet",
 }
 
 

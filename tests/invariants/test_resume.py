@@ -260,6 +260,7 @@ def test_lora_resumes_to_the_bit(long, tmp_path):
         ("diffusionnft", {}),
         ("refl", {}),
         ("draft", {"method.lv_samples": 2}),
+        ("mend", {"method.tau_factor": 2.0, "optimizer.learning_rate": 1e-2}),
         ("mixgrpo", {"method.window_size": 1, "method.window_interval": 1}),
         ("dancegrpo", {"method.updates_per_rollout": "per_step"}),
     ],

@@ -7,7 +7,7 @@ from toy_trainer import P
 
 from flowgrain.config import load_config
 from flowgrain.core.cost import cost
-from flowgrain.methods import METHODS, plan_tree, price
+from flowgrain.methods import METHODS, Repair, plan_tree, price
 from flowgrain.training import Trainer
 
 COUNTED = ("forward_passes", "train_forward_passes", "frozen_forward_passes", "decodes")
@@ -38,6 +38,7 @@ PASSES = {  # sampling forward passes per prompt with the papers' values: ours, 
     "tempflow_grpo": (10, 4 * 279, 4 * 279),  # of four initial noises
     "grpo_guard": (10, 240, 240),
     "diffusionnft": (10, 240, 240),
+    "mend": (10, 240, 240),
     "flow_dppo": (10, 160, 160),
     "ddpo": (50, 400, 400),
     "diffusion_dpo": (40, 960, 960),
@@ -76,7 +77,10 @@ def test_plans_that_vary_with_the_step_say_so():
 
 
 def assert_priced(config, out, steps) -> list[dict]:
-    """Train `steps` steps, whose metrics must have the costs of `price`. Returns the metrics."""
+    """Train `steps` steps, whose metrics must have the costs of `price`. Returns the metrics.
+
+    The price of candidates is that of a rollout in which all images get them.
+    """
     given = {"backbone": Toy(), "prompts": PROMPTS, "eval_prompts": PROMPTS}
     trainer = Trainer(config, out, rewards={"red": red}, **given)
     lines = []
@@ -89,8 +93,14 @@ def assert_priced(config, out, steps) -> list[dict]:
             step=step,
             seed=config.runtime.seed,
         )
+        counted = dict(metrics)
+        if isinstance(trainer.method, Repair):
+            images = P * trainer.method.group_size
+            without = (images - metrics["repair/failing"]) * trainer.method.num_candidates
+            assert 0 < without < images * trainer.method.num_candidates
+            counted["decodes"] += without
         for name in COUNTED:
-            assert metrics[name] == P * getattr(expected, name), name
+            assert counted[name] == P * getattr(expected, name), name
         lines.append(metrics)
     return lines
 

@@ -181,6 +181,26 @@ PAPER_VALUES = {
     },
 }
 PAPER_VALUES |= {
+    "mend": {
+        "group_size": 24,
+        "updates_per_rollout": 1,
+        "kl_weight": 0.0,
+        "tail_order": 2,
+        "trained_sigma": 0.278,
+        "etas": (0.1, 0.2, 0.4),
+        "cap_quantile": 0.75,
+        "global_quantile": 0.5,
+        "global_rate": 0.1,
+        "keep_weight": 10.0,
+        "error": "mse",
+        "tau": 0.1,
+        "tau_range": (1e-3, 10.0),
+        "acceptance_range": (0.3, 0.6),
+        "tau_factor": 1.5,
+        "max_decay": 0.5,
+        "decay_rate": 0.001,
+        "decay_start": 0,
+    },
     "awm": {
         "group_size": 24,
         "updates_per_rollout": 1,
@@ -433,6 +453,13 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
     ("draft", ["last_steps=2", "lv_samples=2"], "method.lv_samples=2", "method.last_steps=1"),
     ("draft", ["std_scope=global"], "method.std_scope=global", "Remove it"),
     ("refl", ["tail_order=2"], "method.tail_order=2", "Remove it"),
+    ("mend", ["updates_per_rollout=per_step"], "method.updates_per_rollout=per_step", "a number"),
+    ("mend", ["etas=[]"], "method.etas=[]", "positive numbers"),
+    ("mend", ["etas=[0.1,0]"], "method.etas=[0.1, 0.0]", "positive numbers"),
+    ("mend", ["tau=20"], "method.tau=20", "method.tau_range=[0.001, 10.0]"),
+    ("mend", ["tau_range=[0,1]"], "method.tau=0.1", "must be positive"),
+    ("mend", ["acceptance_range=[0.6,0.3]"], "method.acceptance_range=[0.6, 0.3]", "rising"),
+    ("mend", ["std_epsilon=1e-4"], "method.std_epsilon=0.0001", "Remove it"),
     ("refl", ["first_step=1"], "method.first_step=1", "less than 1"),
 ]
 

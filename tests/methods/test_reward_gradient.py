@@ -241,7 +241,7 @@ def test_the_differentiable_rewards_are_those_of_the_list():
     assert {name for name in REWARDS if is_differentiable(REWARDS.get(name))} == {*DIFFERENTIABLE}
 
 
-@pytest.mark.parametrize("method", ["draft", "refl"])
+@pytest.mark.parametrize("method", ["draft", "refl", "mend"])
 def test_other_rewards_are_refused_before_anything_is_written(tmp_path, method):
     config = load_config(method, {"rewards": ["towers", "oracle"]})
     with pytest.raises(SettingsError) as error:
