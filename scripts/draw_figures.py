@@ -26,6 +26,7 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {  # method: (num_steps, options)
     "tempflow_grpo": (5, {"group_size": 2}),
     "branchgrpo": (6, {"group_size": 8, "split_steps": (0, 2, 4)}),
     "diffusionnft": (6, {"group_size": 4}),
+    "mend": (6, {"group_size": 4}),
     "draft": (6, {"group_size": 2}),
     "refl": (8, {"group_size": 3, "first_step": 0.5}),
 }

@@ -42,6 +42,7 @@ OF_METHOD = {
     "ddpo": {"method.min_count": 5, "method.updates_per_rollout": 2},
     "e_grpo": {"method.sde_steps": [0, 1], "method.merged_steps": [1, 2]},
     "densegrpo": {"method.calibration.rounds": 1, "method.calibration.samples": 3},
+    "mend": {"method.tau": 1.0},  # accepts candidates in every step
 }
 
 
