@@ -41,7 +41,7 @@ MORE = {
         "draft",
         {"lora.rank": 2, "method.lv_samples": 2, "method.updates_per_rollout": 2},
     ),
-    "given pairs": ("diffusion_dpo", {"data.pairs": "", "model.height": 8, "model.width": 8}),
+    "given pairs": ("diffusion_dpo", {"data.pairs": ""}),
     "given images": ("sft", {"data.images": "", "training.prompts_per_step": 6}),
     "pairwise": ("g2rpo", {"sampling.prompts_per_chunk": 2, "rewards": [PAIRWISE]}),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),

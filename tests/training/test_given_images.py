@@ -52,8 +52,6 @@ def config_of(kind, file, changes=None):
         "training.max_steps": 4,
         "evaluation.every": 0,
         "evaluation.rewards": [],
-        "model.height": 8,
-        "model.width": 8,
         "runtime.seed": 5,
     }
     return load_config(method, {**values, **(changes or {})})
@@ -237,7 +235,7 @@ def test_a_backbone_with_latents_of_another_shape(tmp_path):
             return images
 
     trainer = toy_trainer(tmp_path, "images", backbone=Wrong())
-    with pytest.raises(RunStopped, match=r"Wrong: encode_images returns a tensor \[1, 3, 8, 8\]"):
+    with pytest.raises(RunStopped, match=r"Wrong: encode_images returns a tensor \[1, 3, 32, 32\]"):
         trainer.step(1)
 
 

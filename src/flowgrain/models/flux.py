@@ -7,6 +7,7 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
+from flowgrain.models.encoding import encode_grid, pack
 from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
 
 
@@ -61,7 +62,7 @@ class FluxBackbone(PipelineBackbone):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the latents [I, tokens, 64] of images [I, 3, H, W] in 0..1."""
-        return self._pack(self._encode_grid(images))
+        return pack(encode_grid(self.vae, images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, tokens, 64]."""

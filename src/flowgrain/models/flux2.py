@@ -7,6 +7,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
+from flowgrain.models.encoding import modes
 from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
 from flowgrain.models.tokens import chat_token_counts
 
@@ -64,7 +65,7 @@ class Flux2Backbone(PipelineBackbone):
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the latents [I, 128, h, w] of images [I, 3, H, W] in 0..1."""
         std, mean = self._statistics()
-        packed: Tensor = self.pipe._patchify_latents(self._modes(images))
+        packed: Tensor = self.pipe._patchify_latents(modes(self.vae, images))
         return (packed - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:

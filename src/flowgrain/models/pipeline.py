@@ -225,24 +225,6 @@ class PipelineBackbone(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of clean latents [B, *L]."""
 
-    def _encode_grid(self, images: Tensor) -> Tensor:
-        """Latents [I, C, h, w] of images, scaled and shifted by the VAE's config."""
-        config = self.vae.config
-        shifted = self._modes(images) - (config.shift_factor or 0)
-        return shifted * float(config.scaling_factor)
-
-    @torch.no_grad()
-    def _modes(self, images: Tensor) -> Tensor:
-        """Modes of the VAE's distributions, float32, before they are scaled for the transformer."""
-        pixels = (2 * images - 1).to(self.vae.dtype)
-        modes: Tensor = self.vae.encode(pixels, return_dict=False)[0].mode()
-        return modes.float()
-
-    def _pack(self, latents: Tensor) -> Tensor:
-        """Tokens [I, tokens, 4 C] of latents [I, C, h, w]: 2 x 2 latents are one token."""
-        packed: Tensor = self.pipe._pack_latents(latents.contiguous(), *latents.shape)
-        return packed
-
     def _decode_grid(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] of latents [B, C, h, w], scaled and shifted by the VAE's config."""
         config = self.vae.config

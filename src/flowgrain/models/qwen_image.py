@@ -7,6 +7,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
+from flowgrain.models.encoding import modes, pack
 from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
 from flowgrain.models.tokens import pad
 from flowgrain.settings import SettingsError
@@ -83,8 +84,8 @@ class QwenImageBackbone(PipelineBackbone):
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the latents [I, tokens, 64] of images [I, 3, H, W] in 0..1."""
         mean, std = self._statistics(images.device)
-        modes = self._modes(images[:, :, None])  # (I, C, frames = 1, h, w)
-        return self._pack(((modes - mean) / std)[:, :, 0])
+        found = modes(self.vae, images[:, :, None])  # (I, C, frames = 1, h, w)
+        return pack(((found - mean) / std)[:, :, 0])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, tokens, 64]."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flowgrain.core.sde import Shift
 from flowgrain.models.base import Conditioning
+from flowgrain.models.encoding import encode_grid
 from flowgrain.models.pipeline import JOINT_ATTENTION, PipelineBackbone
 
 _CLIP_TOKENS = 77
@@ -75,7 +76,7 @@ class SD3Backbone(PipelineBackbone):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the latents [I, 16, h, w] of images [I, 3, H, W] in 0..1."""
-        return self._encode_grid(images)
+        return encode_grid(self.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, 16, h, w]."""

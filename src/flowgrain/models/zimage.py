@@ -7,6 +7,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor, nn
 
 from flowgrain.models.base import Conditioning
+from flowgrain.models.encoding import encode_grid
 from flowgrain.models.pipeline import PipelineBackbone
 from flowgrain.models.tokens import chat_token_counts, pad
 
@@ -50,7 +51,7 @@ class ZImageBackbone(PipelineBackbone):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return the latents [I, 16, h, w] of images [I, 3, H, W] in 0..1."""
-        return self._encode_grid(images)
+        return encode_grid(self.vae, images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] in 0..1 of latents [B, 16, h, w]."""

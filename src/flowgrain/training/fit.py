@@ -23,7 +23,7 @@ from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError, SettingsWarning
 from flowgrain.shapes.render import SIZE
 from flowgrain.training.checkpoint import checkpoints
-from flowgrain.training.load import check_prompt_files, compute_dtype
+from flowgrain.training.load import check_encoder, check_prompt_files, compute_dtype
 from flowgrain.training.memory import checkpoint_bytes, memory
 from flowgrain.training.sizes import ModelSize, size_of_loaded
 
@@ -106,7 +106,12 @@ def check_memory(config: Config, size: ModelSize | None, device: torch.device) -
 
 
 def check_loaded(config: Config, backbone: Backbone, device: torch.device) -> ModelSize:
-    """The size of a loaded backbone, after `check_memory`."""
+    """The size of a loaded backbone, after `check_memory`.
+
+    Raises:
+        SettingsError: the run does not fit, or the backbone does not encode images and must.
+    """
+    check_encoder(config, backbone)
     size = size_of_loaded(backbone, config.lora.target_modules)
     check_memory(config, size, device)
     return size

@@ -22,7 +22,6 @@ from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_im
 from flowgrain.training.export import export_policy
 from flowgrain.training.fit import check_loaded, check_memory, check_start
 from flowgrain.training.load import (
-    check_encoder,
     compute_device,
     load_model,
     load_prompts,
@@ -93,7 +92,6 @@ class Trainer:
         except ValueError as error:
             raise SettingsError(str(error)) from error
         self.size = check_loaded(config, self.backbone, self.device)
-        check_encoder(config, self.backbone)
         self.config = config = config.resolved(self.backbone)  # run.yaml records the numbers
         self.method = config.method.model_copy(deep=True)  # state of this run only
         self.prompts = load_prompts(
