@@ -171,7 +171,7 @@ def two_steps(folders, folder, source, changes, preset=None):
     return config
 
 
-@pytest.mark.parametrize("preset", [None, "one-gpu"])
+@pytest.mark.parametrize("preset", [None, pytest.param("one-gpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LARGE)
 def test_two_steps_of_a_recipe(folders, tmp_path, name, preset):
     config = two_steps(folders, tmp_path, name, {}, preset)

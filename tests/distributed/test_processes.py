@@ -72,15 +72,19 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("size", "machines"),
-    [(2, 1), pytest.param(4, 1, marks=SLOW), pytest.param(4, 2, marks=SLOW)],
+    ("size", "machines", "cases"),
+    [
+        pytest.param(2, 1, FEW, id="2 of some methods"),
+        pytest.param(2, 1, CASES, marks=SLOW, id="2"),
+        pytest.param(4, 1, CASES, marks=SLOW, id="4"),
+        pytest.param(4, 2, FEW, marks=SLOW, id="4 on 2 machines"),
+    ],
 )
-def test_every_method_is_the_same_run(tmp_path, pool, single, size, machines):
+def test_every_method_is_the_same_run(tmp_path, pool, single, size, machines, cases):
     """Within 1e-6: sums over ranks have another order, and other rows share a model call.
 
     On two machines parameters are sharded within each machine and replicated across them.
     """
-    cases = CASES if machines == 1 else FEW
     several = pool.run(size, rank_work.every_case, tmp_path, cases, machines=machines)
     for name in cases:
         one, many = single[name], several[name]

@@ -179,6 +179,7 @@ def test_a_full_disk_at_a_resume_changes_nothing(tiny, tmp_path):
     assert toy(config, tmp_path).resume() == []
 
 
+@pytest.mark.slow
 def test_a_command_line_run_is_killed_and_resumed(tiny, tmp_path):
     """Once by the commands that a user types."""
     file, cut = tmp_path / "recipe.yaml", tmp_path / "cut"
