@@ -103,6 +103,8 @@ class Soak:
         if fault in (*KILLS, "rank", "stop", "server", "peer"):
             too_late = self._interrupt(run, fault, steps, processes)
         code = processes.wait()
+        # SIGKILL has no other effect on a process than its end, unless it ended before.
+        too_late |= fault in KILLS and code == FINISHED
         if fault == "truncate" and len(run.checkpoints()) > 1:
             file = next(run.checkpoints()[-1].glob("*.safetensors"))
             os.truncate(file, file.stat().st_size // 2)
