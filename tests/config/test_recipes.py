@@ -179,6 +179,7 @@ def test_two_steps_of_a_recipe(folders, tmp_path, name, preset):
     assert config.sampling.prompts_per_chunk == (4 if preset else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method"), OTHERS)
 def test_two_steps_of_every_other_method_on_both_models(folders, tmp_path, model, method):
     config = two_steps(folders, tmp_path, method, {"model.name": model})
