@@ -263,14 +263,14 @@ def test_signatures_that_fit_or_are_unknown(directory):
 DEAD = "http://127.0.0.1:9"
 DEAD_REWARDS = {
     f"{{name: remote, url: '{DEAD}', reward: pickscore}}": (
-        f"rewards[remote].url={DEAD}: nobody answers (connection refused). Start it with "
+        f"rewards[remote].url={DEAD}: no server answers (connection refused). Start it with "
         "flowgrain serve pickscore --port 9, or correct the address."
     ),
     f"{{name: judge, url: '{DEAD}/v1', model: m}}": (
-        f"rewards[judge].url={DEAD}/v1: nobody answers (connection refused). "
+        f"rewards[judge].url={DEAD}/v1: no server answers (connection refused). "
         "Start the server, or correct the address."
     ),
-    "{name: remote, url: 'http://127.0.0.1:99999', reward: x}": "nobody answers (port out of",
+    "{name: remote, url: 'http://127.0.0.1:99999', reward: x}": "no server answers (port out of",
 }
 
 

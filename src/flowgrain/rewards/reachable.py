@@ -24,7 +24,7 @@ def check_server(name: str, reward: Reward) -> None:
         reward: the reward.
 
     Raises:
-        SettingsError: nobody answers.
+        SettingsError: no server answers.
     """
     if not isinstance(reward, Remote | Judge) or get_environ_proxies(reward.url):
         return
@@ -39,6 +39,6 @@ def check_server(name: str, reward: Reward) -> None:
         if isinstance(reward, Remote):
             command = f"it with flowgrain serve {reward.reward} --port {port}"
         raise SettingsError(
-            f"rewards[{name}].url={url}: nobody answers ({reason.lower()}). "
+            f"rewards[{name}].url={url}: no server answers ({reason.lower()}). "
             f"Start {command}, or correct the address."
         ) from error

@@ -70,7 +70,7 @@ def reward_app(
     async def post_score(request: fastapi.Request) -> ScoreResponse:
         body = await request.body()
         async with lock:
-            if await request.is_disconnected():  # nobody waits for the scores
+            if await request.is_disconnected():  # the client has closed the connection
                 raise fastapi.HTTPException(499, "the client closed the connection")
             try:
                 return await run_in_threadpool(_respond, rewards, body, max_images, max_bytes)

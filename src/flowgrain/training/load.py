@@ -95,7 +95,7 @@ def load_rewards(
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
-        SettingsError: a reward cannot be loaded, nobody answers at the address of its server, the
+        SettingsError: a reward cannot be loaded, no server answers at the address of its server, the
             method needs a gradient that it does not have, or evaluation.rewards contains a reward
             that compares images.
     """
