@@ -15,7 +15,7 @@ from flowgrain.core.regression import (
     squared_error,
 )
 from flowgrain.methods.base import LearningRates, register
-from flowgrain.methods.forward_process import Draws, Levels, Range, SlowPolicy
+from flowgrain.methods.forward_process import Draws, Levels, Range, SlowAnchor
 from flowgrain.settings import Setting
 
 KlWeighting = Literal["uniform", "elbo"]
@@ -27,7 +27,7 @@ RUN: dict[str, dict[str, Any]] = {
 
 
 @register
-class AWM(SlowPolicy, Draws):
+class AWM(SlowAnchor, Draws):
     """AWM: PPO with a ratio of weighted matching errors in place of transition probabilities.
 
     The matching error of a noised image bounds its negative log-likelihood. A slowly moving copy of
@@ -74,10 +74,6 @@ class AWM(SlowPolicy, Draws):
     @property
     def needs_old(self) -> bool:
         return self.ema_weight > 0
-
-    @property
-    def old_samples(self) -> bool:
-        return False
 
     @property
     def needs_quantity(self) -> bool:

@@ -8,12 +8,12 @@ from flowgrain.core.credit import RewardMix, Scope
 from flowgrain.core.regression import Noised, Quantities, crd_loss, normalized, squared_error
 from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.flow_grpo import FLOW_GRPO_RUN
-from flowgrain.methods.forward_process import Draws, Levels, Range, SlowPolicy
+from flowgrain.methods.forward_process import Draws, Levels, Range, SlowAnchor
 from flowgrain.settings import Setting
 
 
 @register
-class CRD(SlowPolicy, Draws):
+class CRD(SlowAnchor, Draws):
     """CRD: the implicit rewards of a group, centered, are matched to its centered rewards.
 
     The implicit reward of an image is the error of the slowly moving policy minus the error of the
@@ -58,10 +58,6 @@ class CRD(SlowPolicy, Draws):
     adaptive_kl: bool = Setting(
         True, "Images with a low reward have a smaller KL weight, down to 1e-4."
     )  # Flow-Factory
-
-    @property
-    def old_samples(self) -> bool:
-        return False
 
     @property
     def compares_slow(self) -> bool:

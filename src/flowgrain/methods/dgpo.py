@@ -14,7 +14,7 @@ from flowgrain.core.regression import (
     squared_error,
 )
 from flowgrain.methods.base import LearningRates, register
-from flowgrain.methods.forward_process import Draws, Range, SlowPolicy
+from flowgrain.methods.forward_process import Draws, Range, SlowAnchor
 from flowgrain.settings import Setting
 
 RUN: dict[str, dict[str, Any]] = {
@@ -24,7 +24,7 @@ RUN: dict[str, dict[str, Any]] = {
 
 
 @register
-class DGPO(SlowPolicy, Draws):
+class DGPO(SlowAnchor, Draws):
     """DGPO: preference optimization of whole groups, with draws that the group shares.
 
     The trained policy samples. The slowly moving policy is the old policy of the clip.
@@ -63,10 +63,6 @@ class DGPO(SlowPolicy, Draws):
     anchor: Literal["reference", "slow"] = Setting(
         "reference", "Policy that the preference compares with: the reference or the slow policy."
     )  # published code
-
-    @property
-    def old_samples(self) -> bool:
-        return False
 
     @property
     def needs_quantity(self) -> bool:

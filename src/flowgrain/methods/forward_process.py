@@ -215,6 +215,15 @@ class SlowPolicy(ForwardProcess):
         return min(self.decay_rate * max(updates - self.decay_start, 0), self.max_decay)
 
 
+class SlowAnchor(SlowPolicy):
+    """Options of methods whose slowly moving policy is an anchor. The trained policy samples."""
+
+    @property
+    def old_samples(self) -> bool:
+        """Whether the slowly moving policy samples."""
+        return False
+
+
 class FractionOfGrid(ForwardProcess):
     """Option of methods that draw a share of the levels of the sampling grid for every image."""
 

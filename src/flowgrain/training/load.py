@@ -95,9 +95,9 @@ def load_rewards(
         given: rewards from Python by name, in place of config.rewards.
 
     Raises:
-        SettingsError: a reward cannot be loaded, no server answers at the address of its server, the
-            method needs a gradient that it does not have, or evaluation.rewards contains a reward
-            that compares images.
+        SettingsError: a reward cannot be loaded, its server does not answer, the method needs a
+            gradient that it does not have, or evaluation.rewards contains a reward that compares
+            images.
     """
     quiet_libraries()
     if given is not None:
