@@ -26,8 +26,6 @@ WITHOUT_RECIPE = {
     "flow_dppo": "the published run draws 3 of the first 5 steps for every rollout",
     "stepwise_flow_grpo": "no code was published, and the paper's settings were not read",
     "sft": "the published run has a KL weight of another method, and its launch script is broken",
-    "tp_grpo": "no recipe yet",
-    "mend": "no recipe yet",
 }
 
 

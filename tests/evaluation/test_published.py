@@ -27,6 +27,7 @@ def test_the_rows_are_complete():
     assert {(row.model, row.paper) for row in rows} == {
         ("flux", "G2RPO, arXiv 2510.01982"),
         ("sd3", "DenseGRPO, arXiv 2601.20218"),
+        ("sd3", "MEND, arXiv 2610.05954"),
     }
     keys = [(row.model, row.label, row.steps, *row.scores) for row in rows]
-    assert len(set(keys)) == len(keys) == 28
+    assert len(set(keys)) == len(keys) == 38
