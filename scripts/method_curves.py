@@ -1,9 +1,11 @@
 """Draw the curve of every method of a comparison for the documentation.
 
-    python scripts/method_curves.py comparisons/full [--out docs/images]
+    python scripts/method_curves.py comparisons/full
+    python scripts/method_curves.py comparisons/family --beside diffusionnft,g2rpo,mixgrpo
 
 Each figure shows held-out rewards against cost: one method in color with its 95% confidence
-interval, the others in gray.
+interval, the others in gray. With --beside, only the named methods are shown in gray, and get no
+figure of their own.
 """
 
 import argparse
@@ -41,24 +43,34 @@ def curve(run: Path, config: Config, metric: str) -> Curve:
     return points
 
 
-def draw(axes: Axes, curves: Sequence[Curve], highlight: bool) -> None:
-    """Draw the mean of the curves of a method over seeds."""
+def draw(axes: Axes, curves: Sequence[Curve], highlight: bool, name: str = "") -> None:
+    """Draw the mean of the curves of a method over seeds, with its name at the end."""
     length = min(map(len, curves))
     values = np.array([points[:length] for points in curves])  # [S, K, 2]
     x, intervals = values[:, :, 0].mean(0), [confidence_interval(v) for v in values[:, :, 1].T]
     color, width = (LIGHT["noise"], 2.0) if highlight else (LIGHT["ode"], 0.9)
     axes.plot(x, [i.mean for i in intervals], color=color, lw=width, zorder=1 + highlight)
+    if name:
+        end = (x[-1], intervals[-1].mean)
+        style = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+        axes.annotate(name, end, color=LIGHT["muted"], annotation_clip=False, **style)
     if highlight and len(values) > 1:
         low, high = [i.low for i in intervals], [i.high for i in intervals]
         axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
-def method_figure(curves: Mapping[str, Mapping[str, Sequence[Curve]]], label: str) -> Figure:
-    """The figure of method `label`. `curves` are by metric and by method."""
+def method_figure(
+    curves: Mapping[str, Mapping[str, Sequence[Curve]]], label: str, named: Sequence[str]
+) -> Figure:
+    """The figure of method `label`. `curves` are by metric and by method.
+
+    If `named` is not empty, it lists the only other methods of the figure.
+    """
     figure, places = plt.subplots(1, len(curves), figsize=(8, 2.7), layout="constrained")
     for axes, (metric, of_methods) in zip(np.atleast_1d(places), curves.items(), strict=True):
         for method, of_seeds in of_methods.items():
-            draw(axes, of_seeds, method == label)
+            if method == label or method in named or not named:
+                draw(axes, of_seeds, method == label, method if method in named else "")
         axes.set_xlabel("cost in units", color=LIGHT["muted"])
         axes.set_ylabel(f"held-out {metric}", color=LIGHT["muted"])
         axes.tick_params(colors=LIGHT["muted"])
@@ -72,6 +84,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("comparison", type=Path, help="directory of a comparison")
+    parser.add_argument("--beside", type=lambda text: text.split(","), default=[])
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     args = parser.parse_args()
     comparison = read_comparison(args.comparison)
@@ -86,7 +99,8 @@ def main() -> None:
         for metric in dict.fromkeys([rewards[0].name, ORACLE])
     }
     for label in runs:
-        save(method_figure(curves, label), args.out / f"curve-{label}.svg")
+        if label not in args.beside:
+            save(method_figure(curves, label, args.beside), args.out / f"curve-{label}.svg")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import toy_run as toy_run_module
 import yaml
 from safetensors.torch import load_file
 from toy import PROMPTS, Toy, red
-from toy_run import toy_run
+from toy_run import toy_run, toy_run_of
 
-from flowgrain import Interrupted, RunStopped, SettingsError, Trainer, load_config
+from flowgrain import METHODS, Interrupted, RunStopped, SettingsError, Trainer, load_config
 from flowgrain.training import checkpoint
 
 
@@ -72,6 +72,50 @@ def assert_same(a, b):
         assert torch.equal(found[name], value), name
 
 
+OPTIONS = {
+    "branchgrpo": {"method.split_steps": [0, 1], "method.group_size": 4},
+    "ddpo": {"method.min_count": 3},
+    "densegrpo": {"method.calibration.rounds": 1, "method.calibration.samples": 2},
+    "e_grpo": {"method.sde_steps": [0, 1], "method.merged_steps": [1, 2]},
+    "mend": {"method.tau_factor": 2.0},
+    "flow_grpo_fast": {"method.window_size": 2},
+    "mixgrpo": {"method.window_size": 2, "method.window_interval": 1},
+    "mixgrpo_flash": {"method.window_size": 2, "method.window_interval": 1},
+}
+"""Options that fit four steps, or with which a state changes in three steps."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_killed_in_an_update_and_resumed(tmp_path, processes, method):
+    changes = {
+        "sampling.num_steps": 4,
+        "method.group_size": 3,
+        "optimizer.learning_rate": 1e-2,
+        "training.prompts_per_step": 2,
+        "training.max_steps": 4,
+        "training.checkpoint_every": 1,
+        "training.ema_decay": 0.5,
+        "evaluation.every": 0,
+        "evaluation.rewards": [],
+        "runtime.threads": 1,
+        **OPTIONS.get(method, {}),
+    }
+
+    def run(folder, kill=None):
+        arguments = (method, changes, folder, kill)
+        process = processes.Process(target=toy_run_of, args=arguments)
+        process.start()
+        process.join(120)
+        return process.exitcode
+
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "cut", kill=3) == -signal.SIGKILL
+    assert len(lines(tmp_path / "cut")) == 2
+    assert run(tmp_path / "cut") == 0
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
     toy(long, tmp_path / "whole").train()
     first = toy(long, tmp_path / "cut")
@@ -101,16 +145,22 @@ def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_sigkill_at_any_moment(tmp_path, monkeypatch):
-    """Killed six times, wherever it is, and resumed every time."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+@pytest.fixture
+def processes(monkeypatch):
+    """Starts processes from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     # The server that forks does not take sys.path.
     monkeypatch.setenv("PYTHONPATH", str(Path(toy_run_module.__file__).parent), prepend=os.pathsep)
     context.set_forkserver_preload(["toy_run"])
+    return context
+
+
+def test_sigkill_at_any_moment(tmp_path, processes):
+    """Killed six times, wherever it is, and resumed every time."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
 
     def start(folder):
-        process = context.Process(target=toy_run, args=(folder,))
+        process = processes.Process(target=toy_run, args=(folder,))
         process.start()
         return process
 
@@ -239,14 +289,24 @@ def test_incomplete_files_of_a_killed_run_are_deleted(long, tmp_path):
     assert names == ["step-000000.json", "step-000002.json"]
 
 
-def test_lora_resumes_to_the_bit(long, tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    ["g2rpo", *(pytest.param(m, marks=pytest.mark.slow) for m in ("diffusionnft", "crd", "mend"))],
+)
+def test_lora_resumes_to_the_bit(tmp_path, method):
+    """An adapter, and for some methods a second adapter of the slowly moving policy."""
     changes = {
         "lora.rank": 2,
+        "method.group_size": 3,
+        "sampling.num_steps": 4,
         "evaluation.every": 0,
+        "evaluation.rewards": [],
+        "training.prompts_per_step": 2,
         "training.max_steps": 3,
         "training.checkpoint_every": 1,
+        "training.ema_decay": 0.9,
     }
-    config = long.with_changes(changes)
+    config = load_config(method, changes)
     Trainer(config, tmp_path / "whole").train()
     Trainer(config.with_changes({"training.max_steps": 2}), tmp_path / "cut").train()
     again = Trainer(config, tmp_path / "cut")
