@@ -1,11 +1,11 @@
-"""Draw the curve of every method of a comparison for the documentation.
+"""Draw the methods of a comparison for the documentation: a figure of all, and a curve of each.
 
     python scripts/method_curves.py comparisons/full
     python scripts/method_curves.py comparisons/family --beside diffusionnft,g2rpo,mixgrpo
 
-Each figure shows held-out rewards against cost: one method in color with its 95% confidence
-interval, the others in gray. With --beside, only the named methods are shown in gray, and get no
-figure of their own.
+comparison-NAME.svg shows the final measurement of all methods. curve-METHOD.svg shows held-out
+rewards against cost: one method in color with its 95% confidence interval, the others in gray.
+With --beside, only the named methods are shown in gray, and get no figure of their own.
 """
 
 import argparse
@@ -22,7 +22,14 @@ from flowgrain.config import Config
 from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.report.comparison import finished_runs
-from flowgrain.studies.results import read_comparison, units_of_step
+from flowgrain.studies.results import (
+    BASE,
+    Result,
+    by_seed,
+    read_comparison,
+    results,
+    units_of_step,
+)
 from flowgrain.training.run_files import read_metrics, read_run_config
 
 ORACLE = "oracle"
@@ -79,6 +86,47 @@ def method_figure(
     return figure
 
 
+def summary_figure(
+    found: Sequence[Result], labels: Sequence[str], reward_set: str, metrics: Sequence[str]
+) -> Figure:
+    """Every metric at the end of training: mean and 95% interval of each method, best first."""
+    steps = next(iter(found[0]["steps"]))
+    base = next(r["steps"][steps] for r in found if r["label"] == BASE)
+    of_metric = {
+        metric: {
+            label: confidence_interval(
+                np.array(list(by_seed(found, label, reward_set, int(steps), metric).values()))
+            )
+            for label in labels
+        }
+        for metric in metrics
+    }
+    order = sorted(labels, key=lambda label: of_metric[metrics[0]][label].mean)
+    size = (8, 0.6 + 0.22 * len(labels))
+    figure, places = plt.subplots(1, len(metrics), figsize=size, layout="constrained", sharey=True)
+    for axes, (metric, intervals) in zip(np.atleast_1d(places), of_metric.items(), strict=True):
+        for place, label in enumerate(order):
+            interval = intervals[label]
+            axes.plot([interval.low, interval.high], [place] * 2, color=LIGHT["noise"], lw=1.5)
+            axes.plot(interval.mean, place, "o", color=LIGHT["noise"], ms=4)
+        axes.axvline(base[metric], color=LIGHT["muted"], lw=0.8, ls=":")
+        axes.annotate(
+            "base",
+            (base[metric], len(order) - 0.4),
+            color=LIGHT["muted"],
+            fontsize=7,
+            ha="center",
+            annotation_clip=False,
+        )
+        axes.set_xlabel(f"held-out {metric}, {steps} steps", color=LIGHT["muted"])
+        axes.tick_params(colors=LIGHT["muted"], length=0)
+        axes.grid(axis="y", color=LIGHT["grid"], lw=0.5)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(LIGHT["grid"])
+    np.atleast_1d(places)[0].set_yticks(range(len(order)), order, color=LIGHT["ink"])
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,6 +146,8 @@ def main() -> None:
         }
         for metric in dict.fromkeys([rewards[0].name, ORACLE])
     }
+    summary = summary_figure(results(args.comparison), list(runs), reward_set, list(curves))
+    save(summary, args.out / f"comparison-{comparison.name}.svg")
     for label in runs:
         if label not in args.beside:
             save(method_figure(curves, label, args.beside), args.out / f"curve-{label}.svg")
