@@ -35,6 +35,26 @@ class _Rows:
     known: Tensor
 
 
+def _quantity(method: ForwardProcess, rows: _Rows, v: Tensor) -> Tensor:
+    """The method's quantity [B] of the rows with the velocity `v` of one of the policies."""
+    return method.quantity(Noised(v, rows.target, rows.inputs[1], rows.advantage))
+
+
+def _noise(owner: Ints, number: Ints, shape: Sequence[int], of: tuple[str, int, int]) -> Tensor:
+    """Noise [B, *L] of draw `number` [B] of image or group `owner` [B].
+
+    Args:
+        owner: [B].
+        number: [B].
+        shape: L.
+        of: kind of the noise, seed and step.
+    """
+    keys = list(zip(owner.tolist(), number.tolist(), strict=True))
+    # The images of a group share their noise.
+    noise = {key: latent_noise(shape, *of, *key) for key in dict.fromkeys(keys)}
+    return torch.stack([noise[key] for key in keys])
+
+
 class ForwardProcessLoss:
     """The losses of a forward-process method. See `losses.RolloutLoss`.
 
@@ -91,7 +111,7 @@ class ForwardProcessLoss:
                 check_stop(self.batch.world)
                 rows = self._rows(number, place)
                 v = self.policy.train_velocity(*rows.inputs)
-                self._old[-1].append(self._quantity(rows, v))
+                self._old[-1].append(_quantity(self.method, rows, v))
 
     def terms(self, number: int, place: int) -> Terms:
         """Loss [B] of a micro-batch. With a KL weight, also the distance [B] to the reference."""
@@ -146,12 +166,12 @@ class ForwardProcessLoss:
             if number == 0:
                 check_stop(self.batch.world)
             rows = self._rows(number, place)
-            trained.append(self._quantity(rows, policy.train_velocity(*rows.inputs)))
+            trained.append(_quantity(self.method, rows, policy.train_velocity(*rows.inputs)))
             if method.compares_slow:
-                old.append(self._quantity(rows, policy.old_velocity(*rows.inputs)))
+                old.append(_quantity(self.method, rows, policy.old_velocity(*rows.inputs)))
             if method.reduces_reference:
                 v = policy.reference_velocity(*rows.inputs)
-                reference.append(self._quantity(rows, v))
+                reference.append(_quantity(self.method, rows, v))
                 if method.kl_weight:
                     self._reference.append(v.cpu())  # of a whole update
         if not method.compares_slow:
@@ -197,10 +217,6 @@ class ForwardProcessLoss:
         values, derivative = (of[first : first + len(quantity)] for of in self._linear)
         return values + derivative * (quantity - quantity.detach())
 
-    def _quantity(self, rows: _Rows, v: Tensor) -> Tensor:
-        """The method's quantity [B] of the rows with the velocity `v` of one of the policies."""
-        return self.method.quantity(Noised(v, rows.target, rows.inputs[1], rows.advantage))
-
     def _rows(self, number: int, place: int) -> _Rows:
         """The rows of micro-batch `place` of update `number`."""
         batch, device = self.batch, self.policy.device
@@ -211,7 +227,9 @@ class ForwardProcessLoss:
         owner = image if self.group is None else self.group[image]
         place_of = owner, np.arange(taken, taken + len(rows)) % self.num_draws
         x0 = batch.rollout.at(rows).float()  # (B, *L)
-        eps = self._noise(owner, self.levels.number[place_of], x0)
+        kind = "forward" if self.group is None else "forward of group"
+        number_of = self.levels.number[place_of]
+        eps = _noise(owner, number_of, x0.shape[1:], (kind, self.seed, batch.step)).to(x0)
         sigma = torch.from_numpy(self.levels.sigma[place_of]).to(device)
         x = (1 - per_row(sigma, x0)) * x0 + per_row(sigma, x0) * eps
         prompt = torch.from_numpy(batch.rollout.tree.prompt[rows]).to(device)
@@ -219,16 +237,6 @@ class ForwardProcessLoss:
         of_image = torch.from_numpy(image)
         advantage, known = (of[of_image].to(device) for of in (batch.advantage, batch.known))
         return _Rows(inputs, eps - x0, advantage, known)
-
-    def _noise(self, owner: Ints, number: Ints, x0: Tensor) -> Tensor:
-        """eps [B, *L] of draw `number` [B] of image or group `owner` [B]."""
-        kind = "forward" if self.group is None else "forward of group"
-        keys = list(zip(owner.tolist(), number.tolist(), strict=True))
-        noise = {  # the images of a group share it
-            key: latent_noise(x0.shape[1:], kind, self.seed, self.batch.step, *key)
-            for key in dict.fromkeys(keys)
-        }
-        return torch.stack([noise[key] for key in keys]).to(x0)
 
     def finish(self) -> None:
         """Move the old policy toward the trained policy, unless the images were given."""

@@ -18,6 +18,7 @@ from flowgrain.core.cost import split_images
 from flowgrain.core.mend import KEPT
 from flowgrain.core.regression import squared_error
 from flowgrain.core.tree import Ints, Tree
+from flowgrain.distributed import World
 from flowgrain.methods import Repair
 from flowgrain.models import take
 from flowgrain.rewards import Scores
@@ -36,6 +37,15 @@ def kept_states(tree: Tree, leaves: Ints) -> Ints:
     while not tree.kept[rows].all():
         rows = np.where(tree.kept[rows], rows, tree.parent[rows])
     return rows
+
+
+def _of_all_ranks(
+    world: World, names: Sequence[str], parts: Sequence[Mapping[str, Scores]]
+) -> dict[str, Scores]:
+    """The scores of all ranks by reward, from the parts of this rank. It may have none."""
+    mine = {name: Scores.concatenate([part[name] for part in parts]) for name in names}
+    ranks = world.gather(mine)
+    return {name: Scores.concatenate([rank[name] for rank in ranks]) for name in names}
 
 
 class RepairLoss:
@@ -86,10 +96,10 @@ class RepairLoss:
         self.cap = self.method.caps(self.reward, prompt)
         failing = self.reward < self.cap
         mine = torch.from_numpy(self.number)
-        chosen, lost, self.moves, scores = self._repairs(slope, failing[mine])
+        chosen, lost, self.moves, parts = self._repairs(slope, failing[mine])
         self.chosen = self._gathered(chosen.double()).long()
         lost = self._gathered(lost.double()).bool()
-        scores = self._scores_of_all(scores)
+        scores = _of_all_ranks(self.batch.world, list(self.decoded.rewards), parts)
         stop_together(self.batch.world)
         check_failed_rewards(scores, self.allowed)
         repaired = self.chosen != KEPT
@@ -169,13 +179,6 @@ class RepairLoss:
             accepted = (best != KEPT).nonzero()[:, 0]
             moves[part.to(slope.device)[accepted]] = proposed[best[accepted], accepted]
         return chosen, lost, moves, parts
-
-    def _scores_of_all(self, parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
-        """The scores of the candidates of all ranks, from the parts of this rank."""
-        names = list(self.decoded.rewards)
-        mine = {name: Scores.concatenate([part[name] for part in parts]) for name in names}
-        ranks = self.batch.world.gather(mine)
-        return {name: Scores.concatenate([rank[name] for rank in ranks]) for name in names}
 
     def _gathered(self, values: Tensor) -> Tensor:
         """Values [I] of all images, from the values [J] of the images of every rank."""
