@@ -76,7 +76,7 @@ def test_an_image_without_a_score_is_not_trained(name, tmp_path):
         scores = red(images, prompts)
         return torch.where(torch.arange(len(scores)) % 4 < failing, torch.nan, scores)
 
-    changes = {"method.group_size": 4, "method.tail_order": 1}
+    changes = {"method.group_size": 4, "method.tail_order": 1, "method.updates_per_rollout": 1}
     if name == "awm":
         changes["method.ema_weight"] = 0.0  # does not depend on rewards
     failing = 1
@@ -85,11 +85,9 @@ def test_an_image_without_a_score_is_not_trained(name, tmp_path):
     assert batch.known.tolist() == [False, True, True, True] * P
     loss, found = gradient(trainer, batch)
     assert found.norm() > 0
-    rows = torch.from_numpy(batch.tree.leaves[~batch.known.numpy()])
     latents = batch.rollout.at(batch.tree.leaves)
     changed = torch.where(batch.known[:, None, None], latents, latents + 1)
     rollout = replace_latents(batch, changed)
-    assert len(rows) == P
     again, same = gradient(trainer, replace(batch, rollout=rollout))
     assert again == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(same, found, rtol=1e-4, atol=1e-6)
@@ -164,7 +162,6 @@ def test_the_gradient_of_every_update_is_that_of_a_loop(name, tmp_path, monkeypa
         return loss / 4
 
     distances = compare_gradients(trainer, monkeypatch, naive)
-    trainer.config = trainer.collector.config
     monkeypatch.setattr(trainer.collector, "collect", lambda step: batch)
     assert trainer.step(STEP)["updates"] == len(distances) == 2
     assert max(distances) < 1e-4

@@ -128,7 +128,8 @@ class RewardGradientLoss:
     def _image(self, rows: Ints) -> Ints:
         """Numbers of the images of rows of this rank."""
         leaves = self.batch.tree.leaves
-        return np.searchsorted(leaves, self.batch.global_rows(rows)).clip(max=len(leaves) - 1)
+        number: Ints = np.searchsorted(leaves, self.batch.global_rows(rows))
+        return number.clip(max=len(leaves) - 1)
 
     def _start(self, rows: Ints, sample: Ints) -> Tensor:
         """The states [B, *L] before the first step with gradient."""
