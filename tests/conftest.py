@@ -5,6 +5,7 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,10 @@ from flowgrain.models import BACKBONES
 from flowgrain.rewards import PAIR_JUDGES, REWARDS
 
 torch.set_num_threads(1)
+
+# An example takes long if other processes use the cores.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 
 @pytest.fixture(autouse=True)

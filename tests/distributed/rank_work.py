@@ -19,6 +19,7 @@ from flowgrain import METHODS, PolicyGradient, RunStopped, SettingsError, Traine
 from flowgrain.distributed import destroy_process_group
 from flowgrain.distributed.sharding import full_tensor
 from flowgrain.image_data import COLUMNS
+from flowgrain.rewards import differentiable
 from flowgrain.training.step import update
 
 # Six prompts on four ranks: two ranks do work whose result is discarded.
@@ -288,6 +289,39 @@ def stopped(folder, how):
         trainer.train()
     except RunStopped as error:
         return trainer.world.gather((type(error).__name__, trainer.steps_done, str(error)))
+    return None
+
+
+def failing_on_one_rank(folder, method):
+    """Runs of two ranks in which only the second rank cannot use an image, or a gradient.
+
+    Args:
+        folder: directory of the run.
+        method: "sft" (a broken image file), "draft", "refl" or "mend".
+
+    Returns:
+        For every rank the message, and whether the checkpoint of the run is intact.
+    """
+    changes = {"training.max_failed_rewards": 0.0, "evaluation.every": 0}
+    if method == "sft":
+        changes |= {"data.images": "", "training.prompts_per_step": 6}
+    trainer = make(folder, changes, method)
+    second = trainer.world.rank == 1
+
+    @differentiable
+    def troubled(images, prompts):
+        if second and images.requires_grad:
+            raise OSError("gone")
+        return red(images, prompts)
+
+    trainer.rewards["red"] = troubled
+    if second and method == "sft":
+        for prompt in trainer.prompts:
+            Path(prompt.images[0]).write_bytes(b"broken")
+    try:
+        trainer.train()
+    except RunStopped as error:
+        return trainer.world.gather((str(error), trainer.policy.updates, trainer.steps_done))
     return None
 
 

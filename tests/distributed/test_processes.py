@@ -219,6 +219,15 @@ def test_a_reason_to_stop_on_one_rank_stops_all_after_the_same_step(
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("method", ["draft", "refl", "mend", "sft"])
+def test_a_failure_on_one_rank_stops_all_before_an_update(tmp_path, pool, method):
+    found = pool.run(2, rank_work.failing_on_one_rank, tmp_path / "run", method)
+    assert found[0] == found[1]
+    message, updates, steps = found[0]
+    assert ("image-" if method == "sft" else "OSError: gone") in message
+    assert (updates, steps) == (0, 0)
+
+
 def test_the_main_rank_locks_the_directory_and_all_ranks_learn_the_outcome(tmp_path, pool):
     lock = RunLock(tmp_path / "run")
     lock.acquire()

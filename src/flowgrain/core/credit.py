@@ -266,6 +266,12 @@ def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) ->
     return torch.stack([weights[name] * rewards[name] for name in rewards]).sum(0)
 
 
+def known(rewards: Mapping[str, Tensor], by: RewardMix) -> Tensor:
+    """Whether each image [I] has the scores that its advantage needs: see `combine`."""
+    scored = torch.stack([values.isfinite() for values in rewards.values()])
+    return scored.all(0) if by == "reward" else scored.any(0)
+
+
 def combine(
     credit: Credit,
     tree: Tree,

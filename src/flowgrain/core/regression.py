@@ -8,7 +8,7 @@ Shapes: B draws, I images, N draws of an image, *L latent.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -56,6 +56,8 @@ class Quantities:
         reference: [I, N] of the frozen reference, or None.
         advantage: [I].
         group: [I] number of the comparison group, from 0.
+        known: [I] whether the image has a score. Others have no loss and are in no mean. None: all
+            images have one.
     """
 
     trained: Tensor
@@ -63,17 +65,22 @@ class Quantities:
     reference: Tensor | None
     advantage: Tensor
     group: Tensor
+    known: Tensor | None = None
 
     def mean_of_group(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean [I, N] of `values` [I, N] over the images of a group, for every draw.
 
         Args:
             values: [I, N].
-            weight: [I] weights of the images, with sum 1 in every group. Default: equal weights.
+            weight: [I] weights of the images, with sum 1 in every group. Default: equal weights of
+                the images with a score.
         """
         groups = int(self.group.max()) + 1
         if weight is None:
-            weight = 1 / torch.bincount(self.group, minlength=groups)[self.group]
+            known = torch.ones_like(self.group) if self.known is None else self.known.long()
+            count = torch.zeros(groups, dtype=known.dtype, device=known.device)
+            count = count.index_add(0, self.group, known)
+            weight = known / count.clamp(min=1)[self.group]
         total = values.new_zeros(groups, values.shape[1])
         weighted = values * weight.to(values)[:, None]
         return total.index_add(0, self.group, weighted)[self.group]
@@ -263,7 +270,7 @@ def crd_loss(
     implicit = q.old - q.trained
     if temperature is None:
         return _centered(q, implicit, reward, None, beta, kind)
-    directions = (group_softmax(sign * reward / temperature, q.group) for sign in (1, -1))
+    directions = (group_softmax(sign * reward / temperature, q.group, q.known) for sign in (1, -1))
     return sum(0.5 * _centered(q, implicit, reward, w, beta, kind) for w in directions)  # type: ignore[return-value]
 
 
@@ -278,12 +285,17 @@ def _centered(
     return binary_cross_entropy_with_logits(own, wanted.sigmoid(), reduction="none")
 
 
-def group_softmax(values: Tensor, group: Tensor) -> Tensor:
-    """Softmax [I] of `values` [I] within every group."""
+def group_softmax(values: Tensor, group: Tensor, known: Tensor | None = None) -> Tensor:
+    """Softmax [I] of `values` [I] within every group, of the images in `known`. Others have 0."""
     groups = int(group.max()) + 1 if len(group) else 0
+    if known is not None:
+        values = values.where(known, torch.finfo(values.dtype).min)
     largest = values.new_full((groups,), -torch.inf).scatter_reduce(0, group, values, "amax")
     weight = (values - largest[group]).exp()
-    return weight / values.new_zeros(groups).index_add(0, group, weight)[group]
+    if known is not None:
+        weight = weight * known
+    # The sum of a group is at least 1, or 0 if it contains no image in `known`.
+    return weight / values.new_zeros(groups).index_add(0, group, weight).clamp(min=1)[group]
 
 
 GroupLoss = Callable[[Quantities], Tensor]
@@ -298,6 +310,8 @@ def linearized(loss: GroupLoss, q: Quantities) -> tuple[Tensor, Tensor]:
     """
     with torch.enable_grad():
         trained = q.trained.detach().requires_grad_()
-        values = loss(Quantities(trained, q.old, q.reference, q.advantage, q.group))
+        values = loss(replace(q, trained=trained))
+        if q.known is not None:
+            values = torch.where(q.known[:, None], values, 0)
         (derivative,) = torch.autograd.grad(values.sum(), trained)
     return values.detach(), derivative

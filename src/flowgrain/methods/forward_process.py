@@ -166,7 +166,9 @@ class ForwardProcess(Method):
         """
         if self.reduces:  # quantities of all draws come before the loss of a draw
             first = 1 + self.compares_slow + self.reduces_reference
-            per_row = first + self.regularizes_old + (self.kl_weight > 0)
+            # The velocity of the reference is kept for the KL.
+            kl = self.kl_weight > 0 and not self.reduces_reference
+            per_row = first + self.regularizes_old + kl
         else:
             per_row = self.needs_old + self.needs_reference
         starts = self.needs_quantity and not self.compares_slow

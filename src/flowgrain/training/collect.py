@@ -126,6 +126,7 @@ class RolloutCollector:
             credited=tree.leaves if trains_images else tree.edges,
             advantage=advantage,
             edge_weight=edge_weight,
+            known=credit.known(values, method.reward_mix),
             rewards=self.rewards,
             reward_weights=self.reward_weights,
         )

@@ -4,7 +4,7 @@ Shapes: I images of this rank in an update, N draws of an image, B rows of a mic
 A row is one draw of one image.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +32,27 @@ class _Rows:
     inputs: tuple[Tensor, Tensor, Conditioning, float]
     target: Tensor
     advantage: Tensor
+    known: Tensor
+
+
+def _quantity(method: ForwardProcess, rows: _Rows, v: Tensor) -> Tensor:
+    """The method's quantity [B] of the rows with the velocity `v` of one of the policies."""
+    return method.quantity(Noised(v, rows.target, rows.inputs[1], rows.advantage))
+
+
+def _noise(owner: Ints, number: Ints, shape: Sequence[int], of: tuple[str, int, int]) -> Tensor:
+    """Noise [B, *L] of draw `number` [B] of image or group `owner` [B].
+
+    Args:
+        owner: [B].
+        number: [B].
+        shape: L.
+        of: kind of the noise, seed and step.
+    """
+    keys = list(zip(owner.tolist(), number.tolist(), strict=True))
+    # The images of a group share their noise.
+    noise = {key: latent_noise(shape, *of, *key) for key in dict.fromkeys(keys)}
+    return torch.stack([noise[key] for key in keys])
 
 
 class ForwardProcessLoss:
@@ -70,6 +91,7 @@ class ForwardProcessLoss:
         self._old: list[list[Tensor]] = []
         self._linear: tuple[Tensor, Tensor] | None = None
         self._passed: list[Tensor] = []
+        self._reference: list[Tensor] = []  # velocities of the reference in the first pass
 
     def _update(self, leaves: Ints, size: int) -> Update:
         rows = leaves.repeat(self.num_draws)
@@ -88,7 +110,8 @@ class ForwardProcessLoss:
             for place in range(len(update.micro_batches)) if number else ():
                 check_stop(self.batch.world)
                 rows = self._rows(number, place)
-                self._old[-1].append(self._quantity(rows, self.policy.train_velocity))
+                v = self.policy.train_velocity(*rows.inputs)
+                self._old[-1].append(_quantity(self.method, rows, v))
 
     def terms(self, number: int, place: int) -> Terms:
         """Loss [B] of a micro-batch. With a KL weight, also the distance [B] to the reference."""
@@ -99,14 +122,15 @@ class ForwardProcessLoss:
         needs_reference = method.kl_weight > 0 if method.reduces else method.needs_reference
         needs_old = method.regularizes_old if method.reduces else method.needs_old
         old = policy.old_velocity(*rows.inputs) if needs_old else None
-        reference = policy.reference_velocity(*rows.inputs) if needs_reference else None
+        reference = self._reference_velocity(rows, place) if needs_reference else None
         v = policy.train_velocity(*rows.inputs)
         x = Noised(v, rows.target, rows.inputs[1], rows.advantage, old, reference)
         x = replace(x, old_quantity=self._old_quantity(x, number, place))
         if method.reduces:
             loss = self._linear_loss(method.quantity(x), number, place)
         else:
-            loss = method.loss(x)
+            # An image without a score only has the regularizer.
+            loss = torch.where(rows.known, method.loss(x), 0)
         added = method.regularizer(x)
         terms = {"loss": loss if added is None else loss + added}
         if method.kl_weight and reference is not None:
@@ -125,21 +149,31 @@ class ForwardProcessLoss:
             return method.quantity(replace(x, v=x.old))
         return self._old[number][place] if number else None
 
+    def _reference_velocity(self, rows: _Rows, place: int) -> Tensor:
+        """The velocity [B, *L] of the reference. Only computed if the first pass has not."""
+        if self._reference:
+            return self._reference[place].to(self.policy.device)
+        return self.policy.reference_velocity(*rows.inputs)
+
     @torch.no_grad()
     def _first_pass(self, number: int) -> None:
         """Compute the quantities of all draws of an update, their losses and derivatives."""
         method, policy = self.method, self.policy
         places = range(len(self.updates[number].micro_batches))
         trained, old, reference = [], [], []
+        self._reference = []
         for place in places:
             if number == 0:
                 check_stop(self.batch.world)
             rows = self._rows(number, place)
-            trained.append(self._quantity(rows, policy.train_velocity))
+            trained.append(_quantity(self.method, rows, policy.train_velocity(*rows.inputs)))
             if method.compares_slow:
-                old.append(self._quantity(rows, policy.old_velocity))
+                old.append(_quantity(self.method, rows, policy.old_velocity(*rows.inputs)))
             if method.reduces_reference:
-                reference.append(self._quantity(rows, policy.reference_velocity))
+                v = policy.reference_velocity(*rows.inputs)
+                reference.append(_quantity(self.method, rows, v))
+                if method.kl_weight:
+                    self._reference.append(v.cpu())  # of a whole update
         if not method.compares_slow:
             old = self._old[number] if number else trained
         self._passed = old
@@ -168,6 +202,7 @@ class ForwardProcessLoss:
             per_image(reference) if reference else None,
             self.batch.advantage[torch.from_numpy(image)].to(device),
             torch.from_numpy(group).to(device),
+            self.batch.known[torch.from_numpy(image)].to(device),
         )
         values, derivative = linearized(self.method.group_loss, q)
         return values.flatten(), derivative.flatten()
@@ -182,12 +217,6 @@ class ForwardProcessLoss:
         values, derivative = (of[first : first + len(quantity)] for of in self._linear)
         return values + derivative * (quantity - quantity.detach())
 
-    def _quantity(self, rows: _Rows, velocity: Callable[..., Tensor]) -> Tensor:
-        """The method's quantity [B] of the rows under one of the policies."""
-        v = velocity(*rows.inputs)
-        x = Noised(v, rows.target, rows.inputs[1], rows.advantage)
-        return self.method.quantity(x)
-
     def _rows(self, number: int, place: int) -> _Rows:
         """The rows of micro-batch `place` of update `number`."""
         batch, device = self.batch, self.policy.device
@@ -198,19 +227,16 @@ class ForwardProcessLoss:
         owner = image if self.group is None else self.group[image]
         place_of = owner, np.arange(taken, taken + len(rows)) % self.num_draws
         x0 = batch.rollout.at(rows).float()  # (B, *L)
-        eps = self._noise(owner, self.levels.number[place_of], x0)
+        kind = "forward" if self.group is None else "forward of group"
+        number_of = self.levels.number[place_of]
+        eps = _noise(owner, number_of, x0.shape[1:], (kind, self.seed, batch.step)).to(x0)
         sigma = torch.from_numpy(self.levels.sigma[place_of]).to(device)
         x = (1 - per_row(sigma, x0)) * x0 + per_row(sigma, x0) * eps
         prompt = torch.from_numpy(batch.rollout.tree.prompt[rows]).to(device)
-        advantage = batch.advantage[torch.from_numpy(image)].to(device)
-        return _Rows((x, sigma, take(batch.cond, prompt), self.guidance), eps - x0, advantage)
-
-    def _noise(self, owner: Ints, number: Ints, x0: Tensor) -> Tensor:
-        """eps [B, *L] of draw `number` [B] of image or group `owner` [B]."""
-        kind = "forward" if self.group is None else "forward of group"
-        keys = zip(owner.tolist(), number.tolist(), strict=True)
-        noise = [latent_noise(x0.shape[1:], kind, self.seed, self.batch.step, *key) for key in keys]
-        return torch.stack(noise).to(x0)
+        inputs = (x, sigma, take(batch.cond, prompt), self.guidance)
+        of_image = torch.from_numpy(image)
+        advantage, known = (of[of_image].to(device) for of in (batch.advantage, batch.known))
+        return _Rows(inputs, eps - x0, advantage, known)
 
     def finish(self) -> None:
         """Move the old policy toward the trained policy, unless the images were given."""

@@ -15,7 +15,7 @@ from flowgrain.distributed import World
 from flowgrain.image_data import ImagePrompt, load_images
 from flowgrain.models import ImageEncoder
 from flowgrain.shapes.render import SIZE
-from flowgrain.training.errors import RunStopped
+from flowgrain.training.errors import RunStopped, stop_all
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
 from flowgrain.training.signals import check_stop
@@ -44,7 +44,8 @@ def given_batch(
         timer: measures the stages.
 
     Raises:
-        RunStopped: an image cannot be read, or its latent has a wrong shape.
+        RunStopped: on all ranks, if an image of any rank cannot be read, or its latent has a wrong
+            shape.
         StopRequested: a signal arrived.
     """
     kind = config.data.kind
@@ -52,8 +53,14 @@ def given_batch(
     mine = [prompts[i % len(prompts)] for i in world.assign(len(prompts))]
     with timer.measure("encode"):
         cond = policy.encode([prompt.text for prompt in mine])
-        images = _load(config, mine)
-        latents = _encode(policy, images, world)
+        images = latents = torch.zeros(0)
+        failure = None
+        try:
+            images = _load(config, mine)
+            latents = _encode(policy, images, world)
+        except RunStopped as error:
+            failure = str(error)
+        stop_all(world, failure)
     tree = config.tree(step)
     whole = tree.repeat(len(prompts))
     advantage = torch.tensor(ADVANTAGES[kind]).repeat(len(prompts))
@@ -69,6 +76,7 @@ def given_batch(
         credited=whole.leaves,
         advantage=advantage,
         edge_weight=torch.ones_like(advantage),
+        known=torch.ones_like(advantage, dtype=torch.bool),
         rewards={},
         reward_weights={},
     )

@@ -18,9 +18,12 @@ from flowgrain.core.cost import split_images
 from flowgrain.core.mend import KEPT
 from flowgrain.core.regression import squared_error
 from flowgrain.core.tree import Ints, Tree
+from flowgrain.distributed import World
 from flowgrain.methods import Repair
 from flowgrain.models import take
-from flowgrain.training.decoded_rewards import DecodedRewards
+from flowgrain.rewards import Scores
+from flowgrain.training.collect import check_failed_rewards
+from flowgrain.training.decoded_rewards import DecodedRewards, check_failed_gradients
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
@@ -34,6 +37,15 @@ def kept_states(tree: Tree, leaves: Ints) -> Ints:
     while not tree.kept[rows].all():
         rows = np.where(tree.kept[rows], rows, tree.parent[rows])
     return rows
+
+
+def _of_all_ranks(
+    world: World, names: Sequence[str], parts: Sequence[Mapping[str, Scores]]
+) -> dict[str, Scores]:
+    """The scores of all ranks by reward, from the parts of this rank. It may have none."""
+    mine = {name: Scores.concatenate([part[name] for part in parts]) for name in names}
+    ranks = world.gather(mine)
+    return {name: Scores.concatenate([rank[name] for rank in ranks]) for name in names}
 
 
 class RepairLoss:
@@ -67,6 +79,7 @@ class RepairLoss:
         self.chosen = torch.full((len(leaves),), KEPT)
         self.weight = torch.zeros(len(leaves), dtype=torch.float64)
         self.moves = torch.zeros(0)
+        self.allowed = config.training.max_failed_rewards
         self.found: Metrics = {}
 
     @torch.no_grad()
@@ -74,54 +87,79 @@ class RepairLoss:
         """Score all images with gradient, and decide about the candidates of failing images.
 
         Raises:
-            RunStopped: on all ranks, if a reward or the decoder has no gradient on any rank.
+            RunStopped: on all ranks, if a reward or the decoder never has a gradient, or too many
+                images or candidates have none or no score.
         """
-        reward, slope = self._gradients()
+        reward, slope, failed = self._gradients()
         self.reward = self._gathered(reward)
         prompt = torch.from_numpy(self.batch.tree.prompt[self.leaves])
         self.cap = self.method.caps(self.reward, prompt)
         failing = self.reward < self.cap
         mine = torch.from_numpy(self.number)
-        chosen, self.moves = self._repairs(slope, failing[mine])
+        chosen, lost, self.moves, parts = self._repairs(slope, failing[mine])
         self.chosen = self._gathered(chosen.double()).long()
+        lost = self._gathered(lost.double()).bool()
+        scores = _of_all_ranks(self.batch.world, list(self.decoded.rewards), parts)
         stop_together(self.batch.world)
+        check_failed_rewards(scores, self.allowed)
         repaired = self.chosen != KEPT
         kept = ~repaired & ~self.reward.isnan()
         for update in self.updates:
             of_update = torch.from_numpy(np.searchsorted(self.leaves, update.rows))
             weights = self.method.weights(repaired[of_update], kept[of_update])
             self.weight[of_update] = weights * update.count
-        self.found = self._metrics(failing, repaired)
+        totals = self.decoded.total({name: of.values for name, of in scores.items()})
+        self.found = {
+            "candidate_decodes": int(failing.sum()) * self.method.num_candidates,
+            "failed/gradient": failed,
+            "failed/candidates": int(totals.isnan().sum()),
+            # Without a single scored candidate, there is no verdict about the step size.
+            **self._metrics(failing & ~lost, repaired),
+        }
 
-    def _gradients(self) -> tuple[Tensor, Tensor]:
-        """Rewards [J] of the images of this rank and their gradients [J, *L]."""
+    def _gradients(self) -> tuple[Tensor, Tensor, int]:
+        """Rewards [J] of the images of this rank and their gradients [J, *L].
+
+        Also returns the number of images of all ranks with a score but without a gradient.
+        """
         x0 = self.batch.rollout.at(self.mine).float()
         prompts = self.batch.prompts_of(self.mine)
-        rewards, slopes, failure = [torch.zeros(0)], [x0[:0]], None
+        rewards, slopes, failure, reason = [torch.zeros(0)], [x0[:0]], None, None
         for first in range(0, len(x0), self.chunk):
             check_stop(self.batch.world)
             part = slice(first, first + self.chunk)
             try:
-                reward, slope = self.decoded.gradient(x0[part], prompts[part])
+                found = self.decoded.gradient(x0[part], prompts[part])
             except RunStopped as error:
                 failure = str(error)
                 break
-            reward[~slope.isfinite().flatten(1).all(1)] = torch.nan
-            rewards.append(torch.where(reward.isfinite(), reward, torch.nan).cpu())
-            slopes.append(slope)
-        failures = [text for text in self.batch.world.gather(failure) if text is not None]
-        if failures:
-            raise RunStopped(failures[0])
-        return torch.cat(rewards), torch.cat(slopes)
+            rewards.append(found.reward.cpu())
+            slopes.append(found.slope)
+            reason = found.reason or reason
+        reward = torch.cat(rewards)
+        known = self.batch.known[torch.from_numpy(self.number)][: len(reward)]
+        failed = check_failed_gradients(
+            self.batch.world,
+            failure,
+            (int((known & reward.isnan()).sum()), reason),
+            len(self.leaves),
+            self.allowed,
+        )
+        return reward, torch.cat(slopes), failed
 
-    def _repairs(self, slope: Tensor, failing: Tensor) -> tuple[Tensor, Tensor]:
+    def _repairs(
+        self, slope: Tensor, failing: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[dict[str, Scores]]]:
         """Numbers [J] of the accepted candidates of this rank, and the moves [J, *L].
+
+        Also returns which images [J] have no scored candidate, and the scores of all candidates.
 
         Args:
             slope: [J, *L].
             failing: [J] whether the image is below its cap.
         """
         chosen, moves = torch.full((len(slope),), KEPT), torch.zeros_like(slope)
+        lost, parts = torch.zeros(len(slope), dtype=torch.bool), list[dict[str, Scores]]()
         for part in torch.split(failing.nonzero()[:, 0], self.chunk):
             if not len(part):
                 continue
@@ -131,13 +169,16 @@ class RepairLoss:
             scores = []
             for move in proposed:
                 check_stop(self.batch.world)
-                scores.append(self.decoded.values(x0 + move, prompts))
+                values, of_move = self.decoded.values(x0 + move, prompts)
+                scores.append(values)
+                parts += of_move
             reward, cap = (of[of_all].to(slope) for of in (self.reward, self.cap))
             best = self.method.choose(reward, torch.stack(scores), cap, proposed)
             chosen[part] = best.cpu()
+            lost[part] = torch.stack(scores).isnan().all(0).cpu()
             accepted = (best != KEPT).nonzero()[:, 0]
             moves[part.to(slope.device)[accepted]] = proposed[best[accepted], accepted]
-        return chosen, moves
+        return chosen, lost, moves, parts
 
     def _gathered(self, values: Tensor) -> Tensor:
         """Values [I] of all images, from the values [J] of the images of every rank."""
@@ -185,7 +226,6 @@ class RepairLoss:
         """Numbers of images, the acceptance, the mean cap and the state of the method."""
         below, accepted = int(failing.sum()), int(repaired.sum())
         return {
-            "candidate_decodes": below * self.method.num_candidates,
             "repair/failing": below,
             "repair/repaired": accepted,
             "repair/acceptance": accepted / max(below, 1),

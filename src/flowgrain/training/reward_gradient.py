@@ -8,6 +8,7 @@ Shapes: I images, B rows of a micro-batch, K steps with gradient, *L latent.
 """
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,10 +23,13 @@ from flowgrain.core.tree import Ints, Tree
 from flowgrain.data import latent_noise
 from flowgrain.methods import RewardGradient
 from flowgrain.models import Conditioning, take
-from flowgrain.training.decoded_rewards import DecodedRewards
+from flowgrain.training.decoded_rewards import DecodedRewards, Gradients, check_failed_gradients
+from flowgrain.training.errors import RunStopped
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
+
+log = logging.getLogger(__name__)
 
 
 def path_to(tree: Tree, rows: Ints, steps: int) -> list[Ints]:
@@ -59,6 +63,10 @@ class RewardGradientLoss:
         self.seed, self.guidance = config.runtime.seed, config.sampling.guidance_scale
         self.decoded = DecodedRewards(config, method, policy, batch)
         self.samples = max(method.noise_samples, 1)
+        self.allowed = config.training.max_failed_rewards
+        # Rows of this rank that have a score but no gradient, in all updates, and why.
+        self.failed = 0
+        self.reason: str | None = None
         self.updates: Sequence[Update] = [
             self._update(leaves, config.micro_batch_size)
             for leaves in split_images(batch.tree, int(method.updates_per_rollout))
@@ -78,18 +86,50 @@ class RewardGradientLoss:
         taken = sum(len(before.rows) for before in micro_batches[:place])
         sample = np.arange(taken, taken + len(rows)) % self.samples
         x0, distance = self._last_steps(rows, self._start(rows, sample))
-        reward, slope = self.decoded.gradient(x0.detach(), self.batch.prompts_of(rows))
-        scored = reward.isfinite() & slope.isfinite().flatten(1).all(1)
+        reward, slope = self._gradients(number, place, x0.detach())
+        scored = reward.isfinite()
         reward = torch.where(scored, reward, 0).requires_grad_()
         value = self.method.loss(reward)
         rate = torch.autograd.grad(value.sum(), reward)[0] * scored  # d loss / d reward, (B)
-        slope = per_row(rate, slope) * torch.where(per_row(scored, slope), slope, 0)
         # An image without a score has no loss.
-        loss = with_gradient(torch.where(scored, value.detach(), 0), x0, slope)
-        terms = {"loss": loss, "clipped": (rate == 0).float()}
+        loss = with_gradient(
+            torch.where(scored, value.detach(), 0), x0, per_row(rate, slope) * slope
+        )
+        terms = {"loss": loss, "clipped": (rate == 0)[scored].float()}
         if not self.method.kl_weight:
             return terms
         return terms | {"loss": loss + self.method.kl_weight * distance, "kl": distance}
+
+    def _gradients(self, number: int, place: int, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards [B] of the images `x0` [B, *L] of a micro-batch, and their gradients [B, *L].
+
+        Images without a gradient are masked. Before the first update they can stop the run, on all
+        ranks. After it they cannot, because a checkpoint must not contain a part of a step.
+
+        Raises:
+            RunStopped: on all ranks.
+        """
+        update = self.updates[number]
+        micro_batch, failure = update.micro_batches[place], None
+        try:
+            found = self.decoded.gradient(x0, self.batch.prompts_of(micro_batch.rows))
+        except RunStopped as error:
+            missing = torch.full((len(x0),), torch.nan, device=x0.device)
+            failure, found = str(error), Gradients(missing, torch.zeros_like(x0))
+        known = self.batch.known[torch.from_numpy(self._image(micro_batch.rows))]
+        if micro_batch.counts:
+            self.failed += int((known & found.reward.isnan().cpu()).sum())
+        self.reason = found.reason or self.reason
+        if number == 0:
+            failed = (self.failed, self.reason)
+            check_failed_gradients(self.batch.world, failure, failed, update.count, self.allowed)
+        return found.reward, found.slope
+
+    def _image(self, rows: Ints) -> Ints:
+        """Numbers of the images of rows of this rank."""
+        leaves = self.batch.tree.leaves
+        number: Ints = np.searchsorted(leaves, self.batch.global_rows(rows))
+        return number.clip(max=len(leaves) - 1)
 
     def _start(self, rows: Ints, sample: Ints) -> Tensor:
         """The states [B, *L] before the first step with gradient."""
@@ -98,9 +138,7 @@ class RewardGradientLoss:
         if not self.method.noise_samples:
             return batch.rollout.at(start)
         x0 = batch.rollout.at(rows).float()
-        leaves = batch.tree.leaves
-        image = np.searchsorted(leaves, batch.global_rows(rows)).clip(max=len(leaves) - 1)
-        keys = zip(image.tolist(), sample.tolist(), strict=True)
+        keys = zip(self._image(rows).tolist(), sample.tolist(), strict=True)
         shape = x0.shape[1:]
         noise = [latent_noise(shape, "renoise", self.seed, batch.step, *key) for key in keys]
         sigma = per_row(self.sigmas[self._index(tree.grid_index[start])], x0)
@@ -142,12 +180,19 @@ class RewardGradientLoss:
         """Nothing to do."""
 
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002
-        """Loss, share of images without gradient, and forward passes of the step."""
+        """Loss, share of clipped images, failures, and forward passes of the step."""
         passes = len(self.batch.tree.leaves) * self.method.passes_per_image
         weighted = bool(self.method.kl_weight)
+        if means["clipped"] == 1 and self.batch.world.is_main:
+            log.warning(
+                "step %d trained no image: every reward is above the cap of method %s",
+                self.batch.step,
+                self.method.name,
+            )
         metrics: Metrics = {
             "loss": means["loss"],
             "clip_fraction": means["clipped"],
+            "failed/gradient": sum(self.batch.world.gather(self.failed)),
             "train_forward_passes": passes,
             "frozen_forward_passes": passes if weighted else 0,
         }

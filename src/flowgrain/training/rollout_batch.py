@@ -52,6 +52,7 @@ class RolloutBatch:
             trains on images.
         advantage: advantage of each credited row.
         edge_weight: weight of each credited row in the loss.
+        known: whether each image [I] has a score that its advantage depends on.
         rewards: trained rewards by name, for methods that use their gradient.
         reward_weights: weight of every reward by name.
     """
@@ -67,6 +68,7 @@ class RolloutBatch:
     credited: Ints
     advantage: Tensor
     edge_weight: Tensor
+    known: Tensor
     rewards: Mapping[str, Reward]
     reward_weights: Mapping[str, float]
 
