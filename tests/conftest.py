@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import hypothesis
 import pytest
 import torch
+from hypothesis import settings
 
 from flowgrain.config import Config, load_config
 from flowgrain.methods import METHODS
@@ -15,6 +16,9 @@ from flowgrain.models import BACKBONES
 from flowgrain.rewards import PAIR_JUDGES, REWARDS
 
 torch.set_num_threads(1)
+# A deadline would fail on a machine with other work.
+settings.register_profile("flowgrain", deadline=None)
+settings.load_profile("flowgrain")
 
 # An example takes long if other processes use the cores.
 hypothesis.settings.register_profile("without deadline", deadline=None)

@@ -40,8 +40,8 @@ def as_prompts(prompts: Sequence[str | Prompt]) -> list[Prompt]:
     return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def existing_file(setting: str, value: str) -> Path:
-    """`value` as the path of an existing file.
+def existing_file(setting: str, value: str, kind: str = "text file") -> Path:
+    """`value` as the path of an existing file. `kind`: what it should be, for messages.
 
     Raises:
         SettingsError: there is no such file. The message contains `setting` and the file with the
@@ -53,9 +53,9 @@ def existing_file(setting: str, value: str) -> Path:
         if path.is_file():
             return path
         if path.is_dir():
-            raise SettingsError(f"{setting}={value}: is a directory. Give the path of a text file.")
+            raise SettingsError(f"{setting}={value}: is a directory. Give the path of a {kind}.")
         if path.exists():
-            raise SettingsError(f"{setting}={value}: not a regular file. Use a text file.")
+            raise SettingsError(f"{setting}={value}: not a regular file. Use a {kind}.")
     except (OSError, RuntimeError) as error:  # a name that is too long, an unknown user
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"{setting}={value}: not the path of a file ({reason}).") from None
@@ -63,7 +63,7 @@ def existing_file(setting: str, value: str) -> Path:
     with contextlib.suppress(OSError):  # a directory that cannot be listed
         siblings = [p.name for p in path.parent.iterdir()]
     close = nearest(path.name, siblings)
-    hint = f"Did you mean {path.parent / close}?" if close else "Give the path of a text file."
+    hint = f"Did you mean {path.parent / close}?" if close else f"Give the path of a {kind}."
     raise SettingsError(f"{setting}={value}: there is no such file. {hint}")
 
 

@@ -4,7 +4,7 @@ Shapes: K images of a prompt, H x W pixels.
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,9 @@ IMAGES_OF_PROMPT: dict[DataKind, int] = {kind: len(names) for kind, names in COL
 PICK_A_PIC = ("jpg_0", "jpg_1", "label_0", "label_1")
 """Columns of a pair in the layout of Pick-a-Pic. A label is 1 for the preferred image."""
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_DEEP = ("I", "F")
+"""Modes of images with more than 8 bits per channel. Pillow does not scale them to 8 bits."""
+_DEPTH = "has more than 8 bits per channel. Convert it to 8 bits"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def read_image_data(kind: DataKind, path: str) -> ImageData:
             names the row.
     """
     setting = f"data.{kind}"
-    file = existing_file(setting, path)
+    file = existing_file(setting, path, "data set of images")
     if file.suffix.lower() not in _SUFFIXES:
         raise SettingsError(
             f"{setting}={printable(path)}: not a data set. Use a {', '.join(_SUFFIXES)} file."
@@ -151,7 +154,7 @@ def load_images(prompt: ImagePrompt, height: int, width: int) -> Tensor:
 def _pixels(prompt: ImagePrompt, image: Path | bytes, height: int, width: int) -> Tensor:
     try:
         with _open(image) as opened:
-            whole = ImageOps.exif_transpose(opened).convert("RGB")
+            whole = _on_white(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(_unreadable(prompt, image, error)) from None
     fitted = ImageOps.fit(whole, (width, height), Image.Resampling.LANCZOS)
@@ -159,23 +162,45 @@ def _pixels(prompt: ImagePrompt, image: Path | bytes, height: int, width: int) -
 
 
 def _open(image: Path | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    if opened.mode.startswith(_DEEP):
+        opened.close()
+        raise _TooDeep
+    return opened
+
+
+class _TooDeep(ValueError):
+    """An image has more than 8 bits per channel."""
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """`image` as RGB. The color of a transparent pixel is arbitrary, so it becomes white."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _unreadable(prompt: ImagePrompt, image: Path | bytes, error: Exception) -> str:
     """The message about an image that is missing or broken."""
     if isinstance(image, bytes):
         number = [other is image for other in prompt.images].index(True) + 1
+        if isinstance(error, _TooDeep):
+            return f"{prompt.place}: image {number} {_DEPTH}, or remove the row."
         return f"{prompt.place}: image {number} is not an image file. Remove the row."
+    if isinstance(error, _TooDeep):
+        return f"{prompt.place}: {image} {_DEPTH}, or remove the row."
     if isinstance(error, FileNotFoundError):
         return f"{prompt.place}: there is no file {image}. Correct the path, or remove the row."
     reason = getattr(error, "strerror", None) or "not a complete image file"
     return f"{prompt.place}: {image} cannot be read ({reason}). Replace it, or remove the row."
 
 
-def identity(prompts: Sequence[Prompt]) -> bytes:
-    """What identifies the images of `prompts`: their paths and contents. Empty without images."""
-    images = [
-        image for prompt in prompts if isinstance(prompt, ImagePrompt) for image in prompt.images
-    ]
-    return b"\0".join(i if isinstance(i, bytes) else i.as_posix().encode() for i in images)
+def identity(prompts: Sequence[Prompt]) -> Iterator[bytes]:
+    """What identifies the images of `prompts`: their paths and contents, in parts to be hashed."""
+    separator = b""
+    for prompt in prompts:
+        for image in prompt.images if isinstance(prompt, ImagePrompt) else ():
+            yield separator
+            yield image if isinstance(image, bytes) else image.as_posix().encode()
+            separator = b"\0"

@@ -1,7 +1,9 @@
 """Data sets of images: layouts, the pixels of an image, and the errors of unusable files."""
 
+import hashlib
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,13 +11,9 @@ import torch
 from PIL import Image
 
 from flowgrain import SettingsError
-from flowgrain.image_data import (
-    ImagePrompt,
-    check_image_files,
-    identity,
-    load_images,
-    read_image_data,
-)
+from flowgrain.data import Prompt
+from flowgrain.image_data import ImagePrompt, check_image_files, load_images, read_image_data
+from flowgrain.training.state import fingerprint
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
@@ -131,8 +129,9 @@ def test_unusable_files(folder):
         (folder / name).write_text(content)
         with pytest.raises(SettingsError, match=message):
             read_image_data("pairs", str(folder / name))
-    with pytest.raises(SettingsError, match="there is no such file"):
-        read_image_data("images", str(folder / "missing.jsonl"))
+    missing = str(folder / "other" / "missing.jsonl")
+    with pytest.raises(SettingsError, match=r"there is no such file\. .* of a data set of images"):
+        read_image_data("images", missing)
     ties = [{"prompt": "a", "jpg_0": "x", "jpg_1": "y", "label_0": 0.5, "label_1": 0.5}] * 3
     with pytest.raises(SettingsError, match="all 3 pairs are ties"):
         read_image_data("pairs", write_rows(folder / "ties.jsonl", ties))
@@ -153,6 +152,39 @@ def test_a_truncated_image_is_found_when_it_is_loaded(folder):
 
 def test_other_images_are_another_data_set(folder):
     one, other = (ImagePrompt("a", {}, (image,)) for image in (b"1", b"2"))
-    assert identity([one]) != identity([other])
-    assert identity([ImagePrompt("a", {}, (folder / "a",))]) != identity([one])
-    assert identity([]) == b""
+    assert fingerprint([one]) != fingerprint([other])
+    assert fingerprint([ImagePrompt("a", {}, (folder / "a",))]) != fingerprint([one])
+    assert fingerprint([Prompt("a")]) == hashlib.sha256(b"a").hexdigest()
+    both = hashlib.sha256(b"a\0a" + b"1\0" + b"2").hexdigest()
+    assert fingerprint([one, other]) == both
+
+
+def test_the_fingerprint_of_a_data_set_does_not_copy_it():
+    prompts = [ImagePrompt("a", {}, (bytes(100_000),)) for _ in range(20)]
+    tracemalloc.start()
+    fingerprint(prompts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white(folder, mode):
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[:, 4:, 3] = 255  # the left half is transparent black, the right half is black
+    image = Image.fromarray(pixels, "RGBA")
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    image.save(folder / "a.png")
+    loaded = load_images(ImagePrompt("a", {}, (folder / "a.png",)), 8, 8)
+    assert (loaded[..., :4] == 1).all()
+    assert (loaded[..., 4:] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [(np.uint16, "png"), (np.float32, "tiff")])
+def test_images_with_more_than_8_bits_are_refused(folder, kind, suffix):
+    Image.fromarray(np.full((8, 8), 20_000, dtype=kind)).save(folder / f"a.{suffix}")
+    path = folder / f"a.{suffix}"
+    for image in (path, path.read_bytes()):
+        prompt = ImagePrompt("a", {}, (image,), "row 1")
+        with pytest.raises(SettingsError, match=r"^row 1: .* has more than 8 bits per channel\."):
+            check_image_files([prompt])

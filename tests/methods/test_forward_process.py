@@ -79,13 +79,8 @@ def draws_of(trainer, batch):
     return torch.from_numpy(levels.sigma[owner]), torch.stack(eps), x0, prompt
 
 
-def whole_loss(trainer, batch, images, start):
-    """The mean loss of the draws of `images`, in one graph.
-
-    Args:
-        start: quantities [I, N] of the trained policy before the first update.
-    """
-    method, policy = trainer.method, trainer.policy
+def noised_inputs(trainer, batch, images):
+    """Inputs of the velocities for the draws of `images`, and their targets u."""
     sigma, eps, x0, prompt = draws_of(trainer, batch)
     n = sigma.shape[1]
     x0, eps, t = x0[images].repeat_interleave(n, 0), eps[images].flatten(0, 1), sigma[images]
@@ -93,13 +88,26 @@ def whole_loss(trainer, batch, images, start):
     state = (1 - t)[:, None, None] * x0 + t[:, None, None] * eps
     row_prompt = torch.from_numpy(prompt)[images].repeat_interleave(n)
     cond = {key: value[row_prompt] for key, value in batch.cond.items()}
-    guidance = trainer.config.sampling.guidance_scale if method.trains_guided else 1.0
-    inputs = (state, t, cond, guidance)
+    guided = trainer.method.trains_guided
+    guidance = trainer.config.sampling.guidance_scale if guided else 1.0
+    return (state, t, cond, guidance), eps - x0
+
+
+def whole_loss(trainer, batch, images, start):
+    """The mean loss of the draws of `images`, in one graph.
+
+    Args:
+        start: quantities [I, N] of the trained policy before the first update.
+    """
+    method, policy = trainer.method, trainer.policy
+    inputs, target = noised_inputs(trainer, batch, images)
+    n = method.num_levels(trainer.config.sampling.num_steps)
+    prompt = batch.tree.prompt[batch.tree.leaves]
     reference = policy.reference_velocity(*inputs) if method.needs_reference else None
     old = policy.old_velocity(*inputs) if method.needs_old else None
     v = policy.train_velocity(*inputs)
     advantage = batch.advantage[images]
-    x = Noised(v, eps - x0, t, advantage.repeat_interleave(n), old, reference)
+    x = Noised(v, target, inputs[1], advantage.repeat_interleave(n), old, reference)
     quantity = method.quantity(x)
     before = quantity.detach() if start is None else start[images].flatten()
     if method.compares_slow:
@@ -150,19 +158,33 @@ def test_the_gradient_is_that_of_one_graph_at_any_batch_size(name, size, tmp_pat
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_draws_are_shared_by_the_group_or_not(name, tmp_path):
-    for shared in (False, True):
-        if "shared_draws" not in METHODS.get(name).model_fields:
-            return
+    if "shared_draws" not in METHODS.get(name).model_fields:
+        return
+    for shared in (True,) if name == "diffusion_dpo" else (False, True):
         changes = {"method.shared_draws": shared, "method.levels": "uniform"}
         trainer = moved_trainer(name, tmp_path, changes)
         batch = trainer.collector.collect(STEP)
         losses = rollout_loss(trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas)
         rows = [losses._rows(0, place) for place in range(len(losses.updates[0].micro_batches))]
-        sigma = torch.cat([row.inputs[1] for row in rows])
+        x, sigma = (torch.cat([row.inputs[place] for row in rows]) for place in (0, 1))
+        noise = x + (1 - sigma)[:, None, None] * torch.cat([row.target for row in rows])
         n = losses.num_draws
-        counted = sigma[: len(losses.updates[0].rows) * n].reshape(P, -1, n)
-        same = (counted == counted[:, :1]).all()
-        assert bool(same) == shared
+        for values, same in ((sigma, shared or name == "crd"), (noise[:, 0, 0], shared)):
+            counted = values[: len(losses.updates[0].rows) * n].reshape(P, -1, n)
+            assert torch.allclose(counted, counted[:, :1], rtol=0, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("levels", ["binned_grid", "grid", "uniform"])
+@pytest.mark.parametrize("num_steps", [10, 20, 28])
+def test_the_images_of_a_group_have_the_same_levels_in_crd(num_steps, levels):
+    method = METHODS.get("crd")(levels=levels, group_size=4)
+    sigmas = sigma_grid(num_steps, 3.0).numpy()
+    found = method.draw_levels(np.random.default_rng(0), 12, sigmas)
+    groups = found.sigma.reshape(3, 4, -1)
+    assert (groups == groups[:, :1]).all()
+    assert found.number.shape == found.sigma.shape
+    if num_steps > 10 or levels != "binned_grid":  # with 10 steps, every bin has one level
+        assert (groups[0] != groups[1]).any()
 
 
 def test_the_anchors_of_a_method_exist_only_if_it_needs_them(tmp_path):
@@ -360,6 +382,95 @@ def test_awm_draws_the_published_bins():
 def test_impossible_draws(changes, message):
     with pytest.raises(SettingsError, match=message):
         load_config("dgpo", changes)
+
+
+# ------------------------------------------------------------- values that a loss depends on
+
+
+@pytest.mark.parametrize("name", ["dgpo", "crd"])
+def test_the_old_quantity_is_that_of_the_slow_policy(name, tmp_path, monkeypatch):
+    trainer = moved_trainer(name, tmp_path, {"method.updates_per_rollout": 1})
+    batch = trainer.collector.collect(STEP)
+    cls, seen = type(trainer.method), []
+    group_loss = cls.group_loss
+    monkeypatch.setattr(cls, "group_loss", lambda m, q: seen.append(q) or group_loss(m, q))
+    losses = rollout_loss(trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas)
+    losses.prepare()
+    losses.terms(0, 0)
+    inputs, target = noised_inputs(trainer, batch, np.arange(len(batch.tree.leaves)))
+    zeros = torch.zeros(len(target))
+    old, trained = (
+        trainer.method.quantity(Noised(velocity(*inputs), target, inputs[1], zeros))
+        for velocity in (trainer.policy.old_velocity, trainer.policy.train_velocity)
+    )
+    assert not torch.allclose(old, trained, rtol=1e-3)
+    torch.testing.assert_close(seen[0].old.flatten(), old)
+    torch.testing.assert_close(seen[0].trained.flatten(), trained.detach())
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("diffusion_dpo", 1), ("sft", 1), ("awm", 3)])
+def test_the_guidance_of_the_losses(name, guidance, tmp_path):
+    trainer = moved_trainer(name, tmp_path, {"sampling.guidance_scale": 3.0})
+    batch = trainer.collector.collect(STEP)
+    losses = rollout_loss(trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas)
+    assert losses._rows(0, 0).inputs[3] == guidance
+
+
+def noised(v, target, advantage, **given):
+    """Draws with one value per velocity, at t = 1/2."""
+    rows = torch.tensor(v, dtype=torch.float32)
+    t = torch.full((len(v),), 0.5)
+    return Noised(rows[:, None], torch.tensor(target)[:, None], t, torch.tensor(advantage), **given)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_awm_divides_the_advantage_by_its_clip(scale):
+    method = METHODS.get("awm")(advantage_scale=scale)
+    x = noised([0.0, 0.0], [1.0, 1.0], [5.0, -1.0])  # the ratio is 1
+    torch.testing.assert_close(method.loss(x), scale * torch.tensor([-1.0, 0.2]))
+    q = torch.ones(2, 3)
+    loss = method.group_loss(Quantities(q, q, None, x.advantage, torch.tensor([0, 0])))
+    torch.testing.assert_close(loss, scale * torch.tensor([[-1.0], [0.2]]).expand(2, 3))
+
+
+def test_awm_with_one_ratio_per_image_has_a_first_pass_only_for_later_updates():
+    first, two = (METHODS.get("awm")(ratio="image", updates_per_rollout=n) for n in (1, 2))
+    assert (first.reduces, two.reduces) == (False, True)
+
+
+def test_the_elbo_weight_of_awm_is_bounded():
+    method = METHODS.get("awm")(kl_weighting="elbo", kl_weight=1.0, ema_weight=0.0)
+    x = replace(noised([1.0] * 3, [0.0] * 3, [0.0] * 3), sigma=torch.tensor([0.0, 0.01, 1.0]))
+    weight = method.regularizer(replace(x, reference=torch.zeros(3, 1)))
+    assert weight.isfinite().all()
+    assert weight[0] == pytest.approx(1 / (2 * 0.49 * 0.01))
+    assert weight[1] == pytest.approx(0.99 / (2 * 0.49 * 0.01))
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_dgpo_clips_the_kl_of_images_outside_of_the_trust_region(clipped):
+    method = METHODS.get("dgpo")(clip_kl=clipped, clip_range=0.1, kl_weight=1.0)
+    # Squared errors 1. The old errors make the ratios e, 1 and 1/e.
+    x = noised([1.0] * 3, [0.0] * 3, [1.0, 1.0, 1.0], reference=torch.zeros(3, 1))
+    x = replace(x, v=x.v.requires_grad_(), old_quantity=torch.tensor([2.0, 1.0, 0.0]))
+    kl = method.regularizer(x)
+    assert kl.tolist() == [1.0, 1.0, 1.0]
+    gradient = torch.autograd.grad(kl.sum(), x.v)[0].flatten()
+    assert gradient.tolist() == [0.0 if clipped else 2.0, 2.0, 2.0]
+
+
+def test_eta_scales_the_move_of_ram():
+    x = noised([0.0], [1.0], [2.0], old=torch.zeros(1, 1), reference=torch.zeros(1, 1))
+    assert METHODS.get("ram")(eta=3.0).loss(x).item() == 36  # (eta A (u - v_old))^2
+
+
+def test_flowawr_clips_the_normalized_rewards():
+    changes = {"method.group_size": 4, "method.logit_clip": 1.0, "method.std_epsilon": 1e-8}
+    config = load_config("flowawr", changes)
+    rewards = torch.tensor([0.0, 0.0, 0.0, 1.0])  # normalized: -1 / sqrt(3), ..., sqrt(3)
+    energy = config.method.credit(config.tree(), rewards, config.method.normalization())
+    logits = torch.tensor([*[-(3**-0.5)] * 3, 1.0], dtype=energy.dtype)
+    torch.testing.assert_close(energy, 4 * logits.softmax(0) - 1, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------- losses

@@ -205,6 +205,16 @@ def test_the_state_changes_after_the_updates(tmp_path):
     assert fresh.state_dict() == state
 
 
+def test_the_cost_of_a_move_is_that_of_the_current_tau():
+    """The move has the cost .01 / (2 tau) and raises the reward by .1."""
+    method = build_method({"name": "mend", "tau": 0.1})
+    reward, candidates, cap = torch.zeros(1), torch.tensor([[0.1]]), torch.ones(1)
+    moves = torch.full((1, 1, 4), 0.1)
+    assert method.choose(reward, candidates, cap, moves).tolist() == [0]
+    method.load_state_dict({"tau": 0.01, "global_cap": None})
+    assert method.choose(reward, candidates, cap, moves).tolist() == [mend.KEPT]
+
+
 def test_a_reward_that_breaks_its_promise_stops_the_run(tmp_path):
     detached = differentiable(lambda images, prompts: images.detach().mean((1, 2, 3)))
     trainer = moved_trainer(tmp_path, {"rewards": ["towers"]}, rewards={"mine": detached})

@@ -430,6 +430,7 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
     ("e_grpo", ["merged_steps=[1,2]"], "method.merged_steps=[1, 2]", "Use 4"),
     ("e_grpo", ["merged_steps=[1,0,1,1]"], "method.merged_steps=[1, 0, 1, 1]", "at least 1"),
     ("e_grpo", ["merged_steps=[1,1,1,12]"], "method.merged_steps=[1, 1, 1, 12]", "at most 11"),
+    ("ddpo", ["group_size=17"], "method.group_size=17", "Use method.buffer_size=17"),
     ("ddpo", ["min_count=17"], "method.min_count=17", "at most 16"),
     ("ddpo", ["std_scope=group"], "method.std_scope=group", "Remove it"),
     ("ddpo", ["comparison=prompt"], "method.comparison=prompt", "Remove it"),
@@ -459,7 +460,30 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
     ("mend", ["tau=20"], "method.tau=20", "method.tau_range=[0.001, 10.0]"),
     ("mend", ["tau_range=[0,1]"], "method.tau=0.1", "must be positive"),
     ("mend", ["acceptance_range=[0.6,0.3]"], "method.acceptance_range=[0.6, 0.3]", "rising"),
+    ("mend", ["acceptance_range=[0.9,5]"], "method.acceptance_range=[0.9, 5.0]", "0 and 1"),
     ("mend", ["std_epsilon=1e-4"], "method.std_epsilon=0.0001", "Remove it"),
+    ("sft", ["std_scope=global"], "method.std_scope=global", "Remove it"),
+    ("sft", ["advantage_clip=0.5"], "method.advantage_clip=0.5", "Remove it"),
+    ("diffusion_dpo", ["std_epsilon=1"], "method.std_epsilon=1.0", "Remove it"),
+    ("diffusion_dpo", ["advantage_clip=0.001"], "method.advantage_clip=0.001", "Remove it"),
+    ("diffusion_dpo", ["shared_draws=false"], "method.shared_draws=False", "Use true"),
+    ("dgpo", ["clip_range=null", "clip_kl=true"], "method.clip_kl=True", "method.clip_range=null"),
+    ("dgpo", ["kl_weight=0", "clip_kl=true"], "method.clip_kl=True", "method.kl_weight=0"),
+    (
+        "ram",
+        ["residual=trained", "max_decay=0.1"],
+        "method.max_decay=0.1",
+        "method.residual=trained",
+    ),
+    ("awm", ["weighting=uniform", "power=0.5"], "method.power=0.5", "method.weighting=uniform"),
+    ("awm", ["ema_weight=0", "decay_rate=0.5"], "method.decay_rate=0.5", "method.ema_weight=0"),
+    (
+        "awm",
+        ["ema_weight=0", "kl_weight=0", "kl_weighting=elbo"],
+        "method.kl_weighting=elbo",
+        "method.kl_weight=0",
+    ),
+    ("crd", ["kl_weight=0", "adaptive_kl=false"], "method.adaptive_kl=False", "Remove it"),
     ("refl", ["first_step=1"], "method.first_step=1", "less than 1"),
 ]
 
@@ -478,6 +502,35 @@ def test_an_impossible_option_is_an_error(name, overrides, setting, fix):
     assert message.startswith(setting)
     assert fix in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "option"),
+    [
+        ("sft", "images", "reward_mix=advantage"),
+        ("sft", "images", "tail_order=2"),
+        ("diffusion_dpo", "pairs", "reference_every=1"),
+    ],
+)
+def test_an_option_without_effect_on_a_data_set_is_an_error(name, data, option):
+    with pytest.raises(SettingsError, match=rf"method\.{option}: has no effect with data\.{data}"):
+        load_config(name, [f"data.{data}=a.jsonl", f"method.{option}"])
+    assert load_config(name, [f"method.{option}"]).data.kind is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "warning"),
+    [
+        ("dgpo", ["sampling.num_steps=2"], "method.draws=4: .* has only 1 levels"),
+        ("vgrpo", ["method.levels=grid", "method.draws=100"], "method.draws=100: .* 40 levels"),
+        ("draft", ["rewards=[oracle]"], r"rewards\[oracle\]: .* not differentiable"),
+        ("mend", ["rewards=[pairwise]"], r"rewards\[pairwise\]: .* not differentiable"),
+    ],
+)
+def test_what_a_run_does_not_do_is_a_warning(name, changes, warning):
+    (found,) = load_config(name, changes).warnings()
+    assert re.match(warning, found)
+    assert not load_config(name, {"rewards": ["towers"]}).warnings()
 
 
 def test_an_unknown_method_is_an_error():

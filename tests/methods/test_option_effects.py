@@ -7,6 +7,7 @@ from toy_trainer import toy_config, toy_trainer
 
 from flowgrain import METHODS
 from flowgrain.core.tree import coarse_indices
+from flowgrain.core.turning_points import turning_point
 from flowgrain.methods import plan_tree
 
 
@@ -109,6 +110,17 @@ def test_the_share_of_noise_levels_of_an_image():
     method = METHODS.get("diffusionnft")
     counts = [method(timestep_fraction=share).num_levels(10) for share in (0.01, 0.5, 0.99, 1.0)]
     assert counts == [1, 5, 9, 10]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_balanced_turning_points(balanced):
+    """With as many turning points on both sides, some steps have their gain as reward."""
+    config = toy_config("tp_grpo", {"method.group_size": 4, "method.balanced": balanced})
+    tree, how = config.tree().repeat(3), config.method.normalization()
+    rewards = torch.rand(len(tree.leaves), generator=torch.manual_seed(0), dtype=torch.float64)
+    found = config.method.credit(tree, rewards, how)
+    assert torch.equal(found, turning_point(tree, rewards, how, "consistent", balanced))
+    assert not torch.equal(found, turning_point(tree, rewards, how, "consistent", not balanced))
 
 
 def test_the_share_of_trained_steps():

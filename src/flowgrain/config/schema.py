@@ -184,6 +184,8 @@ class Config(Section):
         try:
             self.method.check(self.sampling.num_steps)
             self.method.mix_weights(self.reward_weights)
+            if self.data.kind is not None:
+                self.method.check_unused(self.method.unused_on_data, f"data.{self.data.kind}")
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
         self.lora.check()

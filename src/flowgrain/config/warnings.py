@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flowgrain.distributed.threads import available_cores
-from flowgrain.methods import ForwardProcess, RewardGradient
+from flowgrain.methods import DifferentiableReward, ForwardProcess, RewardGradient
 from flowgrain.methods.cost import num_updates
+from flowgrain.methods.forward_process import Draws
 from flowgrain.models.base import ModelConfig
+from flowgrain.rewards import REWARDS, is_differentiable
 from flowgrain.settings import printable
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def warnings_of(config: "Config") -> Iterator[str]:
             )
     yield from _of_optimizer(config)
     yield from _of_updates(config)
+    yield from _of_rewards(config)
+    yield from _of_draws(config)
     model = config.model
     for name in _IGNORED.get(model.name, ()):
         value = getattr(model, name)
@@ -58,6 +62,28 @@ def _of_optimizer(config: "Config") -> Iterator[str]:
         yield (
             f"optimizer.betas={betas}: AdamW keeps no averages, so an update only uses the sign of "
             "the gradient."
+        )
+
+
+def _of_rewards(config: "Config") -> Iterator[str]:
+    """Check whether the rewards are differentiable. A training checks those that it has loaded."""
+    if isinstance(config.method, DifferentiableReward):
+        for name in config.reward_weights:
+            if name in REWARDS and not is_differentiable(REWARDS.get(name)):
+                yield (
+                    f"rewards[{name}]: method {config.method.name!r} trains on the gradient of its "
+                    "rewards, but this reward is not differentiable. The run will be refused."
+                )
+
+
+def _of_draws(config: "Config") -> Iterator[str]:
+    """Check whether the grid has enough levels for the draws of an image."""
+    method, steps = config.method, config.sampling.num_steps
+    if isinstance(method, Draws) and method.num_levels(steps) < method.draws:
+        yield (
+            f"method.draws={method.draws}: with method.levels={method.levels} and "
+            f"sampling.num_steps={steps}, the range has only {method.num_levels(steps)} levels, "
+            "each of which is drawn once."
         )
 
 

@@ -19,6 +19,7 @@ from flowgrain.core.objective import surrogate
 from flowgrain.core.sde import per_row
 
 AwmWeighting = Literal["uniform", "t", "t_squared", "huber", "generalized_huber"]
+Matching = Literal["mse", "bce"]
 _TINY = 1e-10
 
 
@@ -252,7 +253,7 @@ def dpo_loss(q: Quantities, beta: float) -> Tensor:
 
 
 def crd_loss(
-    q: Quantities, reward: Tensor, beta: float, temperature: float | None, kind: str
+    q: Quantities, reward: Tensor, beta: float, temperature: float | None, kind: Matching
 ) -> Tensor:
     """CRD's loss [I, N]: centered implicit rewards against centered rewards (arXiv 2603.14128).
 
@@ -275,7 +276,12 @@ def crd_loss(
 
 
 def _centered(
-    q: Quantities, implicit: Tensor, reward: Tensor, weight: Tensor | None, beta: float, kind: str
+    q: Quantities,
+    implicit: Tensor,
+    reward: Tensor,
+    weight: Tensor | None,
+    beta: float,
+    kind: Matching,
 ) -> Tensor:
     rewards = reward[:, None].expand_as(implicit)
     wanted = rewards - q.mean_of_group(rewards, weight)

@@ -15,7 +15,7 @@ from flowgrain.core.regression import (
     squared_error,
 )
 from flowgrain.methods.base import LearningRates, register
-from flowgrain.methods.forward_process import Draws, Levels, Range, SlowAnchor
+from flowgrain.methods.forward_process import OF_DECAY, Draws, Levels, Range, SlowAnchor
 from flowgrain.settings import Setting
 
 KlWeighting = Literal["uniform", "elbo"]
@@ -37,9 +37,6 @@ class AWM(SlowAnchor, Draws):
     name = "awm"
     title = "AWM"
     paper = "2509.25050"
-    summary = (
-        "The images of a group are compared with each other. No step of the sampler is trained."
-    )
     config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
 
@@ -85,7 +82,8 @@ class AWM(SlowAnchor, Draws):
 
     @property
     def reduces(self) -> bool:
-        return self.ratio == "image"
+        # Before the first update every ratio is 1, and the mean over draws can be taken later.
+        return self.ratio == "image" and self.updates_per_rollout != 1
 
     def quantity(self, x: Noised) -> Tensor:
         error = squared_error(x.v, x.target)
@@ -112,8 +110,18 @@ class AWM(SlowAnchor, Draws):
         total = sum(terms[1:], terms[0])
         if self.kl_weighting == "uniform":
             return total
-        std = 0.7 * (x.sigma / (1 - x.sigma.clamp(max=0.99))).sqrt()
+        # Both clamps bound the weight. It is infinite at t = 0.
+        std = 0.7 * (x.sigma.clamp(min=0.01) / (1 - x.sigma.clamp(max=0.99))).sqrt()
         return total / (2 * std.square())
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        if not self.ema_weight:
+            self.check_unused(OF_DECAY, "method.ema_weight=0")
+            if not self.kl_weight:
+                self.check_unused(("kl_weighting",), "method.kl_weight=0 and method.ema_weight=0")
+        if self.weighting != "generalized_huber":
+            self.check_unused(("power",), f"method.weighting={self.weighting}")
 
     def _scaled(self, advantage: Tensor) -> Tensor:
         return advantage / self.advantage_clip * self.advantage_scale

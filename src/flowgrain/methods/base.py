@@ -95,6 +95,8 @@ class Method(Section, ABC):
     """Published learning rates of a full fine-tune and of a LoRA."""
     trains_on: ClassVar[DataKind | None] = None
     """Kind of data set that the method can train on in place of sampled images."""
+    unused_on_data: ClassVar[tuple[str, ...]] = ()
+    """Options that have no effect with such a data set."""
 
     group_size: int = Setting(
         12,
@@ -192,6 +194,22 @@ class Method(Section, ABC):
         Raises:
             ValueError: an option does not fit. The message starts with the option and its value.
         """
+
+    def check_unused(self, names: Sequence[str], because: str | None = None) -> None:
+        """Check that the options `names`, which have no effect, keep their default.
+
+        Args:
+            names: names of the options.
+            because: setting with which they have no effect. Default: they never have one.
+
+        Raises:
+            ValueError: an option was changed.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                reason = because or f"method {self.name!r}"
+                raise ValueError(f"{name}={value}: has no effect with {reason}. Remove it.")
 
     def normalization(self) -> Normalization:
         """Normalization of values to advantages."""

@@ -37,7 +37,9 @@ class CompletedTrajectories(FlowGRPODefaults, SharedNoise):
     def calibration_plan(self, tree: Planner) -> None:
         """See `PolicyGradient.calibration_plan`."""
         steps = self.steps(self.last_possible_step(tree.num_steps) + 1)
-        self._complete(tree, tree.root(), steps, {k + after for k in steps for after in (0, 1)})
+        # A subclass may complete fewer states. The gain of every step needs all of them.
+        completed = CompletedTrajectories.completed_states(self, steps)
+        self._complete(tree, tree.root(), steps, completed)
 
     def _complete(
         self, tree: Planner, node: int, steps: Collection[int], completed: Collection[int]

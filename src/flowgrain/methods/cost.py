@@ -74,11 +74,10 @@ def price(
     tree = plan_tree(method, num_steps, step, seed) if tree is None else tree
     counted = cost(tree, num_rewards)
     if isinstance(method, ForwardProcess):
-        everything = torch.zeros(len(tree.leaves))
-        levels, images = (
-            method.num_levels(num_steps),
-            int(method.selected(everything, everything).sum()),
-        )
+        prompt = torch.from_numpy(tree.prompt[tree.leaves])
+        # The number of selected images does not depend on the advantages.
+        images = int(method.selected(torch.zeros(len(prompt)), prompt).sum())
+        levels = method.num_levels(num_steps)
         gradient = images * levels
         updates = num_updates(method, tree, prompts_per_step)
         first = len(np.array_split(np.arange(images), updates)[0])

@@ -2,13 +2,22 @@
 
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowgrain.core.credit import RewardMix, Scope
-from flowgrain.core.regression import Noised, Quantities, crd_loss, normalized, squared_error
+from flowgrain.core.regression import (
+    Matching,
+    Noised,
+    Quantities,
+    crd_loss,
+    normalized,
+    squared_error,
+)
 from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.flow_grpo import FLOW_GRPO_RUN
-from flowgrain.methods.forward_process import Draws, Levels, Range, SlowAnchor
+from flowgrain.methods.forward_process import Draws, Levels, NoiseLevels, Range, SlowAnchor
 from flowgrain.settings import Setting
 
 
@@ -23,9 +32,6 @@ class CRD(SlowAnchor, Draws):
     name = "crd"
     title = "CRD"
     paper = "2603.14128"
-    summary = (
-        "The images of a group are compared with each other. No step of the sampler is trained."
-    )
     config_defaults = FLOW_GRPO_RUN  # Flow-Factory
     learning_rates = LearningRates(lora=3e-4)  # Flow-Factory
 
@@ -37,7 +43,7 @@ class CRD(SlowAnchor, Draws):
     std_epsilon: float = 1e-4  # own choice
     reward_mix: RewardMix = "reward"  # own choice
     draws: int = 9  # own choice: every level of the grid but the last
-    levels: Levels = "binned_grid"  # Flow-Factory: a mean compares images at one level
+    levels: Levels = "binned_grid"  # Flow-Factory
     level_range: Range = (0.0, 0.99)  # Flow-Factory
     decay_rate: float = 0.005  # Flow-Factory: min(0.25 + 0.005 n, 0.999)
     decay_start: int = -50  # Flow-Factory
@@ -49,7 +55,7 @@ class CRD(SlowAnchor, Draws):
         gt=0,
         le=1000,
     )  # Flow-Factory
-    matching: Literal["mse", "bce"] = Setting(
+    matching: Matching = Setting(
         "mse", "Squared difference of the centered rewards, or a cross entropy."
     )  # Flow-Factory
     normalized_error: bool = Setting(
@@ -58,6 +64,17 @@ class CRD(SlowAnchor, Draws):
     adaptive_kl: bool = Setting(
         True, "Images with a low reward have a smaller KL weight, down to 1e-4."
     )  # Flow-Factory
+
+    def draw_levels(
+        self, random: np.random.Generator, count: int, sigmas: NDArray[np.float32]
+    ) -> NoiseLevels:
+        """The images of a group have the same noise levels, as a mean compares them at one level.
+
+        Without `shared_draws`, their noises are different.
+        """
+        images = 1 if self.shares_draws else self.group_size
+        drawn = super().draw_levels(random, count // images, sigmas)
+        return NoiseLevels(*(levels.repeat(images, axis=0) for levels in drawn))
 
     @property
     def compares_slow(self) -> bool:
@@ -83,6 +100,11 @@ class CRD(SlowAnchor, Draws):
             return kl
         least = 1e-4 / self.kl_weight
         return (least + self._reward(x.advantage) * (1 - least)) * kl
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        if not self.kl_weight:
+            self.check_unused(("adaptive_kl",), "method.kl_weight=0")
 
     def _reward(self, advantage: Tensor) -> Tensor:
         """Rewards in 0..1."""

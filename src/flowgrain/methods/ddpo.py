@@ -114,6 +114,12 @@ class DDPO(FlowGRPO):
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)
+        if self.group_size > self.buffer_size:
+            raise ValueError(
+                f"group_size={self.group_size}: a prompt never has more than "
+                f"method.buffer_size={self.buffer_size} rewards, so some of the images would not "
+                f"count. Use method.buffer_size={self.group_size} or more."
+            )
         if self.min_count > self.buffer_size:
             raise ValueError(
                 f"min_count={self.min_count}: a prompt never has more than "

@@ -33,9 +33,6 @@ class DGPO(SlowAnchor, Draws):
     name = "dgpo"
     title = "DGPO"
     paper = "2510.08425"
-    summary = (
-        "The images of a group are compared with each other. No step of the sampler is trained."
-    )
     config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
 
@@ -65,10 +62,6 @@ class DGPO(SlowAnchor, Draws):
     )  # published code
 
     @property
-    def needs_quantity(self) -> bool:
-        return True
-
-    @property
     def compares_slow(self) -> bool:
         return True
 
@@ -93,6 +86,14 @@ class DGPO(SlowAnchor, Draws):
         kl = super().regularizer(x)
         if kl is None or not self.clip_kl or self.clip_range is None:
             return kl
+        assert x.old_quantity is not None
         error = squared_error(x.v.detach(), x.target)
-        old = error if x.old_quantity is None else x.old_quantity
-        return kl.where(~left_trust_region(error, old, x.advantage, self.clip_range), kl.detach())
+        left = left_trust_region(error, x.old_quantity, x.advantage, self.clip_range)
+        return kl.where(~left, kl.detach())
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        if self.clip_range is None:
+            self.check_unused(("clip_kl",), "method.clip_range=null")
+        if not self.kl_weight:
+            self.check_unused(("clip_kl",), "method.kl_weight=0")

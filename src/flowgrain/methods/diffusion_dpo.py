@@ -29,6 +29,7 @@ class DiffusionDPO(Draws):
     title = "Diffusion-DPO"
     paper = "2311.12908"
     trains_on = "pairs"
+    unused_on_data = ("reward_mix", "tail_order", "reference_every")
     summary = (
         "Only the best and the worst image of a prompt are trained. No step of the sampler is "
         "trained."
@@ -38,6 +39,7 @@ class DiffusionDPO(Draws):
 
     group_size: int = 24  # published code
     std_unbiased: bool = False  # own choice: the loss depends on the order of the rewards only
+    advantage_clip: float = 1e6  # own choice: a clip could make the best images equal
     tail_order: Literal[1, 2] = 1  # published code
     draws: int = 39  # published code
     levels: Levels = "logit_normal"  # published code
@@ -86,4 +88,10 @@ class DiffusionDPO(Draws):
                 f"updates_per_rollout={self.updates_per_rollout}: method {self.name!r} trains one "
                 "pair per prompt, which cannot be divided. Use 1."
             )
+        if not self.shared_draws:
+            raise ValueError(
+                f"shared_draws={self.shared_draws}: the loss compares the images of a pair under "
+                "the same noise level and noise. Use true."
+            )
+        self.check_unused(("std_epsilon", "advantage_clip"))  # the loss uses an order
         super().check(num_steps)

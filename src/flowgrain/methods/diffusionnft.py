@@ -22,9 +22,6 @@ class DiffusionNFT(SlowPolicy, FractionOfGrid):
     name = "diffusionnft"
     title = "DiffusionNFT"
     paper = "2509.16117"
-    summary = (
-        "The images of a group are compared with each other. No step of the sampler is trained."
-    )
     config_defaults = FLOW_GRPO_RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
     # timestep_fraction 0.99, decay type 1 (max_decay 0.5, decay_rate 0.001, decay_start 0; type 2

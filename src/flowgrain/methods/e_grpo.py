@@ -27,7 +27,7 @@ class EGRPO(StepChoice):
         "the ODE and scored."
     )
 
-    learning_rates = LearningRates(full=2e-6)  # published code
+    learning_rates = LearningRates(full=1e-5)  # published code; older scripts: 2e-6
 
     sde_steps: IntTuple | None = (0, 1, 2, 4)  # published code
     updates_per_rollout: int | Literal["per_step"] = "per_step"  # published code

@@ -31,7 +31,7 @@ class FlowDPPO(FlowGRPO):
         "on it is dropped if its ratio has moved in the direction of the advantage.",
         gt=0,
         le=1000,
-    )  # published code, eq. 18
+    )  # published code, eq. 18; paper: 1e-7
 
     def check(self, num_steps: int) -> None:
         super().check(num_steps)

@@ -26,9 +26,6 @@ class FlowAWR(SlowPolicy, FractionOfGrid):
     name = "flowawr"
     title = "FlowAWR"
     paper = "2606.30376"
-    summary = (
-        "The images of a group are compared with each other. No step of the sampler is trained."
-    )
     config_defaults = FLOW_GRPO_RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
     # timestep_fraction and decay as DiffusionNFT: published code

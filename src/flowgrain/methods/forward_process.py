@@ -41,6 +41,10 @@ class ForwardProcess(Method):
     `group_loss`.
     """
 
+    summary = (
+        "The images of a group are compared with each other. No step of the sampler is trained."
+    )
+
     def plan(self, tree: Planner, step: int, seed: int) -> None:
         """Write `group_size` images by the ODE."""
         for root in initial_noise(tree, self.group_size, shared=False):
@@ -97,9 +101,13 @@ class ForwardProcess(Method):
             sigmas: [T + 1] sampling grid.
         """
         num_steps = len(sigmas) - 1
-        indices = np.tile(np.arange(num_steps), (count, 1))
+        indices = np.tile(np.arange(*self.grid_range(num_steps)), (count, 1))
         chosen = random.permuted(indices, axis=1)[:, : self.num_levels(num_steps)]
         return NoiseLevels(sigmas[chosen], chosen)
+
+    def grid_range(self, num_steps: int) -> tuple[int, int]:
+        """The first grid index that is drawn, and the one after the last."""
+        return 0, num_steps
 
     @property
     def shares_draws(self) -> bool:
@@ -189,6 +197,10 @@ class ForwardProcess(Method):
             raise ValueError(f"the {num_steps} steps of the grid have no level to train on.")
 
 
+OF_DECAY = ("max_decay", "decay_rate", "decay_start")
+"""Options of the slowly moving policy."""
+
+
 class SlowPolicy(ForwardProcess):
     """Options of methods with a copy of the policy that moves slowly."""
 
@@ -262,7 +274,7 @@ class Draws(ForwardProcess):
         """Number of draws of every image."""
         if self.levels != "grid":
             return self.draws
-        first, last = self._grid_range(num_steps)
+        first, last = self.grid_range(num_steps)
         return min(self.draws, last - first)
 
     @property
@@ -274,14 +286,12 @@ class Draws(ForwardProcess):
         self, random: np.random.Generator, count: int, sigmas: NDArray[np.float32]
     ) -> NoiseLevels:
         """See `ForwardProcess.draw_levels`."""
-        n, num_steps = self.draws, len(sigmas) - 1
-        first, last = self._grid_range(num_steps)
         if self.levels == "grid":
-            indices = np.tile(np.arange(first, last), (count, 1))
-            chosen = random.permuted(indices, axis=1)[:, : self.num_levels(num_steps)]
-            return NoiseLevels(sigmas[chosen], chosen)
+            return super().draw_levels(random, count, sigmas)
+        n = self.draws
         number = np.tile(np.arange(n), (count, 1))
         if self.levels == "binned_grid":
+            first, last = self.grid_range(len(sigmas) - 1)
             edges = np.linspace(first, last, n + 1).astype(int)
             low, high = edges[:-1], np.maximum(edges[1:], edges[:-1] + 1)
             return NoiseLevels(sigmas[random.integers(low, high, size=(count, n))], number)
@@ -304,8 +314,8 @@ class Draws(ForwardProcess):
         index = (start + (stop - start) * place) * (len(sigmas) - 1)
         return np.interp(index, np.arange(len(sigmas)), sigmas).astype(np.float32)
 
-    def _grid_range(self, num_steps: int) -> tuple[int, int]:
-        """The first grid index that is drawn, and the one after the last."""
+    def grid_range(self, num_steps: int) -> tuple[int, int]:
+        """See `ForwardProcess.grid_range`."""
         start, stop = self.level_range
         return int(start * num_steps), int(stop * num_steps)
 
@@ -316,7 +326,7 @@ class Draws(ForwardProcess):
             raise ValueError(
                 f"level_range={list(self.level_range)}: use two rising numbers between 0 and 1."
             )
-        first, last = self._grid_range(num_steps)
+        first, last = self.grid_range(num_steps)
         if "grid" in self.levels and last <= first:
             raise ValueError(
                 f"level_range={list(self.level_range)}: contains no level of a grid with "

@@ -10,10 +10,10 @@ from flowgrain.core import mend
 from flowgrain.core.credit import RewardMix
 from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.flow_grpo import FLOW_GRPO_RUN
+from flowgrain.methods.forward_process import Range
 from flowgrain.methods.repair import Repair
 from flowgrain.settings import Setting
 
-Pair = Annotated[tuple[float, float], Strict(False)]
 Lengths = Annotated[tuple[float, ...], Strict(False)]
 
 
@@ -62,8 +62,8 @@ class MEND(Repair):
     tau: float = Setting(
         0.1, "Step size of the first rollout (tau). The cost of a move is d^2 / (2 tau).", gt=0
     )  # published code
-    tau_range: Pair = Setting((1e-3, 10.0), "Smallest and largest tau.")  # published code
-    acceptance_range: Pair = Setting(
+    tau_range: Range = Setting((1e-3, 10.0), "Smallest and largest tau.")  # published code
+    acceptance_range: Range = Setting(
         (0.3, 0.6),
         "With a smaller share of accepted images, tau is multiplied by tau_factor. With a larger "
         "share, it is divided by it.",
@@ -136,6 +136,11 @@ class MEND(Repair):
             low, high = getattr(self, name)
             if not 0 <= low < high:
                 raise ValueError(f"{name}={[low, high]}: use two rising numbers.")
+        if self.acceptance_range[1] > 1:
+            raise ValueError(
+                f"acceptance_range={list(self.acceptance_range)}: these are shares of the images. "
+                "Use two rising numbers between 0 and 1."
+            )
         low, high = self.tau_range
         if not low <= self.tau <= high or low <= 0:
             raise ValueError(

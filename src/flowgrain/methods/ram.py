@@ -7,7 +7,7 @@ from torch import Tensor
 from flowgrain.core.credit import RewardMix, Scope
 from flowgrain.core.regression import Noised, ram_loss
 from flowgrain.methods.base import LearningRates, register
-from flowgrain.methods.forward_process import Draws, Levels, SlowPolicy
+from flowgrain.methods.forward_process import OF_DECAY, Draws, Levels, SlowPolicy
 from flowgrain.settings import Setting
 
 RUN: dict[str, dict[str, Any]] = {"sampling": {"num_steps": 20}, "lora": {"rank": 32}}
@@ -23,9 +23,6 @@ class RAM(SlowPolicy, Draws):
     name = "ram"
     title = "RAM"
     paper = "2605.10759"
-    summary = (
-        "The images of a group are compared with each other. No step of the sampler is trained."
-    )
     config_defaults = RUN  # reports; the rank is an own choice
     learning_rates = LearningRates(lora=3e-4)  # a port by others
 
@@ -55,3 +52,8 @@ class RAM(SlowPolicy, Draws):
 
     def loss(self, x: Noised) -> Tensor:
         return ram_loss(x, self.eta)
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        if not self.needs_old:
+            self.check_unused(OF_DECAY, f"method.residual={self.residual}")

@@ -1,7 +1,6 @@
 """Base classes of methods that use the gradient of the reward."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -26,19 +25,6 @@ class DifferentiableReward(Method):
         ge=1,
         le=10_000,
     )
-
-    def check_unused(self, names: Sequence[str]) -> None:
-        """Check that the options `names`, which have no effect, keep their default.
-
-        Raises:
-            ValueError: an option was changed.
-        """
-        for name in names:
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}={value}: has no effect with method {self.name!r}. Remove it."
-                )
 
 
 class RewardGradient(DifferentiableReward):

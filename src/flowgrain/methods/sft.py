@@ -10,6 +10,7 @@ from flowgrain.core.regression import Noised, squared_error
 from flowgrain.core.tree import Tree
 from flowgrain.methods.base import LearningRates, register
 from flowgrain.methods.forward_process import Draws, Levels
+from flowgrain.methods.reward_gradient import OF_ADVANTAGES
 from flowgrain.settings import Setting
 
 RUN: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ class SFT(Draws):
     title = "SFT"
     paper = "2304.06767"
     trains_on = "images"
+    unused_on_data = ("reward_mix", "tail_order")
     summary = "Only the best images of a prompt are trained. No step of the sampler is trained."
     config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
@@ -39,6 +41,7 @@ class SFT(Draws):
         24, "Samples per prompt. Not used with data.images.", unit="samples", ge=1, le=10_000
     )  # published code
     reward_mix: RewardMix = "reward"  # own choice
+    advantage_clip: float = 1e6  # own choice: weights are not clipped
     draws: int = 1  # published code
     levels: Levels = "logit_normal"  # published code
 
@@ -52,3 +55,7 @@ class SFT(Draws):
 
     def loss(self, x: Noised) -> Tensor:
         return x.advantage * squared_error(x.v, x.target)
+
+    def check(self, num_steps: int) -> None:
+        super().check(num_steps)
+        self.check_unused([name for name in OF_ADVANTAGES if name != "reward_mix"])

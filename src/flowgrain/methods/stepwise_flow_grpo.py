@@ -23,6 +23,6 @@ class StepwiseFlowGRPO(DenseGRPO):
         "gain between the completions before and after it. All steps of a prompt are compared."
     )
 
-    sde_type: SdeType = "flow_sde"  # own choice: the paper's own SDE was not read
-    completion_steps: int | Literal["all"] = 1  # paper, abstract: Tweedie's formula
+    sde_type: SdeType = "flow_sde"  # own choice: the paper's own step is not available
+    completion_steps: int | Literal["all"] = 1  # own choice: the paper refines Tweedie's estimate by 5 ODE steps
     comparison: ComparisonGroup = "prompt"  # paper: gains normalized over steps and samples

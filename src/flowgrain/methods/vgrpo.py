@@ -22,9 +22,6 @@ class VGRPO(Draws):
     name = "vgrpo"
     title = "V-GRPO"
     paper = "2604.23380"
-    summary = (
-        "The images of a group are compared with each other. No step of the sampler is trained."
-    )
     config_defaults = RUN  # paper
     learning_rates = LearningRates(lora=3e-4)  # paper
 

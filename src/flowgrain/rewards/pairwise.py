@@ -184,7 +184,8 @@ def drawn_pairs(count: int, opponents: int, generator: np.random.Generator) -> I
 
     The images stand on a circle in random order. Each distance on the circle pairs every image with
     two others, half of the circle with one. Every image is therefore first in about half of its
-    pairs. Distance 1 is always used, so that all images are connected by comparisons.
+    pairs. Distance 1 is used, so that all images are connected by comparisons. Only with
+    one opponent and an even `count`, the pairs have no image in common.
 
     Args:
         count: number of images, at least 2.

@@ -73,7 +73,7 @@ class ForwardProcessLoss:
         sigmas: Tensor,
     ) -> None:
         self.method, self.policy, self.batch = method, policy, batch
-        self.seed = config.runtime.seed
+        self.seed, self.given = config.runtime.seed, config.data.kind is not None
         guided = method.trains_guided or policy.backbone.embedded_guidance
         self.guidance = config.sampling.guidance_scale if guided else 1.0
         self.leaves = leaves = batch.tree.leaves
@@ -240,7 +240,7 @@ class ForwardProcessLoss:
 
     def finish(self) -> None:
         """Move the old policy toward the trained policy, unless the images were given."""
-        if self.method.needs_old and self.batch.rollout.forward_passes:
+        if self.method.needs_old and not self.given:
             self.policy.move_old(self.method.decay(self.policy.updates))
 
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:  # noqa: ARG002

@@ -208,7 +208,10 @@ def stopped_by_disk(trainer: Trainer, error: OSError) -> RunStopped:
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash of the training prompts and their order, and of the images of a data set."""
     texts = "\0".join(prompt.text for prompt in prompts)
-    return hashlib.sha256(texts.encode() + identity(prompts)).hexdigest()
+    digest = hashlib.sha256(texts.encode())
+    for part in identity(prompts):  # contents of images: a copy of all of them may not fit
+        digest.update(part)
+    return digest.hexdigest()
 
 
 _EARLIER = {"sampling.grid": "shifted", "method.reward_weights": "as_given"}
