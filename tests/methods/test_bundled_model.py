@@ -18,7 +18,9 @@ OPTIONS = {
     "ddpo": {"method.min_count": 5},
     "densegrpo": {"method.calibration.rounds": 1, "method.calibration.samples": 2},
     "e_grpo": {"method.sde_steps": [0, 1], "method.merged_steps": [1, 2]},
-    **dict.fromkeys(("mixgrpo", "mixgrpo_flash", "flow_grpo_fast"), {"method.window_size": 2}),
+    "flow_grpo_fast": {"method.window_size": 2},
+    "mixgrpo": {"method.window_size": 2},
+    "mixgrpo_flash": {"method.window_size": 2},
 }
 """Options that fit four steps, or that make a run short."""
 
