@@ -174,7 +174,7 @@ class Run:
             return True
         limit = self._section("training").get("max_seconds")
         seconds = sum(line.get("seconds", 0.0) for line in lines)
-        return isinstance(limit, int | float) and seconds >= limit
+        return isinstance(limit, int | float) and bool(seconds >= limit)
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
@@ -186,6 +186,6 @@ def _is_alive(holder: dict[str, Any]) -> bool:
         return False
     try:
         started = datetime.fromisoformat(str(holder.get("started"))).timestamp()
-        return psutil.Process(pid).create_time() <= started + 1
+        return bool(psutil.Process(pid).create_time() <= started + 1)
     except (psutil.Error, ValueError):
         return False
