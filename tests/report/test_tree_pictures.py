@@ -107,7 +107,7 @@ def test_the_completion_after_a_step(tmp_path):
     channel = dict(zip(record.tree.image, record.tree.channel, strict=True))
     for part in picture.groups:
         for branch in part.branches:
-            (number,) = numbers(branch)
+            (number,) = map(int, numbers(branch))
             assert channel[record.tree.leaves[number]] == part.grid_steps[0] + 1
     assert picture.anchor is None
 

@@ -208,7 +208,7 @@ class GroupRecord:
                 parts.append(f"<h4>{escape(group.text)}</h4>{self._figures(number)}")
         failed = sum(math.isnan(v) for g in self.prompts for c in g.rewards.values() for v in c)
         title = f"Step {self.step}: {len(self.prompts)} prompts, method {self.method}"
-        return html.page(title + (f", {failed} rewards failed" if failed else ""), *parts)
+        return html.page(title + (f". Failed rewards: {failed}" if failed else ""), *parts)
 
     def _figures(self, prompt: int) -> str:
         """The first images of a prompt with rewards and advantages."""
