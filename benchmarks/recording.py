@@ -73,13 +73,11 @@ def main() -> None:
         rounds.append((of[False], of[True]))
     result = {}
     for place, name in enumerate(("seconds", "cpu")):
-        without, with_ = ([r[side][place] for r in rounds] for side in (0, 1))
+        pairs = [(without[place], with_[place]) for without, with_ in rounds]
         result[name] = {
-            "off": round(statistics.median(without), 3),
-            "on": round(statistics.median(with_), 3),
-            "ratio": round(
-                statistics.median(b / a for a, b in zip(without, with_, strict=True)), 4
-            ),
+            "off": round(statistics.median(a for a, _ in pairs), 3),
+            "on": round(statistics.median(b for _, b in pairs), 3),
+            "ratio": round(statistics.median(b / a for a, b in pairs), 4),
         }
     files = [file.stat().st_size for file in (Path(on.out) / "groups").glob("*.zip")]
     result["megabytes"] = round(statistics.median(files) / 1e6, 3)
