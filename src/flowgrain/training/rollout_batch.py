@@ -4,7 +4,7 @@ Shapes: P prompts, E trained edges, I images.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class RolloutBatch:
         known: whether each image [I] has a score that its advantage depends on.
         rewards: trained rewards by name, for methods that use their gradient.
         reward_weights: weight of every reward by name.
+        monitors: values [I] of all images by monitor. Empty if nothing was measured.
     """
 
     step: int
@@ -71,6 +72,7 @@ class RolloutBatch:
     known: Tensor
     rewards: Mapping[str, Reward]
     reward_weights: Mapping[str, float]
+    monitors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def _rows_per_prompt(self) -> int:
