@@ -12,18 +12,14 @@ from flowgrain.config.schema import Config
 from flowgrain.data import Prompt
 from flowgrain.image_data import identity
 from flowgrain.methods import Method
+from flowgrain.records.metrics import parse_metrics
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.errors import Diverged, RunStopped
 from flowgrain.training.fit import check_disk, check_writable
 from flowgrain.training.health import destroyed
-from flowgrain.training.records import parse_metrics
 from flowgrain.training.rollout_batch import Metrics
-from flowgrain.training.run_files import (
-    forget_checkpoints,
-    had_checkpoints,
-    remember_checkpoints,
-)
+from flowgrain.training.run_files import forget_checkpoints, had_checkpoints, remember_checkpoints
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer
@@ -43,6 +39,7 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         "stepped": optimizer.stepped(),
         "skipped_in_a_row": optimizer.skipped_in_a_row,
         "scaler": optimizer.scaler.state_dict(),
+        "records": trainer.world.on_main(trainer.recorder.state_dict),
     }
     path = checkpoint.save(
         trainer.out / "checkpoints",
@@ -85,6 +82,7 @@ def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
     trainer.steps_done = state["step"]
     if optimizer.scaler.is_enabled():
         optimizer.scaler.load_state_dict(state["scaler"])
+    trainer.recorder.load_state_dict(state.get("records", {}))
     skipped = state["skipped_in_a_row"]
     # A run that stopped because it diverged may be resumed with other settings.
     limit = trainer.config.optimizer.max_skipped_updates
