@@ -87,8 +87,7 @@ def import_library(name: str) -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    if name == "wandb" and wandb_mode() == "offline":
-        # wandb reports its own errors and usage to its makers, in offline mode too.
+    if name == "wandb":  # it reports its errors and its usage to its makers, in offline mode too
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     return importlib.import_module(TRACKERS[name])
 
