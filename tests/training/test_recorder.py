@@ -1,6 +1,5 @@
 """The files of a run."""
 
-
 import pytest
 import yaml
 from toy import Toy, red

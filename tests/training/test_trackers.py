@@ -178,9 +178,7 @@ def test_a_tracker_that_fails_is_switched_off_with_one_warning(
 def test_a_tracker_that_hangs_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
     released = threading.Event()
     monkeypatch.setattr(worker, "PENDING", 3)
-    replace_wandb(
-        monkeypatch, type("Hanging", (Fake,), {"scalars": lambda *_: released.wait(60)})
-    )
+    replace_wandb(monkeypatch, type("Hanging", (Fake,), {"scalars": lambda *_: released.wait(60)}))
     trainer = tracked_trainer(tmp_path, ["wandb"])
     assert len(trainer.train()) == 5
     released.set()

@@ -171,7 +171,7 @@ if __name__ == "__main__":  # killed after step 3, which is in no checkpoint
     def kill(line: dict[str, Any]) -> None:
         if line["step"] == 3:
             for worker in trainer.recorder.trackers._workers:
-                while not worker._tasks.empty():
+                while not worker._tasks.empty() and not worker._off.is_set():
                     time.sleep(0.01)
             time.sleep(1.5)  # Trackio writes twice a second
             os.kill(os.getpid(), signal.SIGKILL)

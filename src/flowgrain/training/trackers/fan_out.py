@@ -164,9 +164,7 @@ def _highest_and_lowest(values: Sequence[float], count: int) -> list[int]:
 
 def _known(values: Sequence[Any]) -> list[float | int | None]:
     """Plain numbers. None for a number that is not finite."""
-    return [
-        (v if isinstance(v, int) else float(v)) if math.isfinite(v) else None for v in values
-    ]
+    return [(v if isinstance(v, int) else float(v)) if math.isfinite(v) else None for v in values]
 
 
 def _small(pixels: Pixels) -> Pixels:
