@@ -106,10 +106,8 @@ def test_a_killed_run_continues_in_the_same_run_of_the_tracker(tracker, tmp_path
         assert stored.steps("reward/red") == [1, 2, 3, 4]
         assert stored.steps("eval/red") == [0, 2, 4]
     elif tracker == "trackio":  # which deletes nothing: step 3 was trained twice
-        assert sorted(stored.scalars["reward/red"]) == sorted(
-            [*before.scalars["reward/red"], before.scalars["reward/red"][2]]
-            + stored.scalars["reward/red"][-1:]
-        )
+        assert sorted(stored.steps("reward/red")) == [1, 2, 3, 3, 4]
+        assert len(set(stored.scalars["reward/red"])) == 4  # with the same result
     else:  # wandb keeps up to 32 KiB in memory, which a kill loses
         assert stored.steps("reward/red")[-2:] == [3, 4]
         ids = {file.stem for file in tmp_path.glob("wandb/offline-run-*/*.wandb")}

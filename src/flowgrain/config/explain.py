@@ -15,7 +15,6 @@ from flowgrain.registry import canonical
 from flowgrain.rewards.base import REWARDS, SHAPES_REWARDS, RewardConfig
 from flowgrain.settings import Section, SettingsError, did_you_mean, nearest
 
-
 _RENAMED = {"runtime.loggers": "runtime.trackers"}
 """Settings with another name in earlier versions."""
 
