@@ -41,7 +41,7 @@ class Wandb:
             dir=str(run.folder),
             config=dict(run.config),
             mode=mode,
-            resume="allow" if mode == "online" else None,  # offline: `wandb sync` joins the parts
+            resume="allow" if mode == "online" else None,  # offline: not supported
             settings=self._library.Settings(**settings),
         )
         self._run.define_metric("*", step_metric="step")
