@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
+TRACKIO := trackio gradio_client httpx httpcore orjson python-multipart websockets
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: demo compare test unit test-slow lint types docs docs-serve faithfulness figures readme-images test-portable test-avx2 bench soak weights
@@ -72,7 +73,8 @@ weights: .venv/ready  ## Train the bundled model and rewards from scratch
 
 # torch is installed first and pinned: pip takes the build that it is configured for.
 # RapidOCR depends on opencv-python, which needs libGL. The headless build does not. Without RapidOCR its tests skip.
-# torchao is installed into a separate directory, because it adds 4 s to every import of diffusers.
+# torchao is installed into a separate directory, because it adds 4 s to every import of diffusers. Trackio, too, because it
+# requires an older Pillow, without which it works.
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
@@ -80,4 +82,5 @@ weights: .venv/ready  ## Train the bundled model and rewards from scratch
 	-$(BIN)/pip install --quiet --constraint constraints.txt onnxruntime opencv-python-headless pyclipper shapely six tqdm
 	-$(BIN)/pip install --quiet --constraint constraints.txt --no-deps rapidocr-onnxruntime
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/aside torchao
+	-$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/aside $(TRACKIO)
 	touch $@

@@ -42,7 +42,7 @@ def test_values_that_need_quotes(directory):
         "data.prompts": "a: b #c.txt",
         "optimizer.learning_rate": 1e-7,
         "rewards": [{"name": "judge", "url": "http://a:1/v1", "model": "m, n", "weight": 0.5}],
-        "runtime.loggers": ["wandb"],
+        "runtime.trackers": ["wandb"],
         "method.psi": [0.1] * 10,
         "method.sde_type": "calibrated_sde",
     }

@@ -79,7 +79,7 @@ def as_typed(value):
         ("model.t5", "yes", "must be true or false"),
         ("data.prompts", 1, "must be a text"),
         ("runtime.device", "tpu", "must be 'auto', 'cpu' or 'cuda'"),
-        ("runtime.loggers", "wandb", "must be a list. Write runtime.loggers=[wandb]"),
+        ("runtime.trackers", "wandb", "must be a list. Write runtime.trackers=[wandb]"),
         ("rewards", "oracle", "must be a list. Write rewards=[oracle]"),
         ("rewards", "oracle:nan", "must be a list. Write rewards=[oracle]"),
         ("rewards", ":1", "must be a list. Write rewards=[oracle]"),
@@ -129,7 +129,7 @@ def test_messages_end_with_the_description_of_the_setting():
     cases = {
         "sampling.num_steps": (1, "sampling.num_steps=1", "Sampling steps during training (T). "),
         "optimizer.betas": ([0.9, 1.0], "optimizer.betas.1=1.0", "Decay rates of the moment"),
-        "runtime.loggers": (["x"], "runtime.loggers.0=x", "Loggers to which metrics are also"),
+        "runtime.trackers": (["x"], "runtime.trackers.0=x", "Trackers that receive copies of the"),
         "method.group_size": (1, "method.group_size=1", "Samples per prompt that are compared"),
         "method.calibration.rounds": (0, "method.calibration.rounds=0", "Number of rounds."),
         "rewards": (

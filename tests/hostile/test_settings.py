@@ -80,7 +80,7 @@ REFUSED = [
     # choices and types
     *(f"runtime.device={n}" for n in ("tpu", "cuda:0", "1", DEEP)),
     *(f"runtime.dtype={n}" for n in ("int8", "16")),
-    *(f"runtime.loggers={n}" for n in ("wandb", "[x]", "[nothing]")),
+    *(f"runtime.trackers={n}" for n in ("wandb", "[x]", "[nothing]")),
     "runtime.compile=yes",
     "runtime.rollout_weights=1",
     *(f"sampling.tail_cache={n}" for n in ("taylorseer:1", "first_block:2", "x" * 5000)),
@@ -157,7 +157,7 @@ COMBINATIONS = {
     "diffusionnft method.decay_rate=2": "method.decay_rate=2",
     "diffusionnft method.updates_per_rollout=per_step": "method.updates_per_rollout=per_step",
     "flow_grpo model.name=zimage rewards=[clip] runtime.compile=inductor": "runtime.compile",
-    "g2rpo runtime.loggers=[wandb]": "runtime.loggers: wandb is not installed",
+    "g2rpo runtime.trackers=[wandb]": "runtime.trackers: wandb is not installed",
     "g2rpo sampling.grid=model sampling.shift=3": "sampling.shift=3",
 }
 CASES = [

@@ -76,7 +76,7 @@ MAY_CHANGE = {
     "runtime.device": "cpu",
     "runtime.threads": 2,
     "runtime.rollout_weights": "replica",
-    "runtime.loggers": ["tensorboard"],
+    "runtime.trackers": ["tensorboard"],
     "method.group_size": 4,
     "method.clip_range": 1e-3,
     "name": "other",

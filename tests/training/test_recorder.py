@@ -1,7 +1,4 @@
-"""The files of a run and its metric loggers."""
-
-import sys
-import types
+"""The files of a run."""
 
 import pytest
 import yaml
@@ -17,39 +14,6 @@ from flowgrain.training.run_files import read_run_config
 
 def toy(config, folder):
     return Trainer(config, folder, backbone=Toy(), rewards={"red": red})
-
-
-def test_tensorboard(tiny, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    toy(tiny.with_changes({"runtime.loggers": ["tensorboard"]}), tmp_path).train()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("reward/red")] == [1, 2]
-
-
-def test_wandb_logs_every_line(tiny, tmp_path, monkeypatch):
-    """A stand-in for the two functions that are called. The library itself is not a dependency."""
-    logged, started = [], {}
-
-    def init(**options):
-        started.update(options)
-        return types.SimpleNamespace(log=lambda line, step: logged.append((step, line["loss"])))
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    toy(tiny.with_changes({"runtime.loggers": ["wandb"]}), tmp_path).train()
-    assert [step for step, _ in logged] == [1, 2]
-    assert started["config"]["sampling"]["num_steps"] == 4
-    assert started["name"] == "g2rpo"
-
-
-def test_a_logger_that_is_not_installed_is_an_error_before_the_first_step(
-    tiny, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SettingsError, match=r"runtime\.loggers: .*pip install wandb"):
-        toy(tiny.with_changes({"runtime.loggers": ["wandb"]}), tmp_path).train()
-    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_run_yaml_restores_the_settings(tiny, tmp_path):

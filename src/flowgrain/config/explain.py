@@ -15,6 +15,9 @@ from flowgrain.registry import canonical
 from flowgrain.rewards.base import REWARDS, SHAPES_REWARDS, RewardConfig
 from flowgrain.settings import Section, SettingsError, did_you_mean, nearest
 
+_RENAMED = {"runtime.loggers": "runtime.trackers"}
+"""Settings with another name in earlier versions."""
+
 
 def explain(error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
     """Error messages, one for each wrong setting of `values`."""
@@ -240,6 +243,8 @@ def _methods_with(option: str) -> Iterator[str]:
 
 
 def _unknown(path: str, method: type[Method] | None) -> str:
+    if path in _RENAMED:
+        return f"{path} is not a setting. It is {_RENAMED[path]} now."
     option = path.removeprefix("method.").split(".")[0]
     if path.startswith("method.") and method is not None and option not in method.model_fields:
         users = list(_methods_with(option))

@@ -220,6 +220,11 @@ def saved_settings(saved: Values, file: Path) -> Values:
     config = saved["config"]
     if not isinstance(config, dict):
         raise SettingsError(f"{file}: `config` is not a mapping of sections.")
+    runtime = config.get("runtime")
+    if isinstance(runtime, dict) and "loggers" in runtime:  # the former name
+        runtime = {"trackers": runtime["loggers"]} | runtime
+        del runtime["loggers"]
+        config = config | {"runtime": runtime}
     return config
 
 

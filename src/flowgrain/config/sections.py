@@ -346,7 +346,7 @@ class RuntimeConfig(Section):
         "With several ranks: sample with a full copy per rank (replica), or with sharded "
         "parameters. auto: replica if it fits into the free memory.",
     )
-    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Strict(False)] = Setting(
-        (), "Loggers to which metrics are also written: tensorboard, wandb."
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Strict(False)] = (
+        Setting((), "Trackers that receive copies of the records: tensorboard, wandb, trackio.")
     )
     plugins: StrTuple = Setting((), "Python files that register methods, rewards or backbones.")

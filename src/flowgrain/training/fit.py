@@ -4,7 +4,6 @@ The sizes are computed from the settings. Nothing is allocated. Activations, whi
 sampling.batch_size and the micro-batches, are not estimated.
 """
 
-import importlib
 import shutil
 import sys
 import tempfile
@@ -26,10 +25,10 @@ from flowgrain.training.disk import image_size, largest_setting, run_bytes
 from flowgrain.training.load import check_encoder, check_prompt_files, compute_dtype
 from flowgrain.training.memory import memory
 from flowgrain.training.sizes import ModelSize, size_of_loaded
+from flowgrain.training.trackers.base import check_installed
 
 _ROW_BYTES = 100
 """Bytes of a row of the tree of all prompts, with the copies that are made of it."""
-_LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 """Memory limit of a container on Linux."""
 
@@ -54,7 +53,7 @@ class Need:
 
 
 def check_start(config: Config) -> None:
-    """Check prompt files, loggers and the embedding cache, and issue the warnings about settings.
+    """Check prompt files, trackers and the embedding cache, and issue the warnings about settings.
 
     Raises:
         SettingsError: a file or a library is missing, or the cache cannot be written.
@@ -62,13 +61,8 @@ def check_start(config: Config) -> None:
     check_prompt_files(config)
     for message in config.warnings() if env_rank()[0] == 0 else ():
         warnings.warn(message, SettingsWarning, stacklevel=3)
-    for logger in config.runtime.loggers:
-        try:
-            importlib.import_module(_LOGGERS[logger])
-        except ImportError as error:
-            raise SettingsError(
-                f"runtime.loggers: {logger} is not installed ({error}). Run pip install {logger}."
-            ) from error
+    for tracker in config.runtime.trackers:
+        check_installed(tracker)
     cache = config.model.embedding_cache
     if cache and config.model.name != "shapes":
         try:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from flowgrain.training.evaluate import Evaluation
 from flowgrain.training.groups import GroupWriter, to_image
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 from flowgrain.training.run_files import forget_checkpoints, record_settings, write_run
+from flowgrain.training.trackers import Trackers, open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Recorder:
         self.groups = GroupWriter(folder / "groups", config)
         self._resumed = False
         self._recorded = False
-        self._loggers: list[Callable[[Metrics], None]] = []
+        self._first_step: int | None = None
+        self.trackers = Trackers()
 
     def check(self) -> None:
         """Check that the directory contains no other run.
@@ -70,19 +72,17 @@ class Recorder:
         """Create the files. A resumed run keeps its run.yaml until it has trained a step.
 
         Raises:
-            SettingsError: the directory contains a run that is not being resumed, or a logger is
-                not installed.
+            SettingsError: the directory contains a run that is not being resumed.
         """
         self.check()
         for part in ("checkpoints", *_PARTS):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
-        loggers = self.config.runtime.loggers
-        self._loggers = [_open_logger(kind, self.folder, self.config) for kind in loggers]
         if not self._resumed:
             forget_checkpoints(self.folder)
         if not (self._resumed and (self.folder / "run.yaml").exists()):
             write_run(self.folder, self.config, self.given)
         (self.folder / "metrics.jsonl").touch()
+        self.trackers = open_trackers(self.config, self.folder, self._first_step)
 
     def write_metrics(self, line: Metrics) -> None:
         """Append a line to metrics.jsonl and flush it to the disk.
@@ -96,8 +96,7 @@ class Recorder:
             file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        for log in self._loggers:
-            log(line)
+        self.trackers.scalars(line)
 
     def read_metrics(self) -> list[Metrics]:
         """All lines of metrics.jsonl, without damaged lines."""
@@ -105,8 +104,11 @@ class Recorder:
 
     def replace_last(self, line: Metrics) -> None:
         """Replace the last line of metrics.jsonl by `line`."""
-        text = "".join(to_json(m) + "\n" for m in [*self.read_metrics()[:-1], line])
+        *before, last = self.read_metrics()
+        text = "".join(to_json(m) + "\n" for m in [*before, line])
         write_atomically(self.folder / "metrics.jsonl", text)
+        new = {name: value for name, value in line.items() if name not in last}
+        self.trackers.scalars({"step": line["step"], **new})
 
     def metrics_text(self) -> str:
         """The lines of metrics.jsonl, for a checkpoint."""
@@ -125,6 +127,7 @@ class Recorder:
             A message for each file with damaged records.
         """
         self._resumed = True
+        self._first_step = step + 1 if step else 0  # step 0 is evaluated again
         file = self.folder / "metrics.jsonl"
         messages = set_damaged_lines_aside(file)
         if file.exists() or metrics:
@@ -152,6 +155,7 @@ class Recorder:
         images = (to_image(image) for image in evaluation.images[:EVALUATION_IMAGES].cpu())
         write_evaluation_images(folder, step, images)
         write_atomically(folder / evaluation_name(step), to_json(values))
+        self.trackers.evaluation(step, evaluation)
 
     def write_groups(self, batch: RolloutBatch, sigmas: list[float]) -> None:
         """Start to write the groups of a training step, see `GroupWriter`.
@@ -164,6 +168,13 @@ class Recorder:
             OSError: the step before could not be written.
         """
         self.groups.write(batch, sigmas)
+        self.trackers.group(batch, sigmas)
+
+    def write_alarm(self, alarm: Mapping[str, Any]) -> None:
+        """Append a line to alarms.jsonl, and pass it to the trackers."""
+        with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
+            file.write(to_json(alarm) + "\n")
+        self.trackers.alarm(alarm)
 
     def finish(self) -> None:
         """Wait until all records are on the disk.
@@ -181,6 +192,7 @@ class Recorder:
             log.warning(
                 "%s: the groups of the last step could not be written: %s", self.folder, error
             )
+        self.trackers.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs. All records are on the disk.
@@ -199,38 +211,3 @@ class Recorder:
         """Write psi and the rounds of the calibration."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "calibration.json", json.dumps(result.as_dict()))
-
-
-def _open_logger(kind: str, folder: Path, config: Config) -> Callable[[Metrics], None]:
-    """A function that logs one line of metrics.
-
-    Raises:
-        SettingsError: the library of the logger is not installed.
-    """
-    try:
-        return _tensorboard(folder) if kind == "tensorboard" else _wandb(folder, config)
-    except ImportError as error:
-        raise SettingsError(
-            f"runtime.loggers: {kind} is not installed ({error}). Run pip install {kind}."
-        ) from error
-
-
-def _tensorboard(folder: Path) -> Callable[[Metrics], None]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(line: Metrics) -> None:
-        for name, value in line.items():
-            writer.add_scalar(name, value, line["step"])
-        writer.flush()
-
-    return log
-
-
-def _wandb(folder: Path, config: Config) -> Callable[[Metrics], None]:
-    import wandb
-
-    settings = config.to_dict()
-    run = wandb.init(project="flowgrain", name=config.name, dir=str(folder), config=settings)
-    return lambda line: run.log(line, step=line["step"])

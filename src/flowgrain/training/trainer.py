@@ -141,6 +141,7 @@ class Trainer:
                 run_steps(self, self._stop, progress)
             self.recorder.finish()
             self.export()
+            self.recorder.trackers.artifact(self.out / "export")
         except OSError as error:
             raise state.stopped_by_disk(self, error) from error
         finally:
