@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -31,7 +30,9 @@ def confidence_interval(values: NDArray[np.floating]) -> Interval:
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    half = float(stats.sem(values) * quantile)
+    from scipy.special import stdtrit  # scipy takes long to import
+
+    quantile = stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)
+    half = float(values.std(ddof=1) / math.sqrt(len(values)) * quantile)
     mean = float(values.mean())
     return Interval(mean, mean - half, mean + half)
