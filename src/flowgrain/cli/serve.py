@@ -59,12 +59,6 @@ def serve(
     from flowgrain.models.quiet import quiet_libraries
 
     quiet_libraries()
-    try:
-        import fastapi  # noqa: F401
-    except ImportError:
-        raise SettingsError(
-            "A reward server needs fastapi. Install it: pip install 'flowgrain[serve]'"
-        ) from None
     from flowgrain.heap import return_freed_memory
     from flowgrain.registry import load_plugin
     from flowgrain.rewards.messages import TOKEN_VARIABLE

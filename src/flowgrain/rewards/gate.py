@@ -1,7 +1,7 @@
 """The gate of the reward server: the token, and limits on time, size and number of requests.
 
-Uvicorn limits neither the time nor the memory of bodies. `Gate` is an ASGI middleware for bodies and
-the queue. `flowgrain.slow_clients` limits the time of headers.
+Uvicorn limits neither the time nor the memory of bodies. `Gate` is an ASGI middleware for bodies
+and the queue. `flowgrain.slow_clients` limits the time of headers.
 """
 
 import asyncio
