@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from flowgrain.config import Config
 from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.methods.calibration import calibration_cost
+from flowgrain.records.metrics import read_metrics
 from flowgrain.report.comparison import finished_runs
 from flowgrain.studies.results import read_comparison, units_of_step
-from flowgrain.training.run_files import read_metrics, read_run_config
+from flowgrain.training.run_files import read_run_config
 
 ORACLE = "oracle"
 

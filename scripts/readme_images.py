@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flowgrain.evaluation.statistics import confidence_interval
+from flowgrain.records.metrics import read_metrics
 from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
-from flowgrain.training.run_files import read_metrics
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 INK, BLUE, GRAY = "#1f2733", "#2f6fde", "#8a94a6"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         register,
     )
     from flowgrain.models import register_backbone
+    from flowgrain.records import load_run
     from flowgrain.rewards import register_reward
     from flowgrain.settings import SettingsError
     from flowgrain.training import Interrupted, RunStopped, Trainer
@@ -39,6 +40,7 @@ _HOMES = {
     "Tree": "core.tree",
     "cost": "core.cost",
     "load_config": "config",
+    "load_run": "records",
     "register": "methods",
     "register_backbone": "models",
     "register_reward": "rewards",
@@ -72,6 +74,7 @@ __all__ = [
     "Tree",
     "cost",
     "load_config",
+    "load_run",
     "register",
     "register_backbone",
     "register_reward",

@@ -10,7 +10,7 @@ import twins
 from command_line import SMALL, flowgrain, refused, succeeded
 
 from flowgrain.config import load_config
-from flowgrain.training.run_lock import RunLock
+from flowgrain.records.run_lock import RunLock
 
 REWARD = """
 def brightness(images, prompts):

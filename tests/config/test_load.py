@@ -8,7 +8,7 @@ from flowgrain import METHODS, Config, SettingsError, load_config
 from flowgrain.config.explain import setting_paths
 from flowgrain.config.load import merge, parse_overrides, recipe_names
 from flowgrain.config.show import inline
-from flowgrain.config.yaml_text import check_yaml
+from flowgrain.yaml_text import check_yaml
 
 
 def at(config, path):

@@ -18,7 +18,7 @@ from rank_work import make, train
 from flowgrain import METHODS
 from flowgrain.distributed import SINGLE, env_rank, local_world_size
 from flowgrain.distributed.threads import available_cores, set_threads
-from flowgrain.training.run_lock import RunLock
+from flowgrain.records.run_lock import RunLock
 
 PAIRWISE = {"name": "pairwise", "judge": {"name": "score", "reward": "toy:red"}, "comparisons": 4}
 SHARDED = {"runtime.rollout_weights": "sharded"}

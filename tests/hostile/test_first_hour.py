@@ -351,14 +351,14 @@ def test_a_directory_that_is_not_writable(directory, monkeypatch, run):
     def denied(*_):
         raise PermissionError(13, "Permission denied", "run/.lock")
 
-    monkeypatch.setattr("flowgrain.training.run_lock.RunLock.acquire", denied)
+    monkeypatch.setattr("flowgrain.records.run_lock.RunLock.acquire", denied)
     message = refused("train", "--resume", "run", "training.max_steps=3")
     assert message.startswith("error: run: is not writable (")
     assert "disk space" not in message
 
 
 def test_temporary_files_have_one_dot(directory, monkeypatch):
-    from flowgrain.training import files
+    from flowgrain.records import files
 
     names = []
     monkeypatch.setattr(files, "flush", lambda path: names.append(path.name))

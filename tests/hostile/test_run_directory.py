@@ -12,8 +12,8 @@ import pytest
 from toy import PROMPTS, Toy, red
 
 from flowgrain import SettingsError, Trainer
-from flowgrain.training.run_files import read_metrics
-from flowgrain.training.run_lock import HOLDER, RunLock
+from flowgrain.records.metrics import read_metrics
+from flowgrain.records.run_lock import HOLDER, RunLock
 
 FORK = multiprocessing.get_context("fork")
 

@@ -10,8 +10,10 @@ from toy import Toy, red
 
 import flowgrain
 from flowgrain import SettingsError, Trainer, load_config
+from flowgrain.records.metrics import read_metrics
+from flowgrain.records.run_yaml import read_run
 from flowgrain.training.recorder import EVALUATION_IMAGES
-from flowgrain.training.run_files import read_metrics, read_run, read_run_config
+from flowgrain.training.run_files import read_run_config
 
 
 def toy(config, folder):

@@ -4,7 +4,7 @@ import pytest
 from toy import PROMPTS, Toy, red
 
 from flowgrain import Trainer
-from flowgrain.training.run_files import read_run
+from flowgrain.records.run_yaml import read_run
 
 
 @pytest.fixture

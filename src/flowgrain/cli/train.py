@@ -78,8 +78,9 @@ def _start(
 
 def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) -> "Trainer":
     """The trainer of the run in `folder`, at its last good checkpoint."""
+    from flowgrain.records.run_yaml import read_run
     from flowgrain.training import Trainer
-    from flowgrain.training.run_files import read_run, read_run_config
+    from flowgrain.training.run_files import read_run_config
 
     source, overrides = split_words(words)
     if source is not None:

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ValidationError
 from flowgrain.config.explain import explain
 from flowgrain.config.presets import apply_preset
 from flowgrain.config.schema import Config
-from flowgrain.config.yaml_text import check_yaml, syntax_error
 from flowgrain.methods import METHODS
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
 from flowgrain.settings import SettingsError, nearest, one_line
+from flowgrain.yaml_text import check_yaml, syntax_error
 
 DEFAULT = "demo"
 _RECIPES = files("flowgrain.config").joinpath("recipes")

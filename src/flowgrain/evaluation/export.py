@@ -4,12 +4,13 @@ from pathlib import Path
 
 from flowgrain.config.schema import Config
 from flowgrain.evaluation.targets import or_export
+from flowgrain.records.run_yaml import read_run
 from flowgrain.settings import SettingsError
 from flowgrain.training import RunStopped, checkpoint
 from flowgrain.training.export import export_policy
 from flowgrain.training.load import compute_device, load_model
 from flowgrain.training.policy import Policy
-from flowgrain.training.run_files import last_step, read_run, read_run_config
+from flowgrain.training.run_files import last_step, read_run_config
 
 
 def export_run(folder: Path, name: str | None = None, out: Path | None = None) -> tuple[Path, Path]:

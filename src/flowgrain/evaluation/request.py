@@ -10,12 +10,12 @@ import yaml
 
 from flowgrain.config.load import parse_overrides
 from flowgrain.config.schema import Config
-from flowgrain.config.yaml_text import check_yaml
 from flowgrain.data import Prompt
 from flowgrain.evaluation.targets import Target, base_config, find_targets
+from flowgrain.records.files import write_atomically
 from flowgrain.rewards import Explains, Reward
 from flowgrain.settings import SettingsError, one_line
-from flowgrain.training.files import write_atomically
+from flowgrain.yaml_text import check_yaml
 
 RECORD = "evaluation.yaml"
 _SECTIONS = ("model", "sampling", "rewards", "evaluation", "data", "runtime")

@@ -22,12 +22,12 @@ from flowgrain.evaluation.storage import (
 )
 from flowgrain.evaluation.targets import load_target
 from flowgrain.models import Backbone
+from flowgrain.records.run_yaml import read_run
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
 from flowgrain.training.evaluate import Evaluation, evaluate, warn_of_failures
 from flowgrain.training.load import load_prompts, load_rewards
 from flowgrain.training.policy import Policy
-from flowgrain.training.run_files import read_run
 
 
 @dataclass(frozen=True)

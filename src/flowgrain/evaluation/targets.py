@@ -14,12 +14,13 @@ from typing import Any, Literal
 from flowgrain.config.load import DEFAULT, merge, read_source, validate, with_defaults
 from flowgrain.config.schema import Config
 from flowgrain.models import BACKBONES, Backbone
+from flowgrain.records.run_yaml import read_run
 from flowgrain.settings import SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.export import load_export
 from flowgrain.training.load import compute_device, load_model
 from flowgrain.training.policy import Policy
-from flowgrain.training.run_files import last_step, read_run, read_run_config
+from flowgrain.training.run_files import last_step, read_run_config
 from flowgrain.training.state import kept_settings
 
 log = logging.getLogger(__name__)

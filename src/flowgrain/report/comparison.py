@@ -13,6 +13,8 @@ import numpy as np
 from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.evaluation.table import json_text
 from flowgrain.methods.calibration import calibration_cost
+from flowgrain.records.files import write_atomically
+from flowgrain.records.metrics import read_metrics
 from flowgrain.report.comparison_table import (
     best_label,
     make_tables,
@@ -35,8 +37,7 @@ from flowgrain.studies.results import (
     results,
     units_of_step,
 )
-from flowgrain.training.files import write_atomically
-from flowgrain.training.run_files import read_metrics, read_run_config
+from flowgrain.training.run_files import read_run_config
 
 _AXES = {"units": "cost in units", "updates": "optimizer updates"}
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from flowgrain.training.files import write_atomically
+from flowgrain.records.files import write_atomically
 
 SMALL = 128
 """Images up to this size in pixels are shown with sharp pixels."""

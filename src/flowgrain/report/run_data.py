@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flowgrain.config.schema import Config
-from flowgrain.training.run_files import read_metrics, read_run, read_run_config
+from flowgrain.records.metrics import read_metrics
+from flowgrain.records.run_yaml import read_run
+from flowgrain.training.run_files import read_run_config
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

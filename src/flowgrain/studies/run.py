@@ -15,6 +15,7 @@ from flowgrain.config.load import read_yaml, validate
 from flowgrain.heap import retain_freed_memory
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.models.quiet import quiet_libraries
+from flowgrain.records.files import write_atomically
 from flowgrain.registry import load_plugin
 from flowgrain.settings import SettingsError
 from flowgrain.studies import workers
@@ -29,7 +30,6 @@ from flowgrain.studies.results import (
     units_of_step,
 )
 from flowgrain.training import Diverged, Interrupted, RunStopped, Trainer
-from flowgrain.training.files import write_atomically
 from flowgrain.training.run_files import describe_environment
 
 

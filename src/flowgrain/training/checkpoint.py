@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowgrain.distributed import SINGLE, World
 from flowgrain.distributed.storage import read_tensors, write_tensors
-from flowgrain.training.files import flush
+from flowgrain.records.files import flush
 
 METRICS = "metrics.jsonl"
 """File of a checkpoint with the metrics of the run up to its step."""

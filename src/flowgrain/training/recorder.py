@@ -10,18 +10,14 @@ from typing import Any
 
 from flowgrain.config.schema import Config
 from flowgrain.methods.calibration import CalibrationResult
+from flowgrain.records.damaged import set_damaged_files_aside, set_damaged_lines_aside
+from flowgrain.records.files import write_atomically
+from flowgrain.records.metrics import read_metrics
 from flowgrain.settings import SettingsError
 from flowgrain.training.evaluate import Evaluation
-from flowgrain.training.files import write_atomically
 from flowgrain.training.pictures import contact_sheet, enlarge, to_pixels
-from flowgrain.training.records import set_damaged_files_aside, set_damaged_lines_aside
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
-from flowgrain.training.run_files import (
-    forget_checkpoints,
-    read_metrics,
-    record_settings,
-    write_run,
-)
+from flowgrain.training.run_files import forget_checkpoints, record_settings, write_run
 
 EVALUATION_IMAGES = 24
 """Number of images of an evaluation that are recorded."""

@@ -2,8 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import logging
-import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +11,11 @@ from typing import Any
 import torch
 import yaml
 
-from flowgrain.config.load import load_config, read_yaml
+from flowgrain.config.load import load_config
 from flowgrain.config.schema import Config
-from flowgrain.settings import SettingsError
-from flowgrain.training.files import write_atomically
-from flowgrain.training.records import describe_lines, parse_metrics
-
-log = logging.getLogger(__name__)
+from flowgrain.records.files import write_atomically
+from flowgrain.records.metrics import read_metrics
+from flowgrain.records.run_yaml import read_run
 
 _SAVED = ".saved"
 """Empty file in the directory of a run that has written a checkpoint."""
@@ -123,20 +119,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The content of a run's run.yaml.
-
-    Raises:
-        SettingsError: there is no readable run.yaml.
-    """
-    if path.is_file() and path.suffix not in (".yaml", ".yml"):
-        raise SettingsError(f"{path}: not the directory of a run. It is a file.")
-    file = path / "run.yaml" if path.is_dir() else path
-    if not file.exists():
-        raise SettingsError(f"{path}: not the directory of a run. It has no run.yaml.")
-    return read_yaml(file)
-
-
 def read_run_config(
     path: Path,
     overrides: Sequence[str] | Mapping[str, Any] = (),
@@ -150,22 +132,6 @@ def read_run_config(
     """
     read_run(path)
     return load_config(Path(path), overrides, plugins=plugins)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl. Empty if there is no such file.
-
-    Damaged lines are left out with a warning, and a last line that is still being written without.
-    """
-    file = folder / "metrics.jsonl"
-    records, damaged = parse_metrics(file.read_bytes() if file.exists() else b"")
-    damaged = [line for line in damaged if not line.unfinished]
-    if damaged:
-        log.warning("%s: %s and left out", file, describe_lines(damaged))
-    return [
-        {key: math.nan if value is None else value for key, value in record.items()}
-        for record in records
-    ]
 
 
 def last_step(folder: Path) -> int:

@@ -12,18 +12,14 @@ from flowgrain.config.schema import Config
 from flowgrain.data import Prompt
 from flowgrain.image_data import identity
 from flowgrain.methods import Method
+from flowgrain.records.metrics import parse_metrics
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.errors import Diverged, RunStopped
 from flowgrain.training.fit import check_disk, check_writable
 from flowgrain.training.health import destroyed
-from flowgrain.training.records import parse_metrics
 from flowgrain.training.rollout_batch import Metrics
-from flowgrain.training.run_files import (
-    forget_checkpoints,
-    had_checkpoints,
-    remember_checkpoints,
-)
+from flowgrain.training.run_files import forget_checkpoints, had_checkpoints, remember_checkpoints
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer

@@ -13,6 +13,7 @@ from flowgrain.distributed.threads import set_threads
 from flowgrain.methods import Method, PolicyGradient
 from flowgrain.methods.calibration import CalibrationResult
 from flowgrain.models import Backbone, check_backbone
+from flowgrain.records.run_lock import RunLock
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
 from flowgrain.training import state
@@ -33,7 +34,6 @@ from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.run_files import resume_command
-from flowgrain.training.run_lock import RunLock
 from flowgrain.training.setup import names_of_given, with_given
 from flowgrain.training.signals import StopSignal
 from flowgrain.training.sizes import size_before_loading

@@ -16,8 +16,8 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from flowgrain.records.files import write_atomically
 from flowgrain.settings import SettingsError
-from flowgrain.training.files import write_atomically
 
 LOCK = ".lock"
 """Name of the file that the kernel locks. It remains after a run."""

@@ -1,0 +1,19 @@
+"""Files of a run: reading and writing without torch."""
+
+from flowgrain.records.evaluations import EvaluationRecord
+from flowgrain.records.groups import GroupRecord, GroupStore, GroupTree, PromptGroup
+from flowgrain.records.history import History
+from flowgrain.records.images import DamagedRecord
+from flowgrain.records.run import Run, load_run
+
+__all__ = [
+    "DamagedRecord",
+    "EvaluationRecord",
+    "GroupRecord",
+    "GroupStore",
+    "GroupTree",
+    "History",
+    "PromptGroup",
+    "Run",
+    "load_run",
+]
