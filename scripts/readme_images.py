@@ -21,8 +21,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.records.metrics import read_metrics
+from flowgrain.statistics import confidence_interval
 from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

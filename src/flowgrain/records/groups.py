@@ -173,7 +173,7 @@ class GroupRecord:
 
     def image_bytes(self, prompt: int, place: int, full: bool = False) -> bytes:
         """The image of a leaf as the bytes of a WebP file. See `image`."""
-        return read_member(self.path, _member(prompt, place, full))
+        return read_member(self.path, image_name(prompt, place, full))
 
     def leaf_advantage(self, prompt: int) -> list[float]:
         """Mean advantage [I] of the credited rows above every leaf. NaN for a leaf without any."""
@@ -287,9 +287,9 @@ def write_group(
     """
     members = {"step.json": to_json(group.as_dict()).encode()}
     for (prompt, place), pixels in images.items():
-        members[_member(prompt, place, False)] = encode_image(pixels, thumbnail)
+        members[image_name(prompt, place, False)] = encode_image(pixels, thumbnail)
         if place in group.prompts[prompt].full:
-            members[_member(prompt, place, True)] = encode_image(pixels)
+            members[image_name(prompt, place, True)] = encode_image(pixels)
     group.path.parent.mkdir(parents=True, exist_ok=True)
     return write_zip(group.path, members)
 
@@ -310,7 +310,8 @@ def read_group(path: Path) -> GroupRecord:
         raise DamagedRecord(f"{path}: damaged ({error})") from None
 
 
-def _member(prompt: int, place: int, full: bool) -> str:
+def image_name(prompt: int, place: int, full: bool) -> str:
+    """Name of the member with an image."""
     return f"{prompt:03d}/{place:03d}{'.full' if full else ''}.webp"
 
 
