@@ -31,6 +31,9 @@ function App() {
   useEffect(() => {
     document.title = `${[title, parts[0]].filter(Boolean).join(" · ")} · flowgrain`;
   }, [title, parts[0]]);
+  useEffect(() => {
+    document.querySelector("nav [aria-current]")?.scrollIntoView({block: "nearest", inline: "nearest"});
+  }, [page]);
   return html`
     <a class="skip" href="#main" onClick=${skip}>Skip to the content</a>
     <header>

@@ -7,7 +7,7 @@ import {Select} from "view/ui.js";
 
 /** The sources of a page: all of them, the chosen two, and their common images.
  *
- * Without a choice, these are the first and the last source that can be compared. `pairs` are `{text, a, b}` with
+ * Without a choice, these are the first source and the last one of the same run. `pairs` are `{text, a, b}` with
  * the places of the same prompt in both sources.
  */
 export function usePair() {
@@ -28,7 +28,8 @@ function chosen(sources, query) {
   const find = (id) => sources.find((source) => source.id === id);
   const near = sources.filter((source) => !query.of || source.id.includes(query.of));
   const a = find(query.a) ?? near.find((source) => partners(sources, source).length) ?? near[0];
-  const b = find(query.b) ?? (a && partners(sources, a).at(-1));
+  const others = a ? partners(sources, a) : [];
+  const b = find(query.b) ?? others.findLast((source) => source.run === a.run) ?? others.at(-1);
   return [a, b];
 }
 

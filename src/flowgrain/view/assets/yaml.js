@@ -4,15 +4,16 @@ const PLAIN = /^[A-Za-z_/.][\w /.+@()-]*$/;
 const WORDS = /^(true|false|null|yes|no|on|off|~)$/i;
 const INLINE = 72;
 
-/** Lines `{indent, key, text}` of a value: an object, a list or a scalar. */
+/** Lines `{indent, key, text}` of an object or a list. */
 export function yamlLines(value, indent = 0) {
-  if (value === null || typeof value !== "object") return [{indent, key: "", text: scalar(value)}];
-  const list = Array.isArray(value);
   return Object.entries(value).flatMap(([name, item]) => {
-    const key = list ? "- " : `${scalar(name)}: `;
+    const key = Array.isArray(value) ? "- " : `${scalar(name)}: `;
     const short = inline(item);
     if (short !== null) return [{indent, key, text: short}];
-    return [{indent, key: key.trimEnd(), text: ""}, ...yamlLines(item, indent + 1)];
+    const lines = yamlLines(item, indent + 1);
+    if (key !== "- ") return [{indent, key: key.trimEnd(), text: ""}, ...lines];
+    const [first, ...others] = lines; // the first entry is on the line of the dash
+    return [{...first, indent, key: `- ${first.key}`}, ...others];
   });
 }
 

@@ -35,7 +35,7 @@ function Votes({a, b, pairs}) {
   const done = round.place >= round.order.length;
   return html`<div>
     ${done
-      ? html`<div class="card finished">
+      ? html`<div class="card judged">
           <h1>${round.order.length || pairs.length} of ${pairs.length} images are judged</h1>
           <button type="button" onClick=${again}>Judge all again</button>
         </div>`

@@ -42,8 +42,10 @@ export function Compare() {
         <span class="faint">${place + 1} of ${pairs.length}</span>
         <button type="button" disabled=${place >= pairs.length - 1} onClick=${() => move(1)} aria-label="Next prompt">›</button>
       </div>
-      <${Stage} key=${mode} mode=${mode} a=${a} b=${b} pair=${pair} />
-      <${Scores} a=${a} b=${b} scores=${scores} pair=${pair} />
+      <div class="stage-row">
+        <${Stage} key=${mode} mode=${mode} a=${a} b=${b} pair=${pair} />
+        <${Scores} scores=${scores} pair=${pair} />
+      </div>
       <${OtherSources} sources=${sources} a=${a} b=${b} place=${pair.a} />
       <h2>All prompts</h2>
       <${VirtualGrid} label="All prompts" items=${pairs} cellWidth=${200} aspect=${0.5} text=${46}
@@ -184,7 +186,7 @@ function drawDifference(canvas, a, b) {
 }
 
 /** The scores of the two images. */
-function Scores({a, b, scores: [first, second], pair}) {
+function Scores({scores: [first, second], pair}) {
   const names = [...new Set([...Object.keys(first), ...Object.keys(second)])];
   if (!names.length) return null;
   return html`<div class="scroll"><table class="scores">

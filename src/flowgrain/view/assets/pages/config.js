@@ -91,5 +91,5 @@ function Differences({a, b}) {
 
 /** A value as YAML. */
 const Yaml = ({value}) => html`<pre class="yaml">${yamlLines(value).map(
-  ({indent, key, text}, i) => html`<span key=${i}>${"  ".repeat(indent)}${key && html`<span class="key">${key}</span>`}${text}\n</span>`,
+  ({indent, key, text}, i) => html`<span key=${i} style=${{"--indent": indent}}><b>${key}</b>${text}</span>`,
 )}</pre>`;

@@ -126,7 +126,7 @@ function Header({column, sort}) {
 
 const Row = ({run, columns, on, toggle}) => html`<tr tabindex="0" data-run=${run.id} class=${on ? "on" : ""} aria-label=${`${run.id}${on ? ", selected" : ""}`}>
   <td class="select"><input type="checkbox" tabindex="-1" aria-label=${`Select ${run.id}`} checked=${on} onChange=${() => toggle([run.id])} /></td>
-  ${columns.map((column) => html`<td key=${column.key} class="${column.key} ${column.number ? "number" : ""}" data-title=${column.title} title=${(column.hint && column.hint(run)) || undefined}>${column.show(run)}</td>`)}
+  ${columns.map((column) => html`<td key=${column.key} class="col-${column.key} ${column.number ? "number" : ""}" data-title=${column.title} title=${(column.hint && column.hint(run)) || undefined}>${column.show(run)}</td>`)}
 </tr>`;
 
 function rowKeys(event, toggle) {
