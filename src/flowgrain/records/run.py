@@ -111,7 +111,7 @@ class Run:
         if holder is not None and _is_alive(holder):
             return "running"
         limit = self._section("training").get("max_seconds")
-        in_time = isinstance(limit, int | float) and seconds >= limit
+        in_time = isinstance(limit, int | float) and bool(seconds >= limit)
         if in_time or step >= self.max_steps > 0:
             return "finished"
         return "stopped" if holder is None else "unfinished"

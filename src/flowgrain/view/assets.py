@@ -1,4 +1,4 @@
-"""The files of the pages: HTML, JavaScript and CSS. They are in the package, without a build step."""
+"""The files of the pages: HTML, JavaScript and CSS, without a build step."""
 
 import base64
 import hashlib

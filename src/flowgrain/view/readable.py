@@ -1,7 +1,7 @@
 """What to do with damaged files: they are left out, with a note, and never stop the server."""
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -22,7 +22,7 @@ DAMAGED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError,
 def readable(
     damaged: list[str], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> T | None:
-    """The result of `read`. None if it fails because of a damaged file, with a note in `damaged`."""
+    """The result of `read`. None for a damaged file, with a note in `damaged`."""
     try:
         return read(*args, **kwargs)
     except DAMAGED as error:

@@ -1,6 +1,5 @@
 """The runs: their list, their settings and their metrics."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path

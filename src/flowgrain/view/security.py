@@ -90,7 +90,8 @@ class Gate:
             return refusal(414, "The address is too long.")
         if not self._is_own_name(headers.get("host", "")):
             return refusal(
-                403, "Open the server by the address that flowgrain view printed, or a tunnel to it."
+                403,
+                "Open the server by the address that flowgrain view printed, or a tunnel to it.",
             )
         voting = scope["method"] == "POST" and scope["path"] == "/api/votes"
         if scope["method"] not in ("GET", "HEAD") and not voting:
