@@ -5,7 +5,7 @@ import uPlot from "uplot";
 import {number} from "view/format.js";
 import {color, useTheme} from "view/theme.js";
 
-const HEIGHT = 210;
+const HEIGHT = 222;
 
 /** A chart of lines over x.
  *

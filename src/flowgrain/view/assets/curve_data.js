@@ -2,6 +2,7 @@
 
 import {mean} from "view/format.js";
 
+const SMOOTHED = 20;
 export const COLORS = ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"];
 
 const SECTIONS = [
@@ -43,20 +44,22 @@ export function seedGroups(runs, combine) {
 export const groupLabel = (group) =>
   group.length === 1 ? group[0].id : `${group[0].id.replace(/[^/]*$/, "")}${group[0].name}, ${group.length} seeds`;
 
-/** The line of a metric for a run: `{x, y, raw, steps}`, or null without values. */
+/** The line of a metric for a run: `{x, y, raw, steps}`, or null without values.
+ *
+ * Fewer than 20 values, such as those of evaluations, are not smoothed.
+ */
 function runLine(metrics, key, axis, smoothing) {
   const column = metrics?.columns?.[key];
   if (!column) return null;
   const rows = column.flatMap((value, i) => (Number.isFinite(value) && metrics[axis][i] !== null ? [i] : []));
   if (!rows.length) return null;
   const values = rows.map((i) => column[i]);
-  const line = {x: rows.map((i) => metrics[axis][i]), y: smooth(values, smoothing), steps: rows.map((i) => metrics.step[i])};
-  return smoothing > 0 ? {...line, raw: values} : line;
+  const line = {x: rows.map((i) => metrics[axis][i]), y: values, steps: rows.map((i) => metrics.step[i])};
+  return smoothing > 0 && values.length >= SMOOTHED ? {...line, y: smooth(values, smoothing), raw: values} : line;
 }
 
 /** Exponential mean without the bias of its start. */
-export function smooth(values, weight) {
-  if (!weight) return values;
+function smooth(values, weight) {
   let [sum, total] = [0, 0];
   return values.map((value) => {
     sum = weight * sum + (1 - weight) * value;

@@ -2,7 +2,6 @@
 
 import {html, useEffect, useState} from "preact";
 import {useGet} from "view/api.js";
-import {number} from "view/format.js";
 
 /** A message in place of content: still loading, or what went wrong. */
 export function Pending({error, what}) {
@@ -48,7 +47,7 @@ export function StepSlider({label, steps, value, onChange}) {
   const place = Math.max(0, steps.indexOf(value));
   const move = (to) => steps[to] !== undefined && onChange(steps[to]);
   return html`<div class="field slider">
-    <label for="step-slider"><span>${label}</span> <b class="value">${value}</b></label>
+    <label for="step-slider"><span>${label}</span> <b class="current">${value}</b></label>
     <div class="row">
       <button type="button" title="Previous step" disabled=${place === 0} onClick=${() => move(place - 1)}>‹</button>
       <input
@@ -108,15 +107,13 @@ export function advantageStyle(value, largest) {
 export const AlarmBadge = ({count}) =>
   count ? html`<span class="badge alarm" title="Alarms of the watch">▲ ${count}</span>` : html`<span class="faint">–</span>`;
 
-/** The alarms of a run in words. */
+/** The alarms of runs in words. With several runs, every alarm names its `run`. */
 export function Alarms({alarms}) {
   if (!alarms?.length) return null;
   return html`<ul class="alarms" aria-label="Alarms">
     ${alarms.map(
-      (alarm) => html`<li key=${`${alarm.step} ${alarm.monitor}`}>
-        <span class="badge alarm">▲ step ${alarm.step}</span>
-        <b>${alarm.monitor}</b> ${alarm.direction === "down" ? "fell" : "rose"} by ${number(Math.abs(alarm.difference))}
-        <span class="faint"> ${alarm.message}</span>
+      (alarm) => html`<li key=${`${alarm.run} ${alarm.step} ${alarm.monitor}`}>
+        <span class="badge alarm">▲ ${alarm.monitor}, step ${alarm.step}</span> ${alarm.run && html`<b>${alarm.run}</b> `}${alarm.message}
       </li>`,
     )}
   </ul>`;

@@ -61,7 +61,7 @@ function Overlay({runs, chosen, query}) {
       <${Field} label="Metrics"><input type="search" placeholder="part of a name" value=${filter} onInput=${(event) => setQuery({keys: event.target.value})} /></${Field}>
     </div>
     ${groups.some((group) => group.length > 1) && html`<p class="faint">Lines are means over seeds. Bands are from the lowest to the highest seed.</p>`}
-    <${Alarms} alarms=${loaded.flatMap((d) => (d.alarms ?? []).map((alarm) => (loaded.length > 1 ? {...alarm, message: `${d.id}. ${alarm.message ?? ""}`} : alarm)))} />
+    <${Alarms} alarms=${loaded.flatMap((d) => (d.alarms ?? []).map((alarm) => (loaded.length > 1 ? {...alarm, run: d.id} : alarm)))} />
     ${error && html`<${Pending} error=${error} />`}
     ${!error && !loaded.length && html`<${Pending} what="metrics" />`}
     ${loaded.length > 0 && !keys.length && html`<${Nothing}>No metrics yet. The first line is written after the evaluation before training.</${Nothing}>`}
