@@ -60,7 +60,7 @@ def export(catalog: Catalog, out: Path) -> Exported:
 
     Args:
         catalog: the directories.
-        out: an .html file, which then contains everything, or a directory for index.html and images.
+        out: an .html file for everything, or a directory for index.html and the images.
 
     Raises:
         SettingsError: there is no run, or the directory contains something else.
