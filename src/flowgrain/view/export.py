@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flowgrain.records.files import write_atomically
+from flowgrain.records.images import LOSSLESS
 from flowgrain.settings import SettingsError
 from flowgrain.view import evaluations, groups, runs, sources
 from flowgrain.view.assets import Assets
@@ -158,7 +159,7 @@ def _pictures(
                 for place in range(len(group["tree"]["leaves"])) if prompt["recorded"] else ():
                     name = address(entry, "groups", step, number, f"{place}.webp")
                     yield name, partial(groups.image, entry, step, number, place)
-                    if place in prompt["full"]:
+                    if place in prompt["full"] and max(group["image_size"]) > LOSSLESS:
                         read = partial(groups.image, entry, step, number, place, True)
                         yield f"{name}?full=1", read
 
