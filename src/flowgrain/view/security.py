@@ -1,8 +1,8 @@
 """The gate of the server: who may ask, what, and how much.
 
 The server shows private files of the user who started it. Three kinds of strangers are kept out:
-other computers (loopback address, or a token), other users of the computer (a token, if wanted), and
-web pages in the browser of the user (Host and fetch headers, a cookie that other sites cannot send).
+other computers (loopback address, or a token), other users of the computer (a token, if wanted),
+and other web pages in the user's browser (Host and fetch headers, a cookie of this site only).
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class Gate:
         if not self._is_own_name(headers.get("host", "")):
             return refusal(
                 403,
-                "Open the server by the address that flowgrain view printed, or a tunnel to it.",
+                "Use the address that flowgrain view printed, or a tunnel to it.",
             )
         voting = scope["method"] == "POST" and scope["path"] == "/api/votes"
         if scope["method"] not in ("GET", "HEAD") and not voting:

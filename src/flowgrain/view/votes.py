@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrain.records.json_text import parse_json
+from flowgrain.settings import SettingsError
 from flowgrain.statistics import share_interval
 from flowgrain.view.catalog import Catalog, Entry
 from flowgrain.view.readable import DAMAGED, Missing, reason
@@ -204,6 +205,33 @@ def _image(catalog: Catalog, name: str, vote: Vote) -> tuple[str, bytes]:
     content, kind = source.image(vote.place)
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]
     return f"images/{digest}-{vote.place:06d}.{kind.removeprefix('image/')}", content
+
+
+def write_preferences(catalog: Catalog, folder: Path) -> tuple[Path, int, list[str]]:
+    """Write all votes as a data set for `data.pairs`.
+
+    Args:
+        catalog: the directories.
+        folder: a new directory.
+
+    Returns:
+        The path of pairs.jsonl, the number of pairs, and what was left out.
+
+    Raises:
+        SettingsError: the directory is not empty, or there is no vote that prefers an image.
+        OSError: a file cannot be written.
+    """
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise SettingsError(f"--export-votes {folder}: is not empty. Use a new directory.")
+    damaged: list[str] = []
+    content = b""
+    try:
+        for name, content in preference_data(catalog, all_votes(catalog), damaged):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    except Missing as error:
+        raise SettingsError(f"--export-votes {folder}: {error}") from None
+    return folder / "pairs.jsonl", content.count(b"\n"), damaged  # pairs.jsonl comes last
 
 
 def zipped(files: Iterable[tuple[str, bytes]]) -> bytes:
