@@ -9,8 +9,8 @@ const MOVES = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: "row", ArrowUp: "-row"};
 
 /** A grid of cells of equal height.
  *
- * `render(item, index)` draws a cell. Its height is `aspect` times its width plus `text` pixels. The
- * arrow keys move the focus.
+ * `render(item, index)` draws a cell. Its height is `aspect` times its width plus `text`. Lengths are in sixteenths
+ * of a rem: pixels, which grow on large screens. The arrow keys move the focus.
  */
 export function VirtualGrid({items, cellWidth, aspect = 1, text, render, label}) {
   const outer = useRef(null);
@@ -19,9 +19,10 @@ export function VirtualGrid({items, cellWidth, aspect = 1, text, render, label})
   const measure = () => {
     const box = outer.current?.getBoundingClientRect();
     if (!box?.width) return;
-    const columns = Math.max(1, Math.floor((box.width + GAP) / (cellWidth + GAP)));
+    const unit = parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
+    const columns = Math.max(1, Math.floor((box.width + GAP) / (cellWidth * unit + GAP)));
     const width = (box.width - GAP * (columns - 1)) / columns;
-    const height = Math.ceil(width * aspect) + text + GAP;
+    const height = Math.ceil(width * aspect + text * unit) + GAP;
     const first = Math.max(0, Math.floor(-box.top / height) - ROWS_AROUND);
     const last = Math.max(0, Math.ceil((innerHeight - box.top) / height) + ROWS_AROUND);
     setView((old) => {
