@@ -1,6 +1,7 @@
 """The answers of the server, on runs that no training wrote."""
 
 import io
+import itertools
 import json
 import math
 import shutil
@@ -76,7 +77,7 @@ def test_metrics_in_few_points_are_means(runs):
     found = get(client, "/api/runs/demo/metrics?keys=reward/towers,eval/towers,unknown&points=8")
     assert set(found["columns"]) == {"reward/towers", "eval/towers"}
     edges = np.linspace(0, len(lines), 9).astype(int)
-    buckets = [lines[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    buckets = [lines[a:b] for a, b in itertools.pairwise(edges)]
     assert found["step"] == [bucket[-1]["step"] for bucket in buckets]
     for key, column in found["columns"].items():
         for value, bucket in zip(column, buckets, strict=True):
