@@ -21,9 +21,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
+from flowgrain.records import EvaluationRecord, load_run
+from flowgrain.records.evaluations import EVALUATION_IMAGES
 from flowgrain.records.metrics import read_metrics
 from flowgrain.statistics import confidence_interval
-from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 INK, BLUE, GRAY = "#1f2733", "#2f6fde", "#8a94a6"
@@ -38,38 +39,28 @@ def train_demo() -> Path:
     return out
 
 
-def evaluations(run: Path) -> list[dict]:
-    """The evaluations of a run, in order."""
-    return [
-        json.loads(file.read_text()) for file in sorted((run / "evaluations").glob("step-*.json"))
-    ]
-
-
-def tiles(run: Path, step: int) -> list[Image.Image]:
+def tiles(evaluation: EvaluationRecord) -> list[Image.Image]:
     """The recorded images of an evaluation."""
-    sheet = Image.open(run / "images" / f"evaluation-{step:06d}.png").convert("RGB")
-    size = sheet.width // EVALUATION_COLUMNS
-    boxes = [divmod(i, EVALUATION_COLUMNS) for i in range(EVALUATION_IMAGES)]
-    return [sheet.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r, c in boxes]
+    return [evaluation.image(place) for place in range(evaluation.num_images)]
 
 
-def shown_prompts(first: dict, last: dict) -> list[int]:
+def shown_prompts(first: EvaluationRecord, last: EvaluationRecord) -> list[int]:
     """Prompts to show: four whose score rose by more than 0.2, then the first of the others.
 
     The selection is not representative. The curve shows the mean over all prompts.
     """
-    gain = np.array(last["scores"]["oracle"]) - np.array(first["scores"]["oracle"])
+    gain = np.array(last.scores["oracle"]) - np.array(first.scores["oracle"])
     rose = [i for i in range(EVALUATION_IMAGES) if gain[i] > 0.2]
     others = [i for i in range(EVALUATION_IMAGES) if i not in rose]
     return sorted([*rose[: PAIRS - 2], *others][:PAIRS])
 
 
-def draw_images(figure: Figure, run: Path, first: dict, last: dict) -> None:
+def draw_images(figure: Figure, first: EvaluationRecord, last: EvaluationRecord) -> None:
     """Images of the shown prompts in the first and the last evaluation."""
     pictures = figure.add_gridspec(
         2, PAIRS, left=0.035, right=0.645, top=0.765, bottom=0.03, wspace=0.06, hspace=0.06
     )
-    old, new = tiles(run, first["step"]), tiles(run, last["step"])
+    old, new = tiles(first), tiles(last)
     for column, i in enumerate(shown_prompts(first, last)):
         for row, image in enumerate((old[i], new[i])):
             axes = figure.add_subplot(pictures[row, column])
@@ -78,16 +69,16 @@ def draw_images(figure: Figure, run: Path, first: dict, last: dict) -> None:
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
             if row == 0:
-                axes.set_title(fill(first["prompts"][i], 16), fontsize=8.5, color=INK, pad=6)
+                axes.set_title(fill(first.prompts[i], 16), fontsize=8.5, color=INK, pad=6)
             if column == 0:
                 axes.set_ylabel(("before", "after")[row], fontsize=11, color=INK, labelpad=6)
 
 
-def draw_curve(figure: Figure, found: list[dict]) -> None:
+def draw_curve(figure: Figure, found: list[EvaluationRecord]) -> None:
     """The score of every evaluation."""
     curve = figure.add_axes((0.71, 0.16, 0.275, 0.605))
-    points = [confidence_interval(np.array(e["scores"]["oracle"])) for e in found]
-    steps = [e["step"] for e in found]
+    points = [confidence_interval(np.array(e.scores["oracle"])) for e in found]
+    steps = [e.step for e in found]
     curve.fill_between(
         steps, [p.low for p in points], [p.high for p in points], color=BLUE, alpha=0.15, lw=0
     )
@@ -103,7 +94,7 @@ def draw_curve(figure: Figure, found: list[dict]) -> None:
         )
     curve.set_xlabel("training step", color=INK)
     curve.set_title(
-        f"Oracle score on {len(found[0]['prompts'])} held-out prompts,\n"
+        f"Oracle score on {len(found[0].prompts)} held-out prompts,\n"
         "mean and 95% confidence interval",
         fontsize=9,
         color=INK,
@@ -116,12 +107,12 @@ def draw_curve(figure: Figure, found: list[dict]) -> None:
 
 def draw(run: Path) -> dict:
     """Draw the figure. Returns the numbers in it."""
-    found = evaluations(run)
+    found = load_run(run).evaluations
     first, last = found[0], found[-1]
-    before, after = (np.array(e["scores"]["oracle"]) for e in (first, last))
+    before, after = (np.array(e.scores["oracle"]) for e in (first, last))
     difference = confidence_interval(after - before)
     figure = plt.figure(figsize=(12, 3.9), dpi=160, facecolor="white")
-    draw_images(figure, run, first, last)
+    draw_images(figure, first, last)
     draw_curve(figure, found)
     figure.suptitle(
         "flowgrain demo: G2RPO on the bundled model",

@@ -168,7 +168,7 @@ def test_damaged_groups(folder, change):
 def test_a_truncated_group(folder):
     path = folder / "groups" / "step-000007.zip"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedRecord, match="not readable"):
+    with pytest.raises(DamagedRecord, match="damaged \\(File is not a zip file\\)"):
         load_run(folder).groups[7]
 
 

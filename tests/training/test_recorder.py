@@ -1,6 +1,5 @@
 """The files of a run and its metric loggers."""
 
-import json
 import sys
 import types
 
@@ -9,10 +8,10 @@ import yaml
 from toy import Toy, red
 
 import flowgrain
-from flowgrain import SettingsError, Trainer, load_config
+from flowgrain import SettingsError, Trainer, load_config, load_run
+from flowgrain.records.evaluations import EVALUATION_IMAGES
 from flowgrain.records.metrics import read_metrics
 from flowgrain.records.run_yaml import read_run
-from flowgrain.training.recorder import EVALUATION_IMAGES
 from flowgrain.training.run_files import read_run_config
 
 
@@ -99,19 +98,15 @@ def test_an_evaluation_records_every_score_and_the_first_images(tiny, tmp_path):
         "training.max_steps": 3,
     }
     toy(tiny.with_changes(changes), tmp_path).train()
-    evaluations = sorted((tmp_path / "evaluations").iterdir())
-    assert [e.name for e in evaluations] == [f"step-{step:06d}.json" for step in (0, 2, 3)]
-    values = json.loads(evaluations[0].read_text())
-    assert len(values["prompts"]) == len(values["scores"]["red"]) == EVALUATION_IMAGES + 2
-    assert values["num_steps"] == 4
-    images = {path.stem for path in (tmp_path / "images").glob("*.png")}
-    assert images == {
-        *("evaluation-000000", "evaluation-000002", "evaluation-000003"),
-        *("tree-000001", "tree-000002", "tree-000003"),
+    names = {path.name for path in (tmp_path / "evaluations").iterdir()}
+    assert names == {
+        *(f"step-{step:06d}.json" for step in (0, 2, 3)),
+        *(f"images-{step:06d}.zip" for step in (0, 2, 3)),
     }
-    tree = json.loads((tmp_path / "images" / "tree-000002.json").read_text())
-    assert len(tree["parent"]) == len(tree["grid_index"])
-    assert len(tree["edges"]) == len(tree["advantage"])
+    first = load_run(tmp_path).evaluations[0]
+    assert len(first.prompts) == len(first.scores["red"]) == EVALUATION_IMAGES + 2
+    assert (first.num_steps, first.num_images) == (4, EVALUATION_IMAGES)
+    assert not (tmp_path / "images").exists()
 
 
 def test_a_directory_that_cannot_be_created_is_an_error(tiny, tmp_path):

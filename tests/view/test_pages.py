@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from view.browser import Watched, browser, missing, serve
-
 from records import fake_runs
 from records.fake_runs import write_run
+from view.browser import Watched, browser, missing, serve
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=str(missing()))
 
@@ -94,7 +93,10 @@ def test_a_value_of_a_chart_is_shown_and_opens_the_images(page) -> None:
     plot.hover()
     lines = tab.locator(".tooltip .value")
     lines.first.wait_for()
-    assert sorted(re.sub(r"\s.*", "", line) for line in lines.all_inner_texts()) == ["alpha-0", "nft"]
+    assert sorted(re.sub(r"\s.*", "", line) for line in lines.all_inner_texts()) == [
+        "alpha-0",
+        "nft",
+    ]
     plot.click()
     tab.wait_for_selector(".shot img")
     assert re.search(r"#/group/(alpha-0|nft)/\d+/0", tab.url)
@@ -307,7 +309,9 @@ def test_every_page_fits_and_its_controls_have_names(page, width: int) -> None:
     for route in ROUTES:
         tab = page.open(route)
         tab.wait_for_load_state("networkidle" if route == "none" else "load")
-        tab.wait_for_function("!document.querySelector('main [role=status]')?.innerText.startsWith('Loading')")
+        tab.wait_for_function(
+            "!document.querySelector('main [role=status]')?.innerText.startsWith('Loading')"
+        )
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, route
         unnamed = tab.locator("button, select, input").evaluate_all(
             "all => all.filter(e => !(e.innerText || e.labels?.length || e.ariaLabel || e.title))"
@@ -344,7 +348,9 @@ def test_a_running_run_updates_the_pages_without_layout_shift(page, folder: Path
     )
     with (folder / "nft" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 21, "reward/towers": 0.5, "seconds": 1.0}) + "\n")
-    tab.wait_for_function("document.querySelector('tr[data-run=nft] .col-step').innerText.startsWith('21')")
+    tab.wait_for_function(
+        "document.querySelector('tr[data-run=nft] .col-step').innerText.startsWith('21')"
+    )
     page.tab.evaluate("location.hash = '#/curves?runs=nft'")
     tab.wait_for_selector(".chart canvas")
     tab.wait_for_timeout(300)
@@ -358,7 +364,9 @@ def test_a_running_run_updates_the_pages_without_layout_shift(page, folder: Path
 
 
 def test_only_images_on_the_screen_are_drawn(page, folder: Path, tmp_path: Path) -> None:
-    write_run(folder / "large", steps=1, group_steps=1, prompts=1, leaves=1500, evaluations=1, alarms=0)
+    write_run(
+        folder / "large", steps=1, group_steps=1, prompts=1, leaves=1500, evaluations=1, alarms=0
+    )
     tab = page.tab
     tab.wait_for_timeout(1100)  # the catalog looks for new runs once a second
     page.open("group/large/1/0")

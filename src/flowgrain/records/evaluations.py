@@ -80,7 +80,7 @@ class EvaluationRecord:
         except DamagedRecord:
             raise
         except ValueError as error:
-            raise DamagedRecord(f"{self.images_path}: image {place}: {error}") from None
+            raise DamagedRecord(self.images_path, f"image {place}: {error}") from None
 
     def image_bytes(self, place: int) -> bytes:
         """The image of prompt number `place` as the bytes of a WebP file. See `image`."""
@@ -120,9 +120,9 @@ def read_evaluation(path: Path) -> EvaluationRecord:
     try:
         return _evaluation(parse_json(path.read_bytes()), path)
     except KeyError as error:
-        raise DamagedRecord(f"{path}: damaged ({error} is missing)") from None
+        raise DamagedRecord(path, f"{error} is missing") from None
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise DamagedRecord(f"{path}: damaged ({error})") from None
+        raise DamagedRecord(path, error) from None
 
 
 def _member(place: int) -> str:

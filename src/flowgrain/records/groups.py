@@ -20,6 +20,7 @@ from PIL import Image
 
 from flowgrain.records import html
 from flowgrain.records.images import (
+    LOSSLESS,
     DamagedRecord,
     Pixels,
     decode_image,
@@ -157,8 +158,8 @@ class GroupRecord:
         Args:
             prompt: number of a recorded prompt.
             place: position of the leaf in `tree.leaves`.
-            full: whether to read the image in full size, which only the places in
-                `prompts[prompt].full` have.
+            full: whether to read the image in full size. Of images of more than 64 pixels, only
+                the places in `prompts[prompt].full` have it.
 
         Raises:
             KeyError: the image was not recorded.
@@ -169,10 +170,11 @@ class GroupRecord:
         except DamagedRecord:
             raise
         except ValueError as error:
-            raise DamagedRecord(f"{self.path}: image {place} of prompt {prompt}: {error}") from None
+            raise DamagedRecord(self.path, f"image {place} of prompt {prompt}: {error}") from None
 
     def image_bytes(self, prompt: int, place: int, full: bool = False) -> bytes:
         """The image of a leaf as the bytes of a WebP file. See `image`."""
+        full = full and max(self.image_size) > LOSSLESS
         return read_member(self.path, image_name(prompt, place, full))
 
     def leaf_advantage(self, prompt: int) -> list[float]:
@@ -206,7 +208,7 @@ class GroupRecord:
                 parts.append(f"<h4>{escape(group.text)}</h4>{self._figures(number)}")
         failed = sum(math.isnan(v) for g in self.prompts for c in g.rewards.values() for v in c)
         title = f"Step {self.step}: {len(self.prompts)} prompts, method {self.method}"
-        return html.page(title + (f", {failed} rewards failed" if failed else ""), *parts)
+        return html.page(title + (f". Failed rewards: {failed}" if failed else ""), *parts)
 
     def _figures(self, prompt: int) -> str:
         """The first images of a prompt with rewards and advantages."""
@@ -288,7 +290,7 @@ def write_group(
     members = {"step.json": to_json(group.as_dict()).encode()}
     for (prompt, place), pixels in images.items():
         members[image_name(prompt, place, False)] = encode_image(pixels, thumbnail)
-        if place in group.prompts[prompt].full:
+        if place in group.prompts[prompt].full and max(group.image_size) > LOSSLESS:
             members[image_name(prompt, place, True)] = encode_image(pixels)
     group.path.parent.mkdir(parents=True, exist_ok=True)
     return write_zip(group.path, members)
@@ -305,9 +307,9 @@ def read_group(path: Path) -> GroupRecord:
     except DamagedRecord:
         raise
     except KeyError as error:
-        raise DamagedRecord(f"{path}: {error} is missing") from None
+        raise DamagedRecord(path, f"{error} is missing") from None
     except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise DamagedRecord(f"{path}: damaged ({error})") from None
+        raise DamagedRecord(path, error) from None
 
 
 def image_name(prompt: int, place: int, full: bool) -> str:

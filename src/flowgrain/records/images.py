@@ -28,7 +28,16 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 
 
 class DamagedRecord(ValueError):
-    """A file of a run is not readable. The message names the file and what is wrong."""
+    """A file of a run is not readable.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong.
+    """
+
+    def __init__(self, path: Path, reason: object) -> None:
+        super().__init__(f"{path}: damaged ({reason})")
+        self.path, self.reason = path, str(reason)
 
 
 def encode_image(pixels: Pixels, size: int | None = None) -> bytes:
@@ -39,18 +48,15 @@ def encode_image(pixels: Pixels, size: int | None = None) -> bytes:
         size: largest number of pixels on the longer side. Default: the size of the image.
     """
     image = Image.fromarray(pixels)
-    lossless = max(image.size) <= LOSSLESS
-    smaller = size is not None and max(image.size) > size
-    if smaller and not lossless:
-        assert size is not None
-        # Halving with box averages first is much faster than one Lanczos filter.
-        image.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=2.0)
     stream = io.BytesIO()
-    if lossless:
-        image.save(stream, format="WEBP", lossless=True, method=0, quality=20)
-    else:
-        quality = THUMBNAIL_QUALITY if size is not None else QUALITY
-        image.save(stream, format="WEBP", quality=quality, method=0)
+    if max(image.size) <= LOSSLESS:  # the fastest encoder, whose files are only a tenth larger
+        image.save(stream, format="WEBP", lossless=True, exact=True, method=0, quality=0)
+        return stream.getvalue()
+    quality = QUALITY
+    if size is not None:
+        quality = THUMBNAIL_QUALITY
+        image.thumbnail((size, size), Image.Resampling.BOX)  # much faster than Lanczos
+    image.save(stream, format="WEBP", quality=quality, method=2)
     return stream.getvalue()
 
 
@@ -89,10 +95,10 @@ def read_member(path: Path, name: str) -> bytes:
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo(name)
             if member.compress_type != zipfile.ZIP_STORED:  # might expand to any size
-                raise DamagedRecord(f"{path}: {name} is compressed")
+                raise DamagedRecord(path, f"{name} is compressed")
             return archive.read(member)
     except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
-        raise DamagedRecord(f"{path}: not readable ({error})") from None
+        raise DamagedRecord(path, error) from None
 
 
 def member_names(path: Path) -> list[str]:
@@ -105,4 +111,4 @@ def member_names(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
     except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
-        raise DamagedRecord(f"{path}: not readable ({error})") from None
+        raise DamagedRecord(path, error) from None

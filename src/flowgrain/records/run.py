@@ -191,6 +191,6 @@ def _is_alive(holder: dict[str, Any]) -> bool:
         return False
     try:
         started = datetime.fromisoformat(str(holder.get("started"))).timestamp()
-        return psutil.Process(pid).create_time() <= started + 1
+        return bool(psutil.Process(pid).create_time() <= started + 1)
     except (psutil.Error, ValueError):
         return False

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from flowgrain.report.render import data_uri, tiles
-from flowgrain.report.run_data import RunData, SavedEvaluation, undamaged
-from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
+from flowgrain.records.evaluations import EvaluationRecord
+from flowgrain.report.render import data_uri
+from flowgrain.report.run_data import RunData, undamaged
 
 MAX_PAIRS = 16
 
@@ -61,7 +61,7 @@ def image_pairs(run: RunData) -> list[ImagePair]:
     if len(run.evaluations) < 2:
         return []
     first, last = run.evaluations[0], run.evaluations[-1]
-    before, after = _images(run.folder, first) or [], _images(run.folder, last) or []
+    before, after = _images(first), _images(last)
     return [
         ImagePair(
             prompt=first.prompts[i],
@@ -72,14 +72,15 @@ def image_pairs(run: RunData) -> list[ImagePair]:
                 for name in run.evaluated_rewards
             ],
         )
-        for i in range(min(MAX_PAIRS, len(before), len(after)))
+        for i in range(min(len(before), len(after)))
     ]
 
 
-def _images(folder: Path, evaluation: SavedEvaluation) -> list[Image.Image] | None:
-    path = folder / "images" / f"evaluation-{evaluation.step:06d}.png"
-    count = min(EVALUATION_IMAGES, len(evaluation.prompts))
-    return undamaged(path, lambda file: tiles(file, EVALUATION_COLUMNS, count))
+def _images(evaluation: EvaluationRecord) -> list[Image.Image]:
+    def read(_: Path) -> list[Image.Image]:
+        return [evaluation.image(place) for place in range(min(MAX_PAIRS, evaluation.num_images))]
+
+    return undamaged(evaluation.images_path, read) or []
 
 
 def part_changes(run: RunData) -> list[PartChange]:

@@ -6,41 +6,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from flowgrain.config.schema import Config
+from flowgrain.records.evaluations import EvaluationRecord, evaluation_files, read_evaluation
+from flowgrain.records.images import DamagedRecord
 from flowgrain.records.metrics import read_metrics
 from flowgrain.records.run_yaml import read_run
 from flowgrain.training.run_files import read_run_config
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
 Metrics = Mapping[str, Any]
-
-
-class SavedEvaluation(BaseModel):
-    """An evaluation during training.
-
-    Attributes:
-        step: training step.
-        num_steps: ODE steps of an image.
-        prompts: texts of the prompts.
-        scores: score of every image by reward, NaN where the image could not be scored.
-        parts: mean of every part by "reward/part".
-    """
-
-    step: int
-    num_steps: int
-    prompts: list[str]
-    scores: dict[str, list[float]]
-    parts: dict[str, float]
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> "SavedEvaluation":
-        if not self.prompts or any(len(v) != len(self.prompts) for v in self.scores.values()):
-            raise ValueError("a reward has another number of scores than there are prompts")
-        return self
 
 
 class CalibrationRound(BaseModel):
@@ -75,7 +52,7 @@ class RunData:
     config: Config
     record: dict[str, Any]
     steps: list[Metrics]
-    evaluations: list[SavedEvaluation]
+    evaluations: list[EvaluationRecord]
     calibration: SavedCalibration | None
 
     @property
@@ -97,25 +74,21 @@ def read_run_data(folder: Path) -> RunData:
         SettingsError: the directory contains no run.
     """
     config = read_run_config(folder)
-    calibration = _readable([folder / "calibration.json"], SavedCalibration)
+    paths = evaluation_files(folder / "evaluations")
+    found = [undamaged(path, read_evaluation) for path in paths]
+    calibration = undamaged(folder / "calibration.json", _read_calibration)
     return RunData(
         folder=folder,
         config=config,
         record=read_run(folder),
         steps=[line for line in read_metrics(folder) if line["step"] > 0],
-        evaluations=_readable(
-            sorted((folder / "evaluations").glob("step-*.json")), SavedEvaluation
-        ),
-        calibration=calibration[0] if calibration else None,
+        evaluations=[e for e in found if e is not None],
+        calibration=calibration,
     )
 
 
-def _readable(paths: Iterable[Path], kind: type[M]) -> list[M]:
-    """The content of all undamaged JSON files."""
-    found = (
-        undamaged(path, lambda file: kind.model_validate_json(file.read_bytes())) for path in paths
-    )
-    return [content for content in found if content is not None]
+def _read_calibration(path: Path) -> SavedCalibration:
+    return SavedCalibration.model_validate_json(path.read_bytes())
 
 
 def undamaged(path: Path, read: Callable[[Path], T]) -> T | None:
@@ -124,13 +97,13 @@ def undamaged(path: Path, read: Callable[[Path], T]) -> T | None:
         return None
     try:
         return read(path)
+    except DamagedRecord as error:
+        reason = error.reason
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         reason = "not JSON" if first["type"] == "json_invalid" else "not a record of a run"
         reason = f"the value of {place} is wrong or missing" if place else reason
-    except (KeyError, AttributeError, TypeError, IndexError):
-        reason = "not a record of a run"
     except Exception:  # libraries raise many errors for damaged files
         reason = "not an image" if path.suffix == ".png" else "not readable"
     log.warning("%s is damaged (%s). It is left out.", path, reason)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from flowgrain.records.groups import group_files
 from flowgrain.report.image_pairs import image_pairs, part_changes
 from flowgrain.report.render import write_page
 from flowgrain.report.run_curves import run_figures
@@ -13,6 +14,9 @@ from flowgrain.report.run_data import RunData, read_run_data, undamaged
 from flowgrain.report.tree_picture import read_tree_picture
 from flowgrain.statistics import confidence_interval
 from flowgrain.units import duration
+
+MAX_TREES = 8
+"""Trees that a page shows."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,7 @@ def write_report(folder: Path) -> Path:
     run = read_run_data(folder)
     method, versions = run.config.method, run.record.get("versions")
     versions = versions if isinstance(versions, dict) else {}
-    trees = [
-        undamaged(path, read_tree_picture)
-        for path in sorted((folder / "images").glob("tree-*.json"))
-    ]
+    trees = [undamaged(path, read_tree_picture) for path in _shown_groups(run)]
     software = [f"{name} {versions[name]}" for name in ("flowgrain", "torch") if name in versions]
     revision = run.record.get("git_revision")
     values = {
@@ -52,6 +53,19 @@ def write_report(folder: Path) -> Path:
         "settings": yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True),
     }
     return write_page(folder / "report.html", "run.html", values)
+
+
+def _shown_groups(run: RunData) -> list[Path]:
+    """The groups that the page shows: the first, the last and evaluated steps, at most `MAX_TREES`.
+
+    A page with all recorded steps would have thousands of images.
+    """
+    files = group_files(run.folder / "groups")
+    evaluated = {evaluation.step for evaluation in run.evaluations}
+    steps = sorted(files)
+    shown = [s for s in steps if s in evaluated or s in (steps[0], steps[-1])]
+    places = {round(place) for place in np.linspace(0, len(shown) - 1, MAX_TREES)} if shown else ()
+    return [files[shown[place]] for place in sorted(places)]
 
 
 def evaluation_facts(run: RunData) -> list[Fact]:

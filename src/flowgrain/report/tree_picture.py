@@ -1,16 +1,14 @@
 """The tree of one prompt as groups of images, with their rewards and advantages."""
 
-import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from flowgrain.core.tree import ROOT
-from flowgrain.report.render import data_uri, tiles
-from flowgrain.training.recorder import TREE_COLUMNS
+from flowgrain.records.groups import GroupRecord, read_group
+from flowgrain.report.render import data_uri
 
 _SIZE = 160
 """Largest size of an image in pixels. A page may show hundreds of them."""
@@ -93,7 +91,7 @@ class TreePicture:
 
 
 class _Edge(NamedTuple):
-    """A trained edge: its advantage, the leaves that it is credited for, and its row."""
+    """A credited row: its advantage, the leaves that it is credited for, and its row."""
 
     advantage: float
     leaves: tuple[int, ...]
@@ -101,85 +99,69 @@ class _Edge(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _TreeFile:
-    """The content of a tree-STEP.json, and its images by row."""
+class _Drawn:
+    """The first prompt of a step, and its images by row."""
 
-    values: Mapping[str, Any]
+    group: GroupRecord
     images: Mapping[int, str]
 
-    @cached_property
-    def edges_above(self) -> dict[int, list[int]]:
-        """Trained edges on the way from every leaf to the root, the last one first."""
-        trained, parent = set(self.values["edges"]), self.values["parent"]
-        above: dict[int, list[int]] = {}
-        for leaf in self.values["leaves"]:
-            row, edges = leaf, []
-            while row != ROOT:
-                if row in trained:
-                    edges.append(row)
-                row = parent[row]
-            above[leaf] = edges
-        return above
-
-    @property
-    def channel_per_state(self) -> bool:
-        """Whether channel k contains the completions of the states at grid index k."""
-        return any(channel == self.values["num_steps"] for channel in self.values["channel"])
-
     def image(self, leaf: int, edge: int | None) -> ScoredImage:
-        """The image of row `leaf` below the trained edge `edge`."""
-        place = self.values["leaves"].index(leaf)
-        rewards = [(name, scores[place]) for name, scores in self.values["rewards"].items()]
+        """The image of row `leaf` below the credited row `edge`."""
+        place = self.group.tree.leaves.index(leaf)
+        scores = self.group.prompts[0].rewards
+        rewards = [(name, values[place]) for name, values in scores.items()]
         steps, row = 0, leaf
         while edge is not None and row != edge:
-            row, steps = self.values["parent"][row], steps + 1
+            row, steps = self.group.tree.parent[row], steps + 1
         return ScoredImage(self.images[leaf], rewards, steps)
 
     def branch(self, edge: _Edge) -> Branch:
-        """The branch of a trained edge."""
+        """The branch of a credited row."""
         return Branch(edge.advantage, [self.image(leaf, edge.row) for leaf in edge.leaves])
 
 
 def read_tree_picture(path: Path) -> TreePicture:
-    """The tree in the file `path`, images/tree-STEP.json of a run."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if any(not ROOT <= parent < row for row, parent in enumerate(values["parent"])):
-        raise ValueError("a row comes before its parent")  # the way to the root might not end
-    sheet = tiles(path.with_suffix(".png"), TREE_COLUMNS, len(values["leaves"]))
+    """The tree of the first prompt in the file `path`, groups/step-NNNNNN.zip of a run.
+
+    Raises:
+        DamagedRecord: the file is not readable.
+    """
+    group = read_group(path)
     images = {
-        leaf: data_uri(tile, _SIZE) for leaf, tile in zip(values["leaves"], sheet, strict=True)
+        leaf: data_uri(group.image(0, place), _SIZE) for place, leaf in enumerate(group.tree.leaves)
     }
-    file = _TreeFile(values, images)
-    groups = _groups(file)
-    branches = [branch for group in groups for branch in group.branches]
+    drawn, prompt = _Drawn(group, images), group.prompts[0]
+    groups = _groups(drawn)
+    branches = [branch for part in groups for branch in part.branches]
     return TreePicture(
-        step=values["step"],
-        prompt=values["prompt"],
-        anchor=_anchor(file),
+        step=group.step,
+        prompt=prompt.text,
+        anchor=_anchor(drawn),
         groups=groups,
-        largest_advantage=max((abs(a) for a in values["advantage"]), default=0) or 1.0,
-        rewards=list(values["rewards"]),
+        largest_advantage=max(map(abs, filter(math.isfinite, prompt.advantage)), default=0) or 1.0,
+        rewards=group.rewards,
         several_lengths=any(
             len({image.steps for image in branch.images}) > 1 for branch in branches
         ),
     )
 
 
-def _anchor(file: _TreeFile) -> ScoredImage | None:
-    """The image without a trained step above it."""
-    if file.channel_per_state:
+def _anchor(drawn: _Drawn) -> ScoredImage | None:
+    """The image without a credited row above it."""
+    tree = drawn.group.tree
+    if tree.channel_per_state:
         return None
-    pairs = zip(file.values["image"], file.values["channel"], strict=True)
-    leaves = [leaf for leaf, channel in pairs if channel == 0 and not file.edges_above[leaf]]
-    return file.image(leaves[-1], None) if leaves else None
+    pairs = zip(tree.image, tree.channel, strict=True)
+    leaves = [leaf for leaf, channel in pairs if channel == 0 and not tree.edges_above[leaf]]
+    return drawn.image(leaves[-1], None) if leaves else None
 
 
-def _groups(file: _TreeFile) -> list[BranchGroup]:
-    values, leaves = file.values, _credited_leaves(file)
+def _groups(drawn: _Drawn) -> list[BranchGroup]:
+    tree, prompt = drawn.group.tree, drawn.group.prompts[0]
     by_step: dict[int, list[_Edge]] = defaultdict(list)
-    for row, advantage in zip(values["edges"], values["advantage"], strict=True):
-        step = values["grid_index"][values["parent"][row]]
-        by_step[step].append(_Edge(advantage, tuple(leaves[row]), row))
+    for row, advantage in zip(tree.edges, prompt.advantage, strict=True):
+        step = tree.grid_index[tree.parent[row]]
+        by_step[step].append(_Edge(advantage, tuple(tree.credited_leaves[row]), row))
     groups: dict[tuple[tuple[float, tuple[int, ...]], ...], BranchGroup] = {}
     for step in sorted(by_step):
         edges = sorted(by_step[step], key=lambda edge: -edge.advantage)
@@ -187,21 +169,7 @@ def _groups(file: _TreeFile) -> list[BranchGroup]:
         if content in groups:
             groups[content].grid_steps.append(step)
         else:
-            branches = [file.branch(edge) for edge in edges]
-            stochastic = values["stochastic"][edges[0].row]
+            branches = [drawn.branch(edge) for edge in edges]
+            stochastic = tree.stochastic[edges[0].row]
             groups[content] = BranchGroup([step], branches, stochastic)
     return list(groups.values())
-
-
-def _credited_leaves(file: _TreeFile) -> dict[int, list[int]]:
-    """The leaves that every edge is credited for, by channel."""
-    values = file.values
-    found: dict[int, list[tuple[int, int]]] = {edge: [] for edge in values["edges"]}
-    for leaf, channel in zip(values["image"], values["channel"], strict=True):
-        for edge in file.edges_above[leaf]:
-            if not file.channel_per_state or channel == values["grid_index"][edge]:
-                found[edge].append((channel, leaf))
-    return {
-        edge: [leaf for _, leaf in sorted(pairs, key=lambda pair: pair[0])]
-        for edge, pairs in found.items()
-    }

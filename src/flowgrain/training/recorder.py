@@ -1,32 +1,36 @@
-"""The files of a run: run.yaml, metrics.jsonl, evaluations/ and images/."""
+"""The files of a run: run.yaml, metrics.jsonl, evaluations/ and groups/."""
 
 import json
-import math
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowgrain.config.schema import Config
 from flowgrain.methods.calibration import CalibrationResult
 from flowgrain.records.damaged import set_damaged_files_aside, set_damaged_lines_aside
+from flowgrain.records.evaluations import (
+    EVALUATION_IMAGES,
+    evaluation_name,
+    write_evaluation_images,
+)
 from flowgrain.records.files import write_atomically
+from flowgrain.records.json_text import to_json
 from flowgrain.records.metrics import read_metrics
 from flowgrain.settings import SettingsError
 from flowgrain.training.evaluate import Evaluation
-from flowgrain.training.pictures import contact_sheet, enlarge, to_pixels
+from flowgrain.training.groups import GroupWriter, to_image
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 from flowgrain.training.run_files import forget_checkpoints, record_settings, write_run
 
-EVALUATION_IMAGES = 24
-"""Number of images of an evaluation that are recorded."""
-EVALUATION_COLUMNS = 8
-"""Columns of the contact sheet of an evaluation."""
-TREE_COLUMNS = 16
-"""Columns of the contact sheet of a tree."""
-_OF_STEP = re.compile(r"[a-z-]+-(\d{6,})\.(?:json|png)")
-"""Name of a file of a step in evaluations/ or images/, also of a damaged file."""
+log = logging.getLogger(__name__)
+
+_PARTS = ("evaluations", "groups")
+"""Directories with files of a step."""
+_OF_STEP = re.compile(r"[a-z-]+-(\d{6,})\.(?:json|zip)")
+"""Name of a file of a step in these directories, also of a damaged file."""
 
 
 class Recorder:
@@ -40,6 +44,7 @@ class Recorder:
 
     def __init__(self, folder: Path, config: Config, given: Sequence[str] = ()) -> None:
         self.folder, self.config, self.given = folder, config, list(given)
+        self.groups = GroupWriter(folder / "groups", config)
         self._resumed = False
         self._recorded = False
         self._loggers: list[Callable[[Metrics], None]] = []
@@ -69,7 +74,7 @@ class Recorder:
                 not installed.
         """
         self.check()
-        for part in ("checkpoints", "images", "evaluations"):
+        for part in ("checkpoints", *_PARTS):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         loggers = self.config.runtime.loggers
         self._loggers = [_open_logger(kind, self.folder, self.config) for kind in loggers]
@@ -88,7 +93,7 @@ class Recorder:
             record_settings(self.folder, self.config, self.given, line["step"])
             self._recorded = True
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json(line) + "\n")
+            file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         for log in self._loggers:
@@ -100,12 +105,12 @@ class Recorder:
 
     def replace_last(self, line: Metrics) -> None:
         """Replace the last line of metrics.jsonl by `line`."""
-        text = "".join(_json(m) + "\n" for m in [*self.read_metrics()[:-1], line])
+        text = "".join(to_json(m) + "\n" for m in [*self.read_metrics()[:-1], line])
         write_atomically(self.folder / "metrics.jsonl", text)
 
     def metrics_text(self) -> str:
         """The lines of metrics.jsonl, for a checkpoint."""
-        return "".join(_json(line) + "\n" for line in self.read_metrics())
+        return "".join(to_json(line) + "\n" for line in self.read_metrics())
 
     def discard_after(self, step: int, metrics: str) -> list[str]:
         """Delete the records of steps after `step`, which the resumed run writes again.
@@ -124,10 +129,10 @@ class Recorder:
         messages = set_damaged_lines_aside(file)
         if file.exists() or metrics:
             write_atomically(file, metrics if step > 0 else "")
-        for part in ("", "evaluations", "images"):
+        for part in ("", *_PARTS):
             for path in (self.folder / part).glob(".*.tmp"):  # incomplete files
                 path.unlink()
-        for part in ("evaluations", "images"):
+        for part in _PARTS:
             for path in (self.folder / part).glob("*-[0-9]*"):
                 of_step = _OF_STEP.fullmatch(path.name)  # other files are not of the run
                 if of_step and int(of_step[1]) > (step or -1):
@@ -135,7 +140,7 @@ class Recorder:
         return messages + set_damaged_files_aside(self.folder)
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Write the scores of all images, and a contact sheet of the first images."""
+        """Write the scores of all images, and the first images."""
         values = {
             "step": step,
             "num_steps": evaluation.num_steps,
@@ -143,62 +148,57 @@ class Recorder:
             "scores": {k: [float(v) for v in values] for k, values in evaluation.scores.items()},
             "parts": evaluation.part_means(),
         }
-        pixels = to_pixels(evaluation.images[:EVALUATION_IMAGES])
-        sheet = enlarge(contact_sheet(pixels, EVALUATION_COLUMNS), pixels.shape[2])
-        sheet.save(self.folder / "images" / f"evaluation-{step:06d}.png")
-        write_atomically(self.folder / "evaluations" / f"step-{step:06d}.json", json.dumps(values))
+        folder = self.folder / "evaluations"
+        images = (to_image(image) for image in evaluation.images[:EVALUATION_IMAGES].cpu())
+        write_evaluation_images(folder, step, images)
+        write_atomically(folder / evaluation_name(step), to_json(values))
 
-    def write_tree(self, batch: RolloutBatch) -> None:
-        """Write the tree of the first prompt, if the step is the first, the last or evaluated."""
-        step, every = batch.step, self.config.evaluation.every
-        if step not in (1, self.config.training.max_steps) and not (every and step % every == 0):
-            return
-        images = self.folder / "images"
-        images.mkdir(parents=True, exist_ok=True)
-        table, leaves = _first_tree(batch)
-        sheet = contact_sheet(to_pixels(batch.images[:leaves]), TREE_COLUMNS)
-        sheet.save(images / f"tree-{step:06d}.png")
-        write_atomically(images / f"tree-{step:06d}.json", json.dumps(table))
+    def write_groups(self, batch: RolloutBatch, sigmas: list[float]) -> None:
+        """Start to write the groups of a training step, see `GroupWriter`.
+
+        Args:
+            batch: the step.
+            sigmas: [T + 1] noise levels of the grid.
+
+        Raises:
+            OSError: the step before could not be written.
+        """
+        self.groups.write(batch, sigmas)
+
+    def finish(self) -> None:
+        """Wait until all records are on the disk.
+
+        Raises:
+            OSError: a record could not be written.
+        """
+        self.groups.wait()
+
+    def close(self) -> None:
+        """Like `finish`, for a run that ends with an error: another error is only logged."""
+        try:
+            self.groups.wait()
+        except OSError as error:
+            log.warning(
+                "%s: the groups of the last step could not be written: %s", self.folder, error
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs. All records are on the disk.
+
+        Raises:
+            OSError: a record could not be written.
+        """
+        self.groups.wait()
+        return {"groups": self.groups.retention.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`. A run of an earlier version has an empty state."""
+        self.groups.retention.load_state_dict(state.get("groups", ()))
 
     def write_calibration(self, result: CalibrationResult) -> None:
         """Write psi and the rounds of the calibration."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "calibration.json", json.dumps(result.as_dict()))
-
-
-def _first_tree(batch: RolloutBatch) -> tuple[dict[str, Any], int]:
-    """The tree of the first prompt as plain values, and its number of leaves."""
-    tree = batch.tree
-    rows = int((tree.prompt == 0).sum())  # the rows of the first prompt come first
-    leaves = tree.leaves[tree.leaves < rows]
-    edges = batch.credited[batch.credited < rows]
-    of_first = tree.image < rows
-    values = {
-        "step": batch.step,
-        "prompt": batch.prompts[0].text,
-        "num_steps": tree.num_steps,
-        "parent": tree.parent[:rows].tolist(),
-        "grid_index": tree.grid_index[:rows].tolist(),
-        "stochastic": tree.stochastic[:rows].tolist(),
-        "leaves": leaves.tolist(),
-        "image": tree.image[of_first].tolist(),
-        "channel": tree.channel[of_first].tolist(),
-        "rewards": {
-            name: [float(v) for v in scores.values[: len(leaves)]]
-            for name, scores in batch.scores.items()
-        },
-        "edges": edges.tolist(),
-        "advantage": [float(v) for v in batch.advantage[: len(edges)]],
-    }
-    return values, len(leaves)
-
-
-def _json(line: Metrics) -> str:
-    """One line of JSON. Numbers that are not finite become null."""
-    finite = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
-    }
-    return json.dumps(finite, allow_nan=False)
 
 
 def _open_logger(kind: str, folder: Path, config: Config) -> Callable[[Metrics], None]:

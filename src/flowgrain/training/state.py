@@ -39,6 +39,7 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         "stepped": optimizer.stepped(),
         "skipped_in_a_row": optimizer.skipped_in_a_row,
         "scaler": optimizer.scaler.state_dict(),
+        "records": trainer.world.on_main(trainer.recorder.state_dict),
     }
     path = checkpoint.save(
         trainer.out / "checkpoints",
@@ -81,6 +82,7 @@ def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
     trainer.steps_done = state["step"]
     if optimizer.scaler.is_enabled():
         optimizer.scaler.load_state_dict(state["scaler"])
+    trainer.recorder.load_state_dict(state.get("records", {}))
     skipped = state["skipped_in_a_row"]
     # A run that stopped because it diverged may be resumed with other settings.
     limit = trainer.config.optimizer.max_skipped_updates

@@ -13,6 +13,8 @@ from flowgrain.distributed.threads import set_threads
 from flowgrain.methods import Method, PolicyGradient
 from flowgrain.methods.calibration import CalibrationResult
 from flowgrain.models import Backbone, check_backbone
+from flowgrain.records.evaluations import EVALUATION_IMAGES
+from flowgrain.records.history import History
 from flowgrain.records.run_lock import RunLock
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
@@ -31,7 +33,7 @@ from flowgrain.training.load import (
 from flowgrain.training.loop import run_steps, what_is_kept
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
-from flowgrain.training.recorder import EVALUATION_IMAGES, Recorder
+from flowgrain.training.recorder import Recorder
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.run_files import resume_command
 from flowgrain.training.setup import names_of_given, with_given
@@ -137,10 +139,12 @@ class Trainer:
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
+            self.recorder.finish()
             self.export()
         except OSError as error:
             raise state.stopped_by_disk(self, error) from error
         finally:
+            self.recorder.close()
             self.lock.release()
         return self.recorder.read_metrics()
 
@@ -159,7 +163,7 @@ class Trainer:
             raise state.stopped(self, step, error) from error
         self.steps_done = step  # before files are written, so that an error saves this step
         if self.world.is_main:
-            self.recorder.write_tree(batch)
+            self.recorder.write_groups(batch, self.sigmas.tolist())
         return metrics
 
     def calibrate(self) -> CalibrationResult:
@@ -213,6 +217,11 @@ class Trainer:
         """
         export_policy(self.policy, self.out / "export")
         return self.out / "export"
+
+    @property
+    def history(self) -> History:
+        """The metrics of the run so far, as columns."""
+        return History(self.recorder.read_metrics())
 
     @property
     def resume_command(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flowgrain.records.files import write_atomically
+from flowgrain.records.images import LOSSLESS
 from flowgrain.settings import SettingsError
 from flowgrain.view import evaluations, groups, runs, sources
 from flowgrain.view.assets import Assets
@@ -60,7 +61,7 @@ def export(catalog: Catalog, out: Path) -> Exported:
 
     Args:
         catalog: the directories.
-        out: an .html file, which then contains everything, or a directory for index.html and images.
+        out: an .html file for everything, or a directory for index.html and the images.
 
     Raises:
         SettingsError: there is no run, or the directory contains something else.
@@ -158,7 +159,7 @@ def _pictures(
                 for place in range(len(group["tree"]["leaves"])) if prompt["recorded"] else ():
                     name = address(entry, "groups", step, number, f"{place}.webp")
                     yield name, partial(groups.image, entry, step, number, place)
-                    if place in prompt["full"]:
+                    if place in prompt["full"] and max(group["image_size"]) > LOSSLESS:
                         read = partial(groups.image, entry, step, number, place, True)
                         yield f"{name}?full=1", read
 

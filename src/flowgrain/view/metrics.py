@@ -149,11 +149,9 @@ class Summary:
         content, replaced = self._file.read_new()
         if replaced:
             self._clear()
-        self.seconds += sum(_float(value) for value in _SECONDS.findall(content))
+        self.seconds += _sum(_SECONDS.findall(content))
         self.evaluations += parse_metrics(_lines_with(content, b'"eval/'))[0]
-        lines = content.splitlines()
-        last = next((found for line in reversed(lines) if (found := parse_metrics(line)[0])), None)
-        self.last = last[0] if last else self.last
+        self.last = _last_record(content) or self.last
 
     def scores(self, prefix: str, names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
         """Steps and values of every metric `prefix`NAME that has values."""
@@ -176,6 +174,26 @@ def _lines_with(content: bytes, word: bytes) -> bytes:
         found.append(content[content.rfind(b"\n", 0, place) + 1 : end])
         place = content.find(word, end)
     return b"\n".join(found)
+
+
+def _last_record(content: bytes) -> dict[str, Any] | None:
+    """The last undamaged line of `content`. None if there is none."""
+    end = len(content)
+    while end > 0:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        found, _ = parse_metrics(content[start:end])
+        if found:
+            return found[0]
+        end = start
+    return None
+
+
+def _sum(texts: Sequence[bytes]) -> float:
+    """Sum of numbers. Texts of damaged lines that are no numbers count as 0."""
+    try:
+        return sum(map(float, texts))
+    except ValueError:
+        return float(np.nansum([_float(text) for text in texts]))
 
 
 def _means(column: Column, firsts: NDArray[np.int_]) -> Column:
