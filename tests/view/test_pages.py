@@ -49,7 +49,7 @@ def chromium():
 def page(chromium, address):
     """A tab. At the end: no error in the console, no violation of the policy, no other host."""
     watched = Watched(chromium, address, viewport={"width": 1440, "height": 900})
-    watched.tab.set_default_timeout(8000)
+    watched.tab.set_default_timeout(30_000)
     yield watched
     assert watched.tab.evaluate("window.hacked") is None
     assert watched.problems == []

@@ -7,10 +7,10 @@ const MOVED = 4;
 
 /** State of a drawing of `width` times `height` in an element.
  *
- * Give `ref` to the element and `transform` to a group of the SVG. `area` are the visible top and bottom in the
+ * It starts as wide as the element, with the place `middle` of the drawing in the middle. Give `ref` to the element and `transform` to a group of the SVG. `area` are the visible top and bottom in the
  * drawing. The wheel scrolls, and with Ctrl it zooms. `dragged()` tells whether a click ended a drag.
  */
-export function usePanZoom({width, height, margin}) {
+export function usePanZoom({width, height, margin, middle}) {
   const ref = useRef(null);
   const drag = useRef({pointers: new Map(), moved: 0});
   const [view, setView] = useState({x: margin, y: margin, scale: 1, high: 600, wide: 900});
@@ -27,7 +27,11 @@ export function usePanZoom({width, height, margin}) {
       const scale = Math.min(1.5, (old.wide - 2 * margin) / width, (old.high - 2 * margin) / height);
       return {scale, x: margin, y: margin};
     });
-  const start = () => change((old) => ({scale: Math.min(1.5, (old.wide - 2 * margin) / width), x: margin, y: margin}));
+  const start = () =>
+    change((old) => {
+      const scale = Math.min(1.5, (old.wide - 2 * margin) / width);
+      return {scale, x: margin, y: old.high / 2 - middle * scale};
+    });
   const latest = useRef();
   const limit = (next) => limited(next, {width, height, margin});
   latest.current = {around, change, view, limit};

@@ -66,7 +66,7 @@ function Drawing({record, run, prompt, query}) {
   const chosen = drawn.byRow.get(row) ?? null;
   const [opened, setOpened] = useState(null);
   const largest = Math.max(1e-9, ...[...advantage.values()].map((value) => Math.abs(value ?? 0)));
-  const zoom = usePanZoom({width: drawn.width + THUMBNAIL + 110, height: drawn.height, margin: MARGIN});
+  const zoom = usePanZoom({width: drawn.width + THUMBNAIL + 110, height: drawn.height, margin: MARGIN, middle: drawn.nodes[0].y});
   const choose = (node) => {
     setQuery({row: node.row});
     zoom.show(node.x, node.y);
@@ -167,10 +167,13 @@ function Nodes({nodes, area, largest, byRow, tree, chosen, rewards, onClick}) {
       <rect class="frame" x="6" y=${-half - 1} width=${THUMBNAIL + 2} height=${THUMBNAIL + 2} rx="3" />
       ${image.src && html`<image class="pixels" href=${image.src} x="7" y=${-half} width=${THUMBNAIL} height=${THUMBNAIL} />`}
       <text class="value ${image.failed ? "bad" : ""}" x=${THUMBNAIL + 14} y=${tree.severalChannels ? -2 : 4}>${value}</text>
-      ${tree.severalChannels && html`<text class="channel c${image.channels[0] % 3}" x=${THUMBNAIL + 14} y="13">channel ${image.channels.join(", ")}</text>`}
+      ${tree.severalChannels && html`<text class="channel c${image.channels[0] % 3}" x=${THUMBNAIL + 14} y="13">${channelName(tree)} ${image.channels.join(", ")}</text>`}
     </g>`;
   });
 }
+
+/** A channel is a granularity, or the state that the image completes. */
+const channelName = (tree) => (tree.perState ? "state" : "channel");
 
 /** The grid indices above the columns. */
 function Axis({drawn, zoom, steps}) {
@@ -222,7 +225,7 @@ const ImageRows = ({image, tree}) => [
   ...Object.entries({...image.rewards, ...image.monitors}).map(
     ([name, value]) => html`<dt key=${name}>${name}</dt><dd>${value === null ? "failed" : number(value)}</dd>`,
   ),
-  tree.severalChannels && html`<dt>channel</dt><dd>${image.channels.join(", ")}</dd>`,
+  tree.severalChannels && html`<dt>${channelName(tree)}</dt><dd>${image.channels.join(", ")}</dd>`,
 ];
 
 const ImageFacts = ({image, tree}) => html`<div>
