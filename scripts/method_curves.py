@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flowgrain.config import Config
-from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.records.metrics import read_metrics
 from flowgrain.report.comparison import finished_runs
+from flowgrain.statistics import confidence_interval
 from flowgrain.studies.results import (
     BASE,
     Result,

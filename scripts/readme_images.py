@@ -21,10 +21,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.records import EvaluationRecord, load_run
 from flowgrain.records.evaluations import EVALUATION_IMAGES
 from flowgrain.records.metrics import read_metrics
+from flowgrain.statistics import confidence_interval
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 INK, BLUE, GRAY = "#1f2733", "#2f6fde", "#8a94a6"

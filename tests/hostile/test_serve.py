@@ -20,10 +20,10 @@ import torch
 import uvicorn
 
 from flowgrain.rewards import score
-from flowgrain.rewards.gate import guarded_protocol
 from flowgrain.rewards.messages import TOKEN_VARIABLE
 from flowgrain.rewards.remote import Remote
 from flowgrain.rewards.server import reward_app
+from flowgrain.slow_clients import guarded_protocol
 
 MB = 2**20
 

@@ -59,12 +59,6 @@ def serve(
     from flowgrain.models.quiet import quiet_libraries
 
     quiet_libraries()
-    try:
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise SettingsError(
-            "A reward server needs uvicorn. Install it: pip install 'flowgrain[serve]'"
-        ) from None
     from flowgrain.heap import return_freed_memory
     from flowgrain.registry import load_plugin
     from flowgrain.rewards.messages import TOKEN_VARIABLE
@@ -77,7 +71,7 @@ def serve(
     token = os.environ.get(TOKEN_VARIABLE)
     limits = (max_images, max_megabytes * 2**20, max_queue, body_seconds)
     application = reward_app(served, token, *limits)
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         address, number = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
         protected = "" if token else ", without a token"
         say(f"serving {', '.join(served)} on http://{address}:{number}{protected}")
@@ -88,7 +82,7 @@ def _run(application: "FastAPI", listener: socket.socket) -> None:
     """Run the server until SIGINT or SIGTERM."""
     import uvicorn
 
-    from flowgrain.rewards.gate import guarded_protocol
+    from flowgrain.slow_clients import guarded_protocol
 
     options = uvicorn.Config(
         application,
@@ -102,7 +96,7 @@ def _run(application: "FastAPI", listener: socket.socket) -> None:
     uvicorn.Server(options).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on `host`:`port`.
 
     Raises:

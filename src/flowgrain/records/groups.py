@@ -175,7 +175,7 @@ class GroupRecord:
     def image_bytes(self, prompt: int, place: int, full: bool = False) -> bytes:
         """The image of a leaf as the bytes of a WebP file. See `image`."""
         full = full and max(self.image_size) > LOSSLESS
-        return read_member(self.path, _member(prompt, place, full))
+        return read_member(self.path, image_name(prompt, place, full))
 
     def leaf_advantage(self, prompt: int) -> list[float]:
         """Mean advantage [I] of the credited rows above every leaf. NaN for a leaf without any."""
@@ -289,9 +289,9 @@ def write_group(
     """
     members = {"step.json": to_json(group.as_dict()).encode()}
     for (prompt, place), pixels in images.items():
-        members[_member(prompt, place, False)] = encode_image(pixels, thumbnail)
+        members[image_name(prompt, place, False)] = encode_image(pixels, thumbnail)
         if place in group.prompts[prompt].full and max(group.image_size) > LOSSLESS:
-            members[_member(prompt, place, True)] = encode_image(pixels)
+            members[image_name(prompt, place, True)] = encode_image(pixels)
     group.path.parent.mkdir(parents=True, exist_ok=True)
     return write_zip(group.path, members)
 
@@ -312,7 +312,8 @@ def read_group(path: Path) -> GroupRecord:
         raise DamagedRecord(path, error) from None
 
 
-def _member(prompt: int, place: int, full: bool) -> str:
+def image_name(prompt: int, place: int, full: bool) -> str:
+    """Name of the member with an image."""
     return f"{prompt:03d}/{place:03d}{'.full' if full else ''}.webp"
 
 

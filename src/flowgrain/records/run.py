@@ -96,11 +96,23 @@ class Run:
         "running": a process trains. "finished": the run is complete. "stopped": the run ended
         before its last step, by a signal or an error. "unfinished": its process was killed.
         """
+        lines = self.metrics
+        step = lines[-1]["step"] if lines else 0
+        return self.status_after(step, sum(line.get("seconds", 0.0) for line in lines))
+
+    def status_after(self, step: int, seconds: float) -> str:
+        """The status of a run whose last line of metrics.jsonl is known.
+
+        Args:
+            step: its last step.
+            seconds: its training time.
+        """
         holder = read_holder(self.folder / HOLDER)
         if holder is not None and _is_alive(holder):
             return "running"
-        lines = self.metrics
-        if lines and self._is_complete(lines):
+        limit = self._section("training").get("max_seconds")
+        in_time = isinstance(limit, int | float) and bool(seconds >= limit)
+        if in_time or step >= self.max_steps > 0:
             return "finished"
         return "stopped" if holder is None else "unfinished"
 
@@ -168,13 +180,6 @@ class Run:
     def _section(self, name: str) -> dict[str, Any]:
         section = self.config.get(name)
         return section if isinstance(section, dict) else {}
-
-    def _is_complete(self, lines: list[dict[str, Any]]) -> bool:
-        if lines[-1]["step"] >= self.max_steps > 0:
-            return True
-        limit = self._section("training").get("max_seconds")
-        seconds = sum(line.get("seconds", 0.0) for line in lines)
-        return isinstance(limit, int | float) and bool(seconds >= limit)
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:

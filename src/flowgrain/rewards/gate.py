@@ -1,8 +1,7 @@
 """The gate of the reward server: the token, and limits on time, size and number of requests.
 
-Uvicorn limits neither the time of headers and bodies nor the memory of bodies. `Gate` is an ASGI
-middleware for bodies and the queue. `guarded_protocol` is uvicorn's protocol with a limit on the
-time of headers.
+Uvicorn limits neither the time nor the memory of bodies. `Gate` is an ASGI middleware for bodies
+and the queue. `flowgrain.slow_clients` limits the time of headers.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -166,37 +165,3 @@ def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> 
     from starlette.responses import JSONResponse
 
     return JSONResponse({"detail": detail}, status, {"Connection": "close", **(headers or {})})
-
-
-def guarded_protocol(header_seconds: float) -> type[Any]:
-    """Uvicorn's HTTP protocol, which closes a connection without complete headers in this time."""
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class GuardedProtocol(H11Protocol):
-        """A connection with a limit on the time of headers."""
-
-        header_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._start_header_timer()
-
-        def on_response_complete(self) -> None:
-            self._start_header_timer()  # before a pipelined request is read
-            super().on_response_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            if self.header_timer is not None:
-                self.header_timer.cancel()
-
-        def _start_header_timer(self) -> None:
-            if self.header_timer is not None:
-                self.header_timer.cancel()
-            self.header_timer = self.loop.call_later(header_seconds, self._close_without_headers)
-
-        def _close_without_headers(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.abort()
-
-    return GuardedProtocol

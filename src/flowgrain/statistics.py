@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -31,7 +30,30 @@ def confidence_interval(values: NDArray[np.floating]) -> Interval:
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    half = float(stats.sem(values) * quantile)
+    from scipy.special import stdtrit  # scipy takes long to import
+
+    quantile = stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)
+    half = float(values.std(ddof=1) / math.sqrt(len(values)) * quantile)
     mean = float(values.mean())
     return Interval(mean, mean - half, mean + half)
+
+
+def share_interval(hits: float, count: int) -> Interval:
+    """The share `hits` / `count` with its 95% Wilson interval.
+
+    Args:
+        hits: number of hits, for example of won comparisons. A tie counts half.
+        count: number of all.
+
+    Returns:
+        The interval, which is inside of 0..1. NaN for `count` 0.
+    """
+    from scipy.special import ndtri
+
+    if not count:
+        return Interval(math.nan, math.nan, math.nan)
+    z, share = float(ndtri((1 + CONFIDENCE) / 2)), hits / count
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    half = z * spread / (1 + z * z / count)
+    return Interval(share, max(0.0, center - half), min(1.0, center + half))
