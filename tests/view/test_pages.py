@@ -308,7 +308,6 @@ def test_every_page_fits_and_its_controls_have_names(page, width: int) -> None:
     page.tab.set_viewport_size({"width": width, "height": 900})
     for route in ROUTES:
         tab = page.open(route)
-        tab.wait_for_load_state("networkidle" if route == "none" else "load")
         tab.wait_for_function(
             "!document.querySelector('main [role=status]')?.innerText.startsWith('Loading')"
         )

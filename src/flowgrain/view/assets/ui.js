@@ -118,3 +118,12 @@ export function Alarms({alarms}) {
     )}
   </ul>`;
 }
+
+/** Files that are left out because they are damaged. */
+export function Damaged({messages}) {
+  if (!messages?.length) return null;
+  return html`<div>
+    <h3>Damaged files, left out</h3>
+    <ul class="damaged">${messages.map((message) => html`<li key=${message}>${message}</li>`)}</ul>
+  </div>`;
+}
