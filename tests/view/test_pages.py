@@ -76,7 +76,7 @@ def test_runs_are_searched_sorted_and_selected_with_keys(page) -> None:
     tab.get_by_role("button", name="Run", exact=True).click()
     tab.wait_for_selector("th[aria-sort=ascending]")
     assert texts(tab, ".run-name") == ["alpha-0", "alpha-1"]
-    tab.get_by_role("button", name="Run▲").click()
+    tab.get_by_role("button", name="Run", exact=True).click()
     tab.wait_for_selector("th[aria-sort=descending]")
     assert texts(tab, ".run-name") == ["alpha-1", "alpha-0"]
     rows.nth(0).focus()

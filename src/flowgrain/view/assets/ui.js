@@ -20,7 +20,7 @@ export const Field = ({label, children, wide}) =>
 export function Select({label, value, options, onChange, wide}) {
   const pairs = options.map((option) => (Array.isArray(option) ? option : [option, String(option)]));
   return html`<${Field} label=${label} wide=${wide}>
-    <select value=${String(value)} onChange=${(event) => onChange(event.target.value)}>
+    <select aria-label=${label} value=${String(value)} onChange=${(event) => onChange(event.target.value)}>
       ${pairs.map(
         ([option, text]) =>
           html`<option key=${option} value=${option} selected=${String(option) === String(value)}>${text}</option>`,
