@@ -291,6 +291,14 @@ def stopped(folder, how):
     return None
 
 
+def recorded(folder):
+    """A run of one step in chunks of two prompts, with three recorded prompts."""
+    changes = {"training.max_steps": 1, "sampling.prompts_per_chunk": 2}
+    trainer = make(folder, {**changes, "training.record.prompts": 3})
+    trainer.train()
+    return True
+
+
 def refused(folder):
     """The message of every rank for a directory that another process has locked."""
     trainer = make(folder)

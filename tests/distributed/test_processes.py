@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rank_work
 import torch
 from rank_pool import PYTHONPATH, RankPool
 from rank_work import make, train
 
-from flowgrain import METHODS
+from flowgrain import METHODS, load_run
 from flowgrain.distributed import SINGLE, env_rank, local_world_size
 from flowgrain.distributed.threads import available_cores, set_threads
 from flowgrain.records.run_lock import RunLock
@@ -108,6 +109,25 @@ def test_every_method_is_the_same_run(tmp_path, pool, single, size, machines, ca
                 rtol=0,
                 msg=lambda message, place=f"{name} {key}": f"{place} {message}",
             )
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=SLOW)])
+def test_recorded_groups(tmp_path, pool, size):
+    """The main rank records its own prompts, which are every `size`-th of the step."""
+    rank_work.recorded(tmp_path / "one")
+    pool.run(size, rank_work.recorded, tmp_path / "several")
+    one, several = (load_run(tmp_path / name).groups[1] for name in ("one", "several"))
+    assert [n for n, prompt in enumerate(one.prompts) if prompt.recorded] == [0, 1, 2]
+    expected = list(range(0, 6, size))[:3]
+    assert [n for n, prompt in enumerate(several.prompts) if prompt.recorded] == expected
+    for prompt, other in zip(one.prompts, several.prompts, strict=True):
+        assert prompt.text == other.text
+        assert prompt.rewards["red"] == pytest.approx(other.rewards["red"], abs=1e-5)
+        assert prompt.advantage == pytest.approx(other.advantage, abs=1e-3)
+    for number in set(expected) & {0, 1, 2}:
+        for place in range(len(one.tree.leaves)):
+            pixels = (np.asarray(g.image(number, place)).astype(int) for g in (one, several))
+            assert np.abs(np.subtract(*pixels)).max() <= 1
 
 
 def test_approximate_tails_of_two(tmp_path, pool, monkeypatch):

@@ -318,20 +318,17 @@ RECORDS = {
         "huge_number": b'{"step": ' + HUGE + b"}",
         "nothing": b"null",
     },
-    "images/evaluation-000001.png": {
+    "evaluations/images-000001.zip": {
         "binary": BINARY,
         "empty": b"",
         "directory": FOLDER,
-        "header": b"\x89PNG\r\n\x1a\n" + b"\0" * 50,
+        "header": b"PK\x03\x04" + b"\0" * 50,
     },
-    "images/tree-000001.json": {
+    "groups/step-000001.zip": {
         **ANY,
-        "truncated": b'{"step": 1, "pare',
+        "truncated": b"PK\x03\x04",
         "empty": b"",
-        "list": b"[]",
-        "loop": b'{"step": 1, "prompt": "a", "num_steps": 1, "parent": [1, 0], "edges": [0],'
-        b' "stochastic": [true, true], "leaves": [1], "image": [1], "channel": [0], "rewards": {},'
-        b' "grid_index": [0, 1], "advantage": [1.0]}',
+        "nothing": b"PK\x05\x06" + b"\0" * 18,
     },
     "calibration.json": {
         **ANY,

@@ -422,8 +422,8 @@ def test_the_advice_of_a_run_that_diverged(tiny, rate):
 
 REPORT = {
     "evaluations/step-000002.json": ("{", "not JSON"),
-    "images/evaluation-000002.png": ("x", "not an image"),
-    "images/tree-000002.json": ("[]", "not a record of a run"),
+    "evaluations/images-000002.zip": ("x", "File is not a zip file"),
+    "groups/step-000002.zip": ("[]", "File is not a zip file"),
 }
 
 

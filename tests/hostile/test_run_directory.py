@@ -308,16 +308,24 @@ DAMAGED_EVALUATIONS = DAMAGED_FILES | {
     "numbers as prompts": lambda text: re.sub(rb'"prompts": \[.*?\]', b'"prompts": [1]', text),
 }
 FILES = [("evaluations/step-000002.json", name) for name in DAMAGED_EVALUATIONS]
-FILES += [("images/tree-000002.json", name) for name in DAMAGED_FILES]
+DAMAGED_ZIPS = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: b"\0" * len(content),
+    "another file": lambda content: b"PK\x05\x06" + b"\0" * 18,
+}
+FILES += [("groups/step-000002.zip", name) for name in DAMAGED_ZIPS]
+FILES += [("evaluations/images-000002.zip", name) for name in list(DAMAGED_ZIPS)[:3]]
 
 
 @pytest.mark.parametrize(("path", "name"), FILES)
-def test_damaged_evaluations_and_trees_are_set_aside(trained, tmp_path, path, name):
+def test_damaged_evaluations_and_groups_are_set_aside(trained, tmp_path, path, name):
     config, whole = trained
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     file = run / path
-    damaged = DAMAGED_EVALUATIONS[name](file.read_bytes())
+    damage = DAMAGED_ZIPS if path.endswith(".zip") else DAMAGED_EVALUATIONS
+    damaged = damage[name](file.read_bytes())
     assert damaged != file.read_bytes()
     file.write_bytes(damaged)
     again = toy(config.with_changes({"training.max_steps": 4}), run)
@@ -336,7 +344,7 @@ def test_files_of_others_stay(trained, tmp_path, name):
     config, whole = trained
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    for part in ("evaluations", "images"):
+    for part in ("evaluations", "groups"):
         (run / part / name).write_text("mine")
     assert toy(config, run).resume() == []
-    assert all((run / part / name).read_text() == "mine" for part in ("evaluations", "images"))
+    assert all((run / part / name).read_text() == "mine" for part in ("evaluations", "groups"))

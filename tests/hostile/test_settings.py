@@ -18,7 +18,7 @@ from command_line import SMALL, flowgrain
 from flowgrain import SettingsError, Trainer, load_config
 from flowgrain.settings import SettingsWarning
 from flowgrain.training import fit, sizes
-from flowgrain.training.memory import checkpoint_bytes
+from flowgrain.training.disk import run_bytes
 
 SECONDS = 10
 """A refusal may take this long, with the import of the libraries and on a busy machine."""
@@ -231,16 +231,16 @@ def test_a_disk_that_is_too_small(directory, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     result = flowgrain("train", "demo", *SMALL, "--out", "run")
     assert result.status == 2
-    assert "training.keep_checkpoints=2: the checkpoints need " in result.stderr
+    assert "training.keep_checkpoints=2: the run needs " in result.stderr
     assert list(directory.iterdir()) == []
 
 
 def test_a_resumed_run_uses_the_space_of_its_own_checkpoints(tmp_path, monkeypatch):
     config = load_config("demo")
     size = sizes.size_before_loading(config)
-    needed = checkpoint_bytes(config, size)
+    needed = int(sum(run_bytes(config, size).values()))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": needed - 100}))
-    with pytest.raises(SettingsError, match="the checkpoints need"):
+    with pytest.raises(SettingsError, match="the run needs"):
         fit.check_disk(config, size, tmp_path)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000001" / "tensors").write_bytes(bytes(100))

@@ -89,6 +89,17 @@ def test_a_full_disk(tiny, tmp_path, monkeypatch):
     assert "lower training.keep_checkpoints=2" in disk.message
 
 
+def test_records_that_are_larger_than_the_checkpoints(tiny, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    changes = {"training.max_steps": 1000, "training.record.megabytes": 9000}
+    changes |= {"training.record.steps": 1000, "training.record.prompts": 500}
+    config = tiny.with_changes({**changes, "training.prompts_per_step": 500})
+    disk = findings_of(config, tmp_path / "run")["disk"]
+    assert "for recorded groups" in disk.message
+    assert "lower training.record.megabytes=9000" in disk.message
+
+
 def test_a_reward_that_fails(tiny, tmp_path, monkeypatch):
     (tmp_path / "doctor_rewards.py").write_text(
         "def broken(images, prompts):\n    raise OSError('server gone')\n"

@@ -20,6 +20,7 @@ from flowgrain.data import Prompt
 from flowgrain.methods import ForwardProcess, RewardGradient
 from flowgrain.records import GroupStore
 from flowgrain.training import groups as groups_module
+from flowgrain.training.disk import evaluations_bytes, groups_bytes
 from flowgrain.training.retention import Retention
 
 WITH_ROLLOUT = [name for name in METHODS if METHODS.get(name).trains_on is None]
@@ -333,3 +334,19 @@ def test_a_copied_run_is_read(tiny, tmp_path):
     run = load_run(tmp_path / "copy")
     assert run.status == "finished"
     check_images(run.groups[2])
+
+
+def test_the_estimate_of_the_disk(tiny, tmp_path):
+    """The files of a run of the bundled model need less, but more than a third."""
+    config = tiny.with_changes({"evaluation.every": 1, "evaluation.num_prompts": 24})
+    Trainer(config, tmp_path).train()
+    for part, estimate in (
+        ("groups", groups_bytes(config)),
+        ("evaluations", evaluations_bytes(config)),
+    ):
+        written = sum(file.stat().st_size for file in (tmp_path / part).glob("*.zip"))
+        assert estimate / 3 < written < estimate
+    none = tiny.with_changes({"training.record.prompts": 0})
+    assert groups_bytes(none) == evaluations_bytes(none) == 0
+    small = {"training.record.megabytes": 1, "training.max_steps": 10_000}
+    assert groups_bytes(tiny.with_changes(small)) == pytest.approx(1e6, rel=0.2)

@@ -198,7 +198,7 @@ def test_a_run_from_python_with_a_custom_reward(tmp_path):
     assert saved["config"]["rewards"] == [{"name": "redness", "weight": 1.0, "batch_size": 256}]
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
-        *("run.yaml", "metrics.jsonl", "checkpoints", "evaluations", "images", "export"),
+        *("run.yaml", "metrics.jsonl", "checkpoints", "evaluations", "groups", "export"),
         *(".lock", ".saved"),
     }
     with pytest.raises(SettingsError, match=r"already contains a run. Resume it with --resume"):

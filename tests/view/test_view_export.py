@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from cli.command_line import flowgrain, refused, succeeded
+from command_line import flowgrain, refused, succeeded
 from records.fake_runs import write_run
 
 from flowgrain.view import Catalog, export
@@ -35,12 +35,12 @@ def test_one_file_has_everything(runs, tmp_path):
     assert (demo["group_steps"], demo["evaluation_steps"]) == ([20], [0, 20])
     assert len(data["/api/runs/demo/metrics"]["step"]) == 21
     assert len(data["/api/runs/demo/evaluations"]["evaluations"]) == 5
-    assert data["/api/runs/a%20b/groups/4"]["step"] == 4
+    assert data["/api/runs/a%20b/groups/1"]["step"] == 1
     image = data["/api/runs/demo/groups/20/0/3.webp"]
     assert base64.b64decode(image.removeprefix("data:image/webp;base64,"))[8:12] == b"WEBP"
-    full = data["/api/runs/a%20b/groups/4"]["prompts"][0]["full"]
+    full = data["/api/runs/a%20b/groups/1"]["prompts"][0]["full"]
     for place in full:
-        name = f"/api/runs/a%20b/groups/4/0/{place}.webp"
+        name = f"/api/runs/a%20b/groups/1/0/{place}.webp"
         assert len(data[f"{name}?full=1"]) > len(data[name])
     sources = [row["id"] for row in data["/api/sources"]["sources"]]
     assert sources == ["run:a b@0", "run:a b@4", "run:demo@0", "run:demo@20"]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import requests
-from cli.command_line import refused
+from command_line import refused
 from records.fake_runs import write_run
 
 from flowgrain import SettingsError

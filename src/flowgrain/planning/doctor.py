@@ -33,6 +33,7 @@ from flowgrain.planning.trials import (
 from flowgrain.rewards import build_reward
 from flowgrain.settings import SettingsError
 from flowgrain.training import Trainer
+from flowgrain.training.disk import largest_setting, run_bytes
 from flowgrain.training.fit import existing_parent, in_bytes, machine_memory
 from flowgrain.training.load import (
     check_prompt_files,
@@ -41,7 +42,7 @@ from flowgrain.training.load import (
     load_model,
     load_prompts,
 )
-from flowgrain.training.memory import checkpoint_bytes, memory
+from flowgrain.training.memory import memory
 from flowgrain.training.sizes import ModelSize, model_size, size_of_loaded
 from flowgrain.units import duration
 
@@ -252,14 +253,15 @@ def _less_memory(config: Config, largest: str) -> str:
 
 
 def check_disk(config: Config, size: ModelSize, out: Path) -> Finding:
-    """Whether the checkpoints of the run fit on the disk of `out`."""
-    needed, folder = checkpoint_bytes(config, size), existing_parent(out)
+    """Whether the checkpoints and records of the run fit on the disk of `out`."""
+    needed, folder = run_bytes(config, size), existing_parent(out)
     free = shutil.disk_usage(folder).free
-    message = f"{in_bytes(needed)} for checkpoints, {in_bytes(free)} free in {folder}."
-    if needed < free:
+    parts = ", ".join(f"{in_bytes(part)} for {purpose}" for purpose, part in needed.items())
+    message = f"{parts}, {in_bytes(free)} free in {folder}."
+    if sum(needed.values()) < free:
         return Finding("disk", True, message)
-    setting = f"training.keep_checkpoints={config.training.keep_checkpoints}"
-    return Finding("disk", False, f"{message} Free some space, or lower {setting}.")
+    setting, value = largest_setting(config, max(needed, key=lambda purpose: needed[purpose]))
+    return Finding("disk", False, f"{message} Free some space, or lower {setting}={value}.")
 
 
 def check_cost(config: Config, rows_per_row: int | None, rate: float | None) -> Finding:

@@ -64,7 +64,7 @@ class EvaluationRecord:
         Raises:
             DamagedRecord: the file is not readable.
         """
-        if not self.images_path.is_file():
+        if not self.images_path.exists():
             return 0
         return len(member_names(self.images_path))
 
@@ -84,7 +84,7 @@ class EvaluationRecord:
 
     def image_bytes(self, place: int) -> bytes:
         """The image of prompt number `place` as the bytes of a WebP file. See `image`."""
-        if not self.images_path.is_file():
+        if not self.images_path.exists():
             raise KeyError(f"{self.images_path} does not exist")
         return read_member(self.images_path, _member(place))
 

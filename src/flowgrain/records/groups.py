@@ -245,7 +245,7 @@ class GroupStore(Mapping[int, GroupRecord]):
             DamagedRecord: the file is not readable.
         """
         path = self.folder / group_name(step)
-        if not path.is_file():
+        if not path.exists():
             raise KeyError(f"step {step} is not recorded. Recorded steps: {self.steps}")
         return read_group(path)
 

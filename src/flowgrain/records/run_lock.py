@@ -102,7 +102,7 @@ def read_holder(file: Path) -> dict[str, Any] | None:
         holder = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

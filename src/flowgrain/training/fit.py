@@ -21,10 +21,10 @@ from flowgrain.methods import DifferentiableReward, PolicyGradient
 from flowgrain.methods.calibration import calibration_tree
 from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError, SettingsWarning
-from flowgrain.shapes.render import SIZE
 from flowgrain.training.checkpoint import checkpoints
+from flowgrain.training.disk import image_size, largest_setting, run_bytes
 from flowgrain.training.load import check_encoder, check_prompt_files, compute_dtype
-from flowgrain.training.memory import checkpoint_bytes, memory
+from flowgrain.training.memory import memory
 from flowgrain.training.sizes import ModelSize, size_of_loaded
 
 _ROW_BYTES = 100
@@ -118,26 +118,24 @@ def check_loaded(config: Config, backbone: Backbone, device: torch.device) -> Mo
 
 
 def check_disk(config: Config, size: ModelSize, folder: Path) -> None:
-    """Check that the checkpoints of the run fit on the disk of `folder`, the run's directory.
+    """Check that checkpoints and records fit on the disk of `folder`, the run's directory.
 
     Raises:
         SettingsError: they do not fit.
     """
-    needed, place = checkpoint_bytes(config, size), existing_parent(folder)
-    # The checkpoints of a resumed run are replaced one after the other.
+    needed, place = run_bytes(config, size), existing_parent(folder)
+    # The files of a resumed run are replaced one after the other.
     saved = [f for path in checkpoints(folder / "checkpoints") for f in path.iterdir()]
-    needed = max(needed - sum(file.stat().st_size for file in saved), 0)
-    if needed > shutil.disk_usage(place).free:
-        keep = config.training.keep_checkpoints
-        setting, value = (
-            ("lora.rank", config.lora.rank)
-            if config.lora.rank and keep <= 2
-            else ("training.keep_checkpoints", keep)
-        )
+    saved += [file for part in ("groups", "evaluations") for file in (folder / part).glob("*.zip")]
+    total = max(sum(needed.values()) - sum(file.stat().st_size for file in saved), 0)
+    if total > shutil.disk_usage(place).free:
+        largest = max(needed, key=lambda purpose: needed[purpose])
+        setting, value = largest_setting(config, largest)
         free = in_bytes(shutil.disk_usage(place).free)
+        parts = ", ".join(f"{purpose} {in_bytes(part)}" for purpose, part in needed.items())
         raise SettingsError(
-            f"{setting}={value}: the checkpoints need {in_bytes(needed)}, but only {free} are free "
-            f"in {place}. Use a smaller value, or free some space."
+            f"{setting}={value}: the run needs {in_bytes(total)} ({parts}), but only {free} are "
+            f"free in {place}. Use a smaller value, or free some space."
         )
 
 
@@ -204,8 +202,7 @@ def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int
 def _of_host(config: Config, size: ModelSize, ranks: int) -> list[Need]:
     """What a rank holds in the memory of the machine: the tree, and images as float32."""
     tree, training = config.tree(), config.training
-    model = config.model
-    height, width = (SIZE, SIZE) if model.name == "shapes" else (model.height, model.width)
+    height, width = image_size(config)
     image = 2 * 4.0 * 3 * height * width  # the parts, and all of them in one tensor
     images = image * len(tree.leaves) * training.prompts_per_step / ranks
     rows = float(_ROW_BYTES * len(tree) * training.prompts_per_step)

@@ -14,7 +14,7 @@ from flowgrain.data import Prompt
 from flowgrain.distributed import World
 from flowgrain.image_data import ImagePrompt, load_images
 from flowgrain.models import ImageEncoder
-from flowgrain.shapes.render import SIZE
+from flowgrain.training.disk import image_size
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
@@ -76,8 +76,7 @@ def given_batch(
 
 def _load(config: Config, prompts: Sequence[Prompt]) -> Tensor:
     """Images [I, 3, H, W] of `prompts`, in the size of the model."""
-    model = config.model
-    height, width = (SIZE, SIZE) if model.name == "shapes" else (model.height, model.width)
+    height, width = image_size(config)
     try:
         images = [load_images(p, height, width) for p in prompts if isinstance(p, ImagePrompt)]
     except ValueError as error:

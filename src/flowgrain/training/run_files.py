@@ -57,7 +57,9 @@ def record_settings(folder: Path, config: Config, given: Sequence[str], first_st
 
 
 def _record(config: Config, given: Sequence[str]) -> dict[str, Any]:
-    return {"config": config.to_dict(), "given": list(given), **describe_environment()}
+    title = config.method.title or config.method.name  # a reader of the file has no methods
+    values = {"config": config.to_dict(), "title": title, "given": list(given)}
+    return {**values, **describe_environment()}
 
 
 def _write(folder: Path, record: Mapping[str, Any], history: Sequence[Any]) -> None:

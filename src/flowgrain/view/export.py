@@ -205,13 +205,16 @@ def render(assets: Assets, data: Mapping[str, Any]) -> str:
 
 def _modules(assets: Assets, imports: Mapping[str, str]) -> dict[str, str]:
     """The file of every module by its name in the import map. A name may be that of a folder."""
+    single = {target: name for name, target in imports.items() if not name.endswith("/")}
+    folders = {target: name for name, target in imports.items() if name.endswith("/")}
     found = {}
     for file in (name for name in assets.names if name.endswith(".js")):
         place = f"{_PREFIX}{file}"
-        for name, target in imports.items():
-            if target == place:
-                found[name] = file
-            elif name.endswith("/") and place.startswith(target):
+        if place in single:
+            found[single[place]] = file
+            continue
+        for target, name in folders.items():
+            if place.startswith(target):
                 found[name + place.removeprefix(target)] = file
     return found
 

@@ -2,6 +2,7 @@
 
 import errno
 import getpass
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -33,6 +34,8 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.events.close()
+        # Requests that are still open are cancelled, which uvicorn would log with tracebacks.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
 
