@@ -23,6 +23,9 @@ from flowgrain.records import load_run
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 SIZE = {"width": 1280, "height": 760}
 LARGEST = 250_000
+READY = """document.querySelector("main").innerText.length > 100
+  && !document.querySelector("main").innerText.includes("Loading ")
+  && [...document.images].every((image) => image.complete)"""
 
 
 def train_demo(seed: int) -> Path:
@@ -71,9 +74,11 @@ def main() -> None:
         sys.exit(missing())
     with serve(runs) as address, browser() as chromium:
         page = Watched(chromium, address, viewport=SIZE, color_scheme="light")
+        page.tab.set_default_timeout(120_000)
         for name, route in routes(runs).items():
             tab = page.open(route)
-            tab.wait_for_timeout(1500)  # images and curves are drawn
+            tab.wait_for_function(READY)
+            tab.wait_for_timeout(1000)  # curves are drawn
             content = small_png(tab.screenshot())
             (IMAGES / f"view-{name}.png").write_bytes(content)
             print(f"view-{name}.png: {len(content) / 1000:.0f} KB")
