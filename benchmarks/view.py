@@ -48,7 +48,7 @@ def seconds(page: Watched, route: str, selector: str) -> float:
     """Time from the request of a page to its first content."""
     page.tab.goto("about:blank")
     start = time.perf_counter()
-    page.tab.goto(f"{page.address}/#/{route}")
+    page.tab.goto(f"{page.address}#/{route}")
     page.tab.wait_for_selector(selector)
     return time.perf_counter() - start
 
