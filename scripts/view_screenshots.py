@@ -16,7 +16,7 @@ from urllib.parse import quote
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from view.browser import Watched, browser, missing, serve
+from view.browser import Watched, browser, missing, serve, until
 
 from flowgrain.records import load_run
 
@@ -77,7 +77,7 @@ def main() -> None:
         page.tab.set_default_timeout(120_000)
         for name, route in routes(runs).items():
             tab = page.open(route)
-            tab.wait_for_function(READY)
+            until(tab, READY, seconds=120)
             tab.wait_for_timeout(1000)  # curves are drawn
             content = small_png(tab.screenshot())
             (IMAGES / f"view-{name}.png").write_bytes(content)

@@ -38,6 +38,17 @@ def chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+def until(tab: Any, expression: str, arg: Any = None, seconds: float = 30) -> None:
+    """Wait until an expression is true in the page.
+
+    The driver's own `wait_for_function` needs eval, which the policy of the pages forbids.
+    """
+    end = time.monotonic() + seconds
+    while not tab.evaluate(expression, arg):
+        assert time.monotonic() < end, f"not true after {seconds:g} s: {expression}"
+        tab.wait_for_timeout(30)
+
+
 @contextmanager
 def serve(folders: Sequence[Path]) -> Iterator[str]:
     """A server of the view in a thread. Gives its address."""
