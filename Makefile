@@ -5,7 +5,7 @@ BIN := .venv/bin
 TRACKIO := trackio gradio_client httpx httpcore orjson python-multipart websockets
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo compare test unit test-slow lint types docs docs-serve faithfulness figures readme-images test-portable test-avx2 bench soak weights
+.PHONY: demo compare test unit test-slow lint types docs docs-serve faithfulness figures readme-images view-images test-portable test-avx2 bench soak weights
 
 demo: .venv/ready  ## Train the bundled demo and write its report
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -56,6 +56,9 @@ figures: .venv/ready  ## Draw the architecture and the trees of the methods
 
 readme-images: .venv/ready  ## Train the demo and draw the README's figure from it
 	$(BIN)/python scripts/readme_images.py
+
+view-images: .venv/ready  ## Train the demo with two seeds and take the pictures of flowgrain view
+	$(BIN)/python scripts/view_screenshots.py
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/executor.py

@@ -1,6 +1,6 @@
 """A headless Chromium and a server of the view, for tests, measurements and screenshots.
 
-`pages(folders)` starts both. A page of it records what must not happen: see `Watched.problems`.
+A `Watched` tab records what must not happen: errors and requests to other hosts.
 """
 
 import os
@@ -22,7 +22,6 @@ OPTIONS = (
     *("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 )
-_PORT_RANGE_START = 0  # the system chooses a free port
 
 
 def missing() -> str | None:
@@ -39,19 +38,28 @@ def chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+def until(tab: Any, expression: str, arg: Any = None, seconds: float = 30) -> None:
+    """Wait until an expression is true in the page.
+
+    The driver's own `wait_for_function` needs eval, which the policy of the pages forbids.
+    """
+    end = time.monotonic() + seconds
+    while not tab.evaluate(expression, arg):
+        assert time.monotonic() < end, f"not true after {seconds:g} s: {expression}"
+        tab.wait_for_timeout(30)
+
+
 @contextmanager
 def serve(folders: Sequence[Path]) -> Iterator[str]:
     """A server of the view in a thread. Gives its address."""
-    settings = uvicorn.Config(
-        create_app(Catalog(folders)), port=_PORT_RANGE_START, log_level="warning"
-    )
+    settings = uvicorn.Config(create_app(Catalog(folders)), port=0, log_level="warning")
     settings.timeout_graceful_shutdown = 1  # a page keeps its stream of changes open
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join(10)
 
@@ -73,7 +81,7 @@ class Watched:
 
     Args:
         browser: the browser.
-        address: address of the server.
+        address: address of the server, or of an exported file.
         options: options of the tab, such as `viewport`.
     """
 
@@ -88,7 +96,7 @@ class Watched:
 
     def open(self, route: str) -> Any:
         """Go to a route such as "runs" and wait for its content. Returns the tab."""
-        self.tab.goto(f"{self.address}/#/{route}")
+        self.tab.goto(f"{self.address}#/{route}")
         self.tab.wait_for_selector("main .page")
         return self.tab
 

@@ -9,7 +9,8 @@ export function route() {
   return {page: page || "runs", parts, query: Object.fromEntries(new URLSearchParams(query))};
 }
 
-function decode(segment) {
+/** A part of an address without its percent signs. */
+export function decode(segment) {
   try {
     return decodeURIComponent(segment);
   } catch {

@@ -20,7 +20,7 @@ export const Field = ({label, children, wide}) =>
 export function Select({label, value, options, onChange, wide}) {
   const pairs = options.map((option) => (Array.isArray(option) ? option : [option, String(option)]));
   return html`<${Field} label=${label} wide=${wide}>
-    <select value=${String(value)} onChange=${(event) => onChange(event.target.value)}>
+    <select aria-label=${label} value=${String(value)} onChange=${(event) => onChange(event.target.value)}>
       ${pairs.map(
         ([option, text]) =>
           html`<option key=${option} value=${option} selected=${String(option) === String(value)}>${text}</option>`,
@@ -117,4 +117,13 @@ export function Alarms({alarms}) {
       </li>`,
     )}
   </ul>`;
+}
+
+/** Files that are left out because they are damaged. */
+export function Damaged({messages}) {
+  if (!messages?.length) return null;
+  return html`<div>
+    <h3>Damaged files, left out</h3>
+    <ul class="damaged">${messages.map((message) => html`<li key=${message}>${message}</li>`)}</ul>
+  </div>`;
 }

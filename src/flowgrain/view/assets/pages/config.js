@@ -4,7 +4,7 @@ import {html} from "preact";
 import {apiPath, useGet} from "view/api.js";
 import {count, duration, number, percent} from "view/format.js";
 import {go, link, setQuery, useRoute} from "view/router.js";
-import {Alarms, newestFirst, Nothing, Pending, RunPicker, Select, usePageRun} from "view/ui.js";
+import {Alarms, Damaged, newestFirst, Nothing, Pending, RunPicker, Select, usePageRun} from "view/ui.js";
 import {yamlLines} from "view/yaml.js";
 
 const COUNTS = [
@@ -48,6 +48,7 @@ function Details({detail, other}) {
         ${best?.rule && html`<p class="faint">Best: ${best.rule}.</p>`}
         <${Alarms} alarms=${alarms} />
         ${!alarms?.length && html`<p class="faint">No alarms.</p>`}
+        <${Damaged} messages=${detail.damaged} />
       </div>
       ${history?.length > 1 && html`<div class="card"><h2>History</h2><${Yaml} value=${history} /></div>`}
       ${detail.calibration && html`<details class="card"><summary>Calibrated noise</summary><${Yaml} value=${detail.calibration} /></details>`}

@@ -6,7 +6,7 @@ import {Chart} from "view/chart.js";
 import {alarmMarkers, COLORS, groupLabel, groupLine, OPEN_SECTIONS, sections, seedGroups, stepAt} from "view/curve_data.js";
 import {nearest} from "view/format.js";
 import {Keys} from "view/keyboard.js";
-import {go, link, setQuery, useRoute} from "view/router.js";
+import {decode, go, link, setQuery, useRoute} from "view/router.js";
 import {Alarms, Choice, Field, newestFirst, Nothing, Pending, Select, usePageRun} from "view/ui.js";
 
 const POINTS = 1000;
@@ -15,7 +15,7 @@ const X_LABEL = {step: "step", passes: "forward passes", seconds: "seconds"};
 
 export function Curves() {
   const {query} = useRoute();
-  const named = (query.runs ?? "").split(",").filter(Boolean).map(decodeURIComponent);
+  const named = (query.runs ?? "").split(",").filter(Boolean).map(decode);
   const {runs, run, error, loaded} = usePageRun(named[0]);
   const chosen = named.length ? runs.filter(({id}) => named.includes(id)) : runs.filter(({id}) => id === run);
   if (!loaded || error) return html`<${Pending} error=${error} what="runs" />`;

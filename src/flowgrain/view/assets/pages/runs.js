@@ -1,12 +1,12 @@
 // Runs: a table of all runs. Selected runs are overlaid on the page of curves.
 
 import {html, useMemo, useRef, useState} from "preact";
+import {useGet} from "view/api.js";
 import {count, number, time} from "view/format.js";
 import {Keys, useKeys} from "view/keyboard.js";
 import {curvesLink} from "view/pages/curves.js";
 import {go, link, setQuery, useRoute} from "view/router.js";
-import {AlarmBadge, Field, Nothing, Pending, Select} from "view/ui.js";
-import {useGet} from "view/api.js";
+import {AlarmBadge, Damaged, Field, Nothing, Pending, Select} from "view/ui.js";
 
 const STATUSES = ["running", "finished", "stopped", "unfinished"];
 
@@ -14,13 +14,14 @@ export function Runs() {
   const {query} = useRoute();
   const {data, error} = useGet("/api/runs");
   if (!data) return html`<${Pending} error=${error} what="runs" />`;
-  if (!data.runs.length && !data.evaluations?.length) {
+  if (!data.runs.length && !data.evaluations?.length && !data.damaged?.length) {
     return html`<${Nothing}>There are no runs in these directories yet. A run appears here when it starts.</${Nothing}>`;
   }
   return html`<section class="page">
     ${error && html`<${Pending} error=${error} />`}
     <${RunTable} runs=${data.runs} query=${query} />
     <${Evaluations} evaluations=${data.evaluations ?? []} />
+    <${Damaged} messages=${data.damaged} />
   </section>`;
 }
 
