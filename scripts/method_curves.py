@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from flowgrain.config import Config
-from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.report.comparison import finished_runs
+from flowgrain.statistics import confidence_interval
 from flowgrain.studies.results import read_comparison, units_of_step
 from flowgrain.training.run_files import read_metrics, read_run_config
 

@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flowgrain.evaluation.statistics import confidence_interval
+from flowgrain.statistics import confidence_interval
 from flowgrain.training.recorder import EVALUATION_COLUMNS, EVALUATION_IMAGES
 from flowgrain.training.run_files import read_metrics
 

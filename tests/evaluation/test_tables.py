@@ -10,9 +10,9 @@ from pyarrow import parquet
 
 from flowgrain.evaluation import confidence_interval, make_table, read_scores
 from flowgrain.evaluation.published import PublishedRow
-from flowgrain.evaluation.statistics import Interval
 from flowgrain.evaluation.table import Cell, Row, Table, cell_lines, markdown, part_tables
 from flowgrain.settings import SettingsError
+from flowgrain.statistics import Interval
 
 
 def test_the_table_is_its_definition(finished):

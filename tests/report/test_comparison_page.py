@@ -8,10 +8,10 @@ import pytest
 from pages import Page
 
 from flowgrain.evaluation import confidence_interval
-from flowgrain.evaluation.statistics import Interval
 from flowgrain.report import write_comparison
 from flowgrain.report.comparison_table import Row, best_label, make_tables, markdown
 from flowgrain.settings import SettingsError
+from flowgrain.statistics import Interval
 from flowgrain.studies.results import result_file, results
 
 

@@ -2,10 +2,10 @@
 
 from flowgrain.evaluation.request import EvaluationRequest, make_request
 from flowgrain.evaluation.run import Progress, run_evaluation
-from flowgrain.evaluation.statistics import Interval, confidence_interval
 from flowgrain.evaluation.storage import read_scores
 from flowgrain.evaluation.table import Table, make_table
 from flowgrain.evaluation.targets import Target, base_config, find_targets, load_target
+from flowgrain.statistics import Interval, confidence_interval
 
 __all__ = [
     "EvaluationRequest",

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from flowgrain.core.tree import Ints
 from flowgrain.evaluation.published import PublishedRow, published
 from flowgrain.evaluation.request import read_record
-from flowgrain.evaluation.statistics import Interval, confidence_interval
 from flowgrain.evaluation.storage import PART_WEIGHT, Columns, read_scores
 from flowgrain.settings import SettingsError
+from flowgrain.statistics import Interval, confidence_interval
 from flowgrain.training.evaluate import mean
 
 Floats = NDArray[np.floating[Any]]

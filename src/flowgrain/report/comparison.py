@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.evaluation.table import json_text
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.report.comparison_table import (
@@ -24,6 +23,7 @@ from flowgrain.report.render import data_uri, tiles, write_page
 from flowgrain.report.run_data import undamaged
 from flowgrain.report.svg import Curve, Figure, draw_figure
 from flowgrain.settings import SettingsError
+from flowgrain.statistics import confidence_interval
 from flowgrain.studies.comparison import Comparison
 from flowgrain.studies.entries import plan_entries
 from flowgrain.studies.measure import NUM_SHOWN

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowgrain.evaluation.statistics import Interval, confidence_interval
+from flowgrain.statistics import Interval, confidence_interval
 from flowgrain.studies.comparison import Comparison
 from flowgrain.studies.entries import plan_entries
 from flowgrain.studies.results import Result, by_seed

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.report.run_data import RunData
 from flowgrain.report.svg import PALETTE, Curve, Figure, draw_figure
+from flowgrain.statistics import confidence_interval
 
 SMOOTHING_WINDOW = 9
 """Training steps of the moving average."""

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from flowgrain.evaluation.statistics import confidence_interval
 from flowgrain.report.image_pairs import image_pairs, part_changes
 from flowgrain.report.render import write_page
 from flowgrain.report.run_curves import run_figures
 from flowgrain.report.run_data import RunData, read_run_data, undamaged
 from flowgrain.report.tree_picture import read_tree_picture
+from flowgrain.statistics import confidence_interval
 from flowgrain.units import duration
 
 
