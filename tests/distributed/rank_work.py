@@ -99,6 +99,9 @@ class WithoutExport(Trainer):
     def export(self):
         return self.out
 
+    def export_best(self):
+        return None
+
 
 def make(folder, changes=None, method="g2rpo"):
     """A run of six prompts per step."""

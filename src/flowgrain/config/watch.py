@@ -88,13 +88,13 @@ class WatchConfig(Section):
 
 
 def check_name(reward: str) -> None:
-    """Check that the metrics of a reward do not have the names of the monitors' metrics.
+    """Check that a reward does not have the name of a monitor or of the monitors' metrics.
 
     Raises:
-        ValueError: they do.
+        ValueError: it does.
     """
-    if reward == "monitor":
+    if reward == "monitor" or reward in MONITORS:
         raise ValueError(
-            "rewards: 'monitor' is reserved for the metrics of monitors. Give the reward another "
-            "name."
+            f"rewards: {reward!r} is the name of {'a monitor' if reward in MONITORS else 'metrics'}"
+            f". Give the reward another name, such as {reward}_reward."
         )

@@ -3,6 +3,8 @@
 Shapes: I images, H x W pixels. A value is NaN for an image with NaN or infinity.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,8 @@ def color_entropy(images: Tensor) -> Tensor:
     found = (colors.flatten(1) + number[:, None]).flatten()
     counts = torch.bincount(found, minlength=len(images) * LEVELS**3).reshape(len(images), -1)
     share = counts / colors[0].numel()
-    return torch.special.entr(share).sum(1) / torch.log(torch.tensor(2.0))
+    entropy: Tensor = torch.special.entr(share).sum(1) / math.log(2)
+    return entropy
 
 
 def high_frequency(gray: Tensor) -> Tensor:

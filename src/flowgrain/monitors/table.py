@@ -18,6 +18,8 @@ class Monitor:
         spread: whether changes are compared with the standard deviation of the base model's images.
             Otherwise they are compared in the unit of the monitor, because the value of the base
             model is always 0.
+        least: smallest standard deviation that counts. Otherwise a monitor without any spread, such
+            as dark pixels on a model of bright images, would react to a single pixel.
         rollouts: whether the value is also computed on the images of every rollout.
     """
 
@@ -25,6 +27,7 @@ class Monitor:
     unit: str
     worse: Direction
     spread: bool = True
+    least: float = 0.01
     rollouts: bool = True
 
 
@@ -41,7 +44,10 @@ MONITORS: dict[str, Monitor] = {
         "up",
     ),
     "color_entropy": Monitor(
-        "entropy of the histogram of colors, with 8 levels per channel", "bits", "change"
+        "entropy of the histogram of colors, with 8 levels per channel",
+        "bits",
+        "change",
+        least=0.1,
     ),
     "high_frequency": Monitor(
         "share of the luminance's variance above half of the largest frequency",

@@ -11,3 +11,7 @@ class Diverged(RunStopped):
 
 class Interrupted(RunStopped):
     """SIGINT or SIGTERM arrived. The run is saved. The message names the last finished step."""
+
+
+class StoppedByAlarm(RunStopped):
+    """A monitor raised an alarm, and watch.action is stop. The run is saved."""

@@ -13,11 +13,11 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text`. A reader finds either the complete old file or the complete new file."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content`. A reader finds either the complete old file or the complete new file."""
     temporary = path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(temporary)
         temporary.replace(path)
     except OSError:

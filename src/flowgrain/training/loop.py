@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from flowgrain.training import checkpoint, state
-from flowgrain.training.errors import Diverged, Interrupted, RunStopped
-from flowgrain.training.evaluate import warn_of_failures
+from flowgrain.training.errors import Diverged, Interrupted, RunStopped, StoppedByAlarm
+from flowgrain.training.evaluate import mean, warn_of_failures
 from flowgrain.training.health import (
     EvaluationFailed,
     check_evaluation,
@@ -17,6 +17,7 @@ from flowgrain.training.health import (
     smaller_rate,
 )
 from flowgrain.training.rollout_batch import Metrics
+from flowgrain.training.run_files import resume_command
 from flowgrain.training.signals import StopRequested, StopSignal, check_stop
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def run_steps(
         Diverged: too many updates in a row were skipped (the run is saved), or parameters or
             images are not finite (the last step is not saved).
         EvaluationFailed: a reward failed on too many images. The run is saved, except at step 0.
+        StoppedByAlarm: a monitor raised an alarm, and watch.action is stop. The run is saved.
         Interrupted: a signal arrived. The run is saved.
     """
     config, main = trainer.config, trainer.world.is_main
@@ -63,6 +65,7 @@ def run_steps(
         if config.evaluation.is_due(step, last) and not diverged:
             try:
                 metrics |= evaluate_and_record(trainer, step)
+                failure = _alarm(trainer, last)
             except EvaluationFailed as error:
                 failure = error
             except StopRequested as request:
@@ -122,6 +125,9 @@ def _repeat_evaluation(trainer: Trainer, out_of_time: bool) -> None:
     if trainer.world.is_main:
         trainer.recorder.replace_last(line)
     trainer.save(line)
+    stopped = _alarm(trainer, last)
+    if stopped is not None:
+        raise stopped
 
 
 def what_is_kept(trainer: Trainer) -> str:
@@ -135,14 +141,45 @@ def what_is_kept(trainer: Trainer) -> str:
 
 
 def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
-    """Evaluate the policy after training step `step`. Returns the metrics "eval/NAME"."""
+    """Evaluate the policy after training step `step`, and compare it with the base model.
+
+    Returns:
+        The metrics eval/NAME and eval/monitor/NAME, and the number of alarms if there is a rule.
+    """
     evaluation = trainer.evaluate(num_images=trainer.config.evaluation.images_of_run)
     check_evaluation(trainer, step, evaluation)
+    watch = trainer.watch
+    evaluation = watch.measure(step, evaluation)
+    base = watch.judge(step, evaluation)
+    trainer.optimizer.scale_rate(watch.rate_factor)
     if trainer.world.is_main:
         warn_of_failures(evaluation)
-        trainer.recorder.write_evaluation(step, evaluation)
+        trainer.recorder.write_evaluation(step, evaluation, base)
     values = evaluation.means() | evaluation.part_means()
-    return {f"eval/{name}": value for name, value in values.items()}
+    values |= {f"monitor/{name}": mean(column) for name, column in evaluation.monitors.items()}
+    metrics: Metrics = {f"eval/{name}": value for name, value in values.items()}
+    return metrics | ({"alarms": len(watch.alarms)} if base else {})
+
+
+def _alarm(trainer: Trainer, last: bool) -> StoppedByAlarm | None:
+    """The error of a run that stops because of an alarm. None if it continues.
+
+    Args:
+        trainer: the run.
+        last: whether this is the last step, so that the run ends anyway.
+    """
+    alarms = trainer.watch.alarms
+    if not alarms or last or trainer.config.watch.action != "stop":
+        return None
+    names = ", ".join(alarm.finding.monitor for alarm in alarms)
+    given, out = trainer.recorder.given, trainer.out
+    go_on = resume_command(out, given, {"watch.action": "warn"})
+    found = checkpoint.best(out / "checkpoints")
+    good = f"The best checkpoint without an alarm is {found}" if found else "No checkpoint is good"
+    return StoppedByAlarm(
+        f"{alarms[0].message} The run stopped (watch.action=stop; alarms: {names}) and is saved. "
+        f"{good}. Look at its images, then go on with {go_on}"
+    )
 
 
 def _divergence(trainer: Trainer) -> str:

@@ -4,13 +4,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flowgrain.config.schema import Config
 from flowgrain.methods.calibration import CalibrationResult
 from flowgrain.settings import SettingsError
+from flowgrain.training.alarms import Difference
 from flowgrain.training.evaluate import Evaluation
 from flowgrain.training.files import write_atomically
 from flowgrain.training.pictures import contact_sheet, enlarge, to_pixels
@@ -22,6 +24,7 @@ from flowgrain.training.run_files import (
     record_settings,
     write_run,
 )
+from flowgrain.training.watch_files import discard_after
 
 EVALUATION_IMAGES = 24
 """Number of images of an evaluation that are recorded."""
@@ -136,16 +139,26 @@ class Recorder:
                 of_step = _OF_STEP.fullmatch(path.name)  # other files are not of the run
                 if of_step and int(of_step[1]) > (step or -1):
                     path.unlink()
+        discard_after(self.folder, step)
         return messages + set_damaged_files_aside(self.folder)
 
-    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Write the scores of all images, and a contact sheet of the first images."""
+    def write_evaluation(
+        self, step: int, evaluation: Evaluation, base: Mapping[str, Difference]
+    ) -> None:
+        """Write the scores and monitors of all images, and a contact sheet of the first images.
+
+        Args:
+            step: training step.
+            evaluation: the evaluation.
+            base: paired differences to the base model by reward and monitor. Empty: not written.
+        """
         values = {
             "step": step,
             "num_steps": evaluation.num_steps,
             "prompts": [prompt.text for prompt in evaluation.prompts],
             "scores": {k: [float(v) for v in values] for k, values in evaluation.scores.items()},
             "parts": evaluation.part_means(),
+            **watch_values(evaluation, self.config.eval_guidance, base),
         }
         pixels = to_pixels(evaluation.images[:EVALUATION_IMAGES])
         sheet = enlarge(contact_sheet(pixels, EVALUATION_COLUMNS), pixels.shape[2])
@@ -168,6 +181,23 @@ class Recorder:
         """Write psi and the rounds of the calibration."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "calibration.json", json.dumps(result.as_dict()))
+
+
+def watch_values(
+    evaluation: Evaluation, guidance: float, base: Mapping[str, Difference]
+) -> dict[str, Any]:
+    """What the record of an evaluation contains for the watch. Numbers that are NaN become null."""
+    monitors = {
+        name: [float(v) if math.isfinite(v) else None for v in column]
+        for name, column in evaluation.monitors.items()
+    }
+    values: dict[str, Any] = {"guidance_scale": guidance, "monitors": monitors}
+    if base:
+        values["base"] = {
+            name: {k: v if math.isfinite(v) else None for k, v in asdict(difference).items()}
+            for name, difference in base.items()
+        }
+    return values
 
 
 def _first_tree(batch: RolloutBatch) -> tuple[dict[str, Any], int]:

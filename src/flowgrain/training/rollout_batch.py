@@ -4,7 +4,7 @@ Shapes: P prompts, E trained edges, I images.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class RolloutBatch:
         edge_weight: weight of each credited row in the loss.
         rewards: trained rewards by name, for methods that use their gradient.
         reward_weights: weight of every reward by name.
+        monitors: values [I] of all images by monitor. Empty if nothing was measured.
     """
 
     step: int
@@ -69,6 +70,7 @@ class RolloutBatch:
     edge_weight: Tensor
     rewards: Mapping[str, Reward]
     reward_weights: Mapping[str, float]
+    monitors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def _rows_per_prompt(self) -> int:

@@ -15,9 +15,9 @@ from flowgrain.methods.calibration import CalibrationResult
 from flowgrain.models import Backbone, check_backbone
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
-from flowgrain.training import state
+from flowgrain.training import best, state
 from flowgrain.training.collect import RolloutCollector
-from flowgrain.training.errors import RunStopped
+from flowgrain.training.errors import RunStopped, StoppedByAlarm
 from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
 from flowgrain.training.export import export_policy
 from flowgrain.training.fit import check_loaded, check_memory, check_start
@@ -39,6 +39,7 @@ from flowgrain.training.signals import StopSignal
 from flowgrain.training.sizes import size_before_loading
 from flowgrain.training.step import train_step
 from flowgrain.training.timer import StageTimer
+from flowgrain.training.watch import Watch
 
 Progress = Callable[[Metrics], None]
 """Called with the metrics of a step."""
@@ -100,6 +101,7 @@ class Trainer:
         self.eval_prompts = load_prompts(config, self.backbone, "eval", eval_prompts)
         self.policy = Policy.for_training(config, self.backbone, self.device, self.world)
         self.optimizer = PolicyOptimizer(self.policy, config, self.world)
+        self.watch = Watch(config, self.policy, self.out)
         self.timer = StageTimer(self.device)
         self.collector = RolloutCollector(
             config, self.method, self.policy, self.rewards, self.prompts, self.world, self.timer
@@ -138,6 +140,10 @@ class Trainer:
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
             self.export()
+            self.export_best()
+        except StoppedByAlarm:
+            self.export_best()
+            raise
         except OSError as error:
             raise state.stopped_by_disk(self, error) from error
         finally:
@@ -214,6 +220,14 @@ class Trainer:
         export_policy(self.policy, self.out / "export")
         return self.out / "export"
 
+    def export_best(self) -> Path | None:
+        """Write the parameters of the best checkpoint to export/best. The last step must be saved.
+
+        Returns:
+            The directory. None if no checkpoint was evaluated, or all of them have an alarm.
+        """
+        return best.export_best(self)
+
     @property
     def resume_command(self) -> str:
         """How to resume this run: a command, or Python for a run with custom objects."""
@@ -239,7 +253,13 @@ class Trainer:
             prompts = [available[i % len(available)] for i in range(count)]
         steps, rewards = num_steps or config.evaluation.num_steps, self.eval_rewards
         return evaluate_on_ranks(
-            self.policy, config, prompts, rewards, num_steps=steps, num_images=EVALUATION_IMAGES
+            self.policy,
+            config,
+            prompts,
+            rewards,
+            num_steps=steps,
+            num_images=EVALUATION_IMAGES,
+            net=self.watch.net.net if self.watch.net else None,
         )
 
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:
