@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowgrain.training import checkpoint
-from flowgrain.training.export import export_policy
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer
 
 
 def export_best(trainer: Trainer) -> Path | None:
-    """Write the parameters of the best checkpoint. See `Trainer.export_best`.
+    """Write the parameters of the best checkpoint to export/best. The last step must be saved.
 
     Another checkpoint than the last is read into the policy. Then the last is read again.
+
+    Returns:
+        The directory. None if no checkpoint was evaluated, or all of them have an alarm.
     """
     folder, out = trainer.out / "checkpoints", trainer.out / "export" / "best"
     found = trainer.world.on_main(lambda: checkpoint.best(folder))
@@ -25,7 +27,7 @@ def export_best(trainer: Trainer) -> Path | None:
     try:
         if found != last:
             _read(trainer, found)
-        export_policy(trainer.policy, out)
+        trainer.export(out)
     finally:
         if found != last:
             _read(trainer, last)

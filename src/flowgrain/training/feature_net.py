@@ -21,26 +21,29 @@ _TOGETHER = 32
 
 @dataclass(frozen=True)
 class NamedNet:
-    """A feature network and its name, which identifies its weights."""
+    """A feature network and its name, which identifies its weights. "" and None: no network."""
 
     name: str
-    net: FeatureNet
+    net: FeatureNet | None
 
 
-def load_net(watch: WatchConfig, backbone: Backbone, device: torch.device) -> NamedNet | None:
-    """The network that `watch` names, or None. Nothing is downloaded unless watch.clip is set.
+_NONE = NamedNet("", None)
+
+
+def load_net(watch: WatchConfig, backbone: Backbone, device: torch.device) -> NamedNet:
+    """The network that `watch` names. Nothing is downloaded unless watch.clip is set.
 
     Raises:
         SettingsError: the model in watch.clip cannot be loaded.
     """
     if watch.action == "off" or watch.features == "none":
-        return None
+        return _NONE
     if watch.clip is not None:
         return NamedNet(watch.clip, _clip(watch.clip, device))
     # A backbone from Python may be another model, whatever model.name is.
     if watch.features == "shapes" or isinstance(backbone, ShapesBackbone):
         return NamedNet("shapes", lambda images: features(images).astype(np.float32))
-    return None
+    return _NONE
 
 
 def _clip(path: str, device: torch.device) -> FeatureNet:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from flowgrain.training import checkpoint, state
+from flowgrain.training.best import export_best
 from flowgrain.training.errors import Diverged, Interrupted, RunStopped, StoppedByAlarm
 from flowgrain.training.evaluate import mean, warn_of_failures
 from flowgrain.training.health import (
@@ -38,17 +39,14 @@ def run_steps(
         Diverged: too many updates in a row were skipped (the run is saved), or parameters or
             images are not finite (the last step is not saved).
         EvaluationFailed: a reward failed on too many images. The run is saved, except at step 0.
-        StoppedByAlarm: a monitor raised an alarm, and watch.action is stop. The run is saved.
+        StoppedByAlarm: an alarm stops the run. The run is saved.
         Interrupted: a signal arrived. The run is saved.
     """
     config, main = trainer.config, trainer.world.is_main
     limit = config.training.max_seconds
-    seconds = sum(m["seconds"] for m in trainer.recorder.read_metrics() if "seconds" in m)
-    seconds = trainer.world.gather(seconds)[0]
-    if trainer.steps_done == 0 and config.evaluation.is_due(0, last=False):
-        first = {"step": 0, **_unless_stopped(trainer, partial(evaluate_and_record, trainer, 0))}
-        if main:
-            trainer.recorder.write_metrics(first)
+    lines = trainer.recorder.read_metrics()
+    seconds = trainer.world.gather(sum(line.get("seconds", 0) for line in lines))[0]
+    _evaluate_base(trainer)
     _repeat_evaluation(trainer, limit is not None and seconds >= limit)
     for step in range(trainer.steps_done + 1, config.training.max_steps + 1):
         if limit is not None and seconds >= limit:
@@ -78,7 +76,7 @@ def run_steps(
         if progress is not None:
             progress(metrics)
         if failure is not None:
-            raise failure
+            raise _with_export(trainer, failure)
         if last:
             break
         if stop is not None:
@@ -106,6 +104,14 @@ def _unless_stopped(trainer: Trainer, work: Callable[[], Metrics]) -> Metrics:
         ) from None
 
 
+def _evaluate_base(trainer: Trainer) -> None:
+    """Evaluate the model before training, if this is due."""
+    if trainer.steps_done == 0 and trainer.config.evaluation.is_due(0, last=False):
+        first = {"step": 0, **_unless_stopped(trainer, partial(evaluate_and_record, trainer, 0))}
+        if trainer.world.is_main:
+            trainer.recorder.write_metrics(first)
+
+
 def _repeat_evaluation(trainer: Trainer, out_of_time: bool) -> None:
     """Repeat the evaluation of the last step, if a signal stopped it.
 
@@ -125,9 +131,9 @@ def _repeat_evaluation(trainer: Trainer, out_of_time: bool) -> None:
     if trainer.world.is_main:
         trainer.recorder.replace_last(line)
     trainer.save(line)
-    stopped = _alarm(trainer, last)
-    if stopped is not None:
-        raise stopped
+    failure = _alarm(trainer, last)
+    if failure is not None:
+        raise _with_export(trainer, failure)
 
 
 def what_is_kept(trainer: Trainer) -> str:
@@ -180,6 +186,13 @@ def _alarm(trainer: Trainer, last: bool) -> StoppedByAlarm | None:
         f"{alarms[0].message} The run stopped (watch.action=stop; alarms: {names}) and is saved. "
         f"{good}. Look at its images, then go on with {go_on}"
     )
+
+
+def _with_export(trainer: Trainer, failure: RunStopped) -> RunStopped:
+    """`failure`. Exports the best checkpoint of a run that an alarm stopped."""
+    if isinstance(failure, StoppedByAlarm):
+        export_best(trainer)
+    return failure
 
 
 def _divergence(trainer: Trainer) -> str:

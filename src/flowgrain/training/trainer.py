@@ -15,9 +15,10 @@ from flowgrain.methods.calibration import CalibrationResult
 from flowgrain.models import Backbone, check_backbone
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
-from flowgrain.training import best, state
+from flowgrain.training import state
+from flowgrain.training.best import export_best
 from flowgrain.training.collect import RolloutCollector
-from flowgrain.training.errors import RunStopped, StoppedByAlarm
+from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
 from flowgrain.training.export import export_policy
 from flowgrain.training.fit import check_loaded, check_memory, check_start
@@ -140,10 +141,7 @@ class Trainer:
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
             self.export()
-            self.export_best()
-        except StoppedByAlarm:
-            self.export_best()
-            raise
+            export_best(self)
         except OSError as error:
             raise state.stopped_by_disk(self, error) from error
         finally:
@@ -211,22 +209,15 @@ class Trainer:
         """
         return state.resume(self)
 
-    def export(self) -> Path:
-        """Write the parameters to export/, in a format that diffusers loads.
+    def export(self, folder: Path | None = None) -> Path:
+        """Write the parameters to `folder`, by default export/, in a format that diffusers loads.
 
         Returns:
             The directory.
         """
-        export_policy(self.policy, self.out / "export")
-        return self.out / "export"
-
-    def export_best(self) -> Path | None:
-        """Write the parameters of the best checkpoint to export/best. The last step must be saved.
-
-        Returns:
-            The directory. None if no checkpoint was evaluated, or all of them have an alarm.
-        """
-        return best.export_best(self)
+        folder = folder or self.out / "export"
+        export_policy(self.policy, folder)
+        return folder
 
     @property
     def resume_command(self) -> str:
@@ -251,16 +242,9 @@ class Trainer:
         if prompts is None:
             count, available = num_images or config.evaluation.num_prompts, self.eval_prompts
             prompts = [available[i % len(available)] for i in range(count)]
-        steps, rewards = num_steps or config.evaluation.num_steps, self.eval_rewards
-        return evaluate_on_ranks(
-            self.policy,
-            config,
-            prompts,
-            rewards,
-            num_steps=steps,
-            num_images=EVALUATION_IMAGES,
-            net=self.watch.net.net if self.watch.net else None,
-        )
+        steps, kept = num_steps or config.evaluation.num_steps, EVALUATION_IMAGES
+        parts = (self.policy, config, prompts, self.eval_rewards)
+        return evaluate_on_ranks(*parts, num_steps=steps, num_images=kept, net=self.watch.net)
 
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:
         """Images [I, 3, H, W] in 0..1 of `prompts`, by the ODE with the EMA parameters."""

@@ -1,6 +1,6 @@
 """The watch of a run: measures evaluations, compares them with the base model, raises alarms.
 
-Shapes: I images, P prompts of sampling paths, K states of a path, *L latent, D features.
+Shapes: I images, D features.
 """
 
 import dataclasses
@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from flowgrain.config.schema import Config
-from flowgrain.data import latent_noise
-from flowgrain.models import Conditioning, take
 from flowgrain.monitors import MONITORS
 from flowgrain.monitors.features import Features, base_distance, distance
-from flowgrain.monitors.path import chosen_steps, path_kl
 from flowgrain.training.alarms import (
     Difference,
     Finding,
@@ -28,16 +22,11 @@ from flowgrain.training.alarms import (
     find,
     why_not_comparable,
 )
-from flowgrain.training.evaluate import (
-    Column,
-    Evaluation,
-    evaluation_noise,
-    interleave_rows,
-    sample,
-)
+from flowgrain.training.evaluate import Column, Evaluation
 from flowgrain.training.feature_net import load_net
 from flowgrain.training.policy import Policy
-from flowgrain.training.signals import check_stop, stop_together
+from flowgrain.training.probe import Probe, padded
+from flowgrain.training.signals import stop_together
 from flowgrain.training.watch_files import (
     Alarm,
     Base,
@@ -49,10 +38,6 @@ from flowgrain.training.watch_files import (
 
 log = logging.getLogger(__name__)
 
-PAIRS = 16
-"""Prompts with a second image, for the diversity."""
-PATHS = 8
-"""Prompts with a sampling path, for the KL."""
 LOWERED = 0.5
 """Factor of the learning rate after an alarm."""
 
@@ -75,7 +60,8 @@ class Watch:
 
     def __init__(self, config: Config, policy: Policy, folder: Path) -> None:
         self.config, self.policy, self.world, self.folder = config, policy, policy.world, folder
-        self.net = load_net(config.watch, policy.backbone, policy.device)
+        loaded = load_net(config.watch, policy.backbone, policy.device)
+        self.net_name, self.net = loaded.name, loaded.net
         self.alarms: list[Alarm] = []
         self._in_a_row: dict[str, int] = {}
         self._lowered = 0
@@ -86,11 +72,8 @@ class Watch:
         """What is measured and what an alarm does, in one line."""
         if self.config.watch.action == "off":
             return "nothing (watch.action=off)"
-        names = list(MONITORS)
-        if self.net is None:
-            names = [n for n in names if n not in ("feature_distance", "diversity")]
-        features = f"features of {self.net.name}" if self.net else "no feature network"
-        return f"{len(names)} monitors, {features}; an alarm: {self.config.watch.action}"
+        features = self.net_name or "none, so without feature_distance and diversity"
+        return f"feature network {features}; action at an alarm {self.config.watch.action}"
 
     @property
     def rate_factor(self) -> float:
@@ -116,104 +99,47 @@ class Watch:
         if self.config.watch.action == "off":
             return evaluation
         with self.policy.averaged():
-            others = self._other_images(evaluation)
+            probe = Probe(self.config, self.policy, evaluation)
+            others = None if self.net is None else probe.features_of_others(self.net)
             if step == 0:
-                self._record_base(evaluation, others)
+                self._record_base(probe, others)
             base = self._base = self._base or read_base(self.folder)
             monitors = dict(evaluation.monitors)
             if base is not None:
                 monitors |= self._of_features(base, evaluation, others)
-                monitors["path_kl"] = self._path_kl(base, evaluation)
+                monitors |= probe.path_kl(base.x, base.v)
         stop_together(self.world)
         return dataclasses.replace(evaluation, monitors=monitors)
+
+    def _record_base(self, probe: Probe, others: Features | None) -> None:
+        """Write the features and the sampling paths of the base model."""
+        x = probe.states()
+        v, features = probe.velocities(x), probe.evaluation.features
+        none = np.zeros((0, 0), dtype=np.float32)
+        base = Base(
+            net=self.net_name,
+            features=none if features is None else features,
+            others=none if others is None else others,
+            x=x,
+            v=v,
+        )
+        self.world.on_main(lambda: write_base(self.folder, base))
 
     def _of_features(
         self, base: Base, evaluation: Evaluation, others: Features | None
     ) -> dict[str, Column]:
         """feature_distance and diversity, if the base model has features of the same network."""
-        net, features, count = self.net, evaluation.features, len(evaluation.prompts)
-        if net is None or features is None or others is None or base.net != net.name:
+        features, count = evaluation.features, len(evaluation.prompts)
+        if features is None or others is None or base.net != self.net_name:
             return {}
         unit = base_distance(base.features[: len(base.others)], base.others)
         pairs = min(count, len(base.features))
         return {
-            "feature_distance": _padded(
+            "feature_distance": padded(
                 distance(features[:pairs], base.features[:pairs]) / unit, count
             ),
-            "diversity": _padded(distance(features[: len(others)], others) / unit, count),
+            "diversity": padded(distance(features[: len(others)], others) / unit, count),
         }
-
-    def _other_images(self, evaluation: Evaluation) -> Features | None:
-        """Features [n, D] of a second image of the first prompts."""
-        if self.net is None:
-            return None
-        count = min(PAIRS, len(evaluation.prompts))
-        places = self.world.assign(count) % count
-        shape = self.policy.backbone.latent_shape
-        noise = torch.stack([latent_noise(shape, "diversity", 0, int(i)) for i in places])
-        texts = [evaluation.prompts[i].text for i in places]
-        config, sigmas = self.config, self.config.sigmas(evaluation.num_steps)
-        size, guidance = config.sampling.batch_size, config.eval_guidance
-        images = sample(self.policy, texts, noise, sigmas, guidance, size).images
-        return interleave_rows(self.world.gather(self.net.net(images)), count)
-
-    def _record_base(self, evaluation: Evaluation, others: Features | None) -> None:
-        """Write the features and the sampling paths of the base model."""
-        sigmas = self.config.sigmas(evaluation.num_steps).to(self.policy.device)
-        count = min(PATHS, len(evaluation.prompts))
-        places = self.world.assign(count) % count
-        x = evaluation_noise(self.policy.backbone.latent_shape, 0, places.tolist())
-        x = x.to(self.policy.device)
-        states, chosen = [], chosen_steps(evaluation.num_steps)
-        cond = self.policy.encode([evaluation.prompts[i].text for i in places])
-        for index in range(chosen[-1] + 1):
-            if index in chosen:
-                states.append(x.cpu())
-            x = x + (sigmas[index + 1] - sigmas[index]) * self._velocity(x, sigmas[index], cond)
-        of_rank = torch.stack(states, 1)
-        everything = interleave_rows(self.world.gather(of_rank.numpy()), count)
-        v_base = self._velocities(everything, evaluation)
-        none = np.zeros((0, 0), dtype=np.float32)
-        base = Base(
-            net=self.net.name if self.net else "",
-            features=none if evaluation.features is None else evaluation.features,
-            others=none if others is None else others,
-            x=everything,
-            v=v_base,
-        )
-        self.world.on_main(lambda: write_base(self.folder, base))
-
-    def _velocities(self, x: Features, evaluation: Evaluation) -> Features:
-        """Velocities [P, K, *L] of the policy at the states `x` of all ranks' prompts."""
-        count = len(x)
-        places = self.world.assign(count) % count
-        sigmas = self.config.sigmas(evaluation.num_steps).to(self.policy.device)
-        cond = self.policy.encode([evaluation.prompts[i].text for i in places])
-        found = []
-        for number, index in enumerate(chosen_steps(evaluation.num_steps)):
-            states = torch.from_numpy(x[places, number]).to(self.policy.device)
-            found.append(self._velocity(states, sigmas[index], cond).cpu())
-        of_rank = torch.stack(found, 1).numpy()
-        return interleave_rows(self.world.gather(of_rank), count)
-
-    def _velocity(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """v [B, *L] at noise level `sigma`, in float32."""
-        found = []
-        for rows in torch.split(torch.arange(len(x)), self.config.sampling.batch_size):
-            check_stop(self.world)
-            part, of_rows = take(cond, rows.to(x.device)), x[rows]
-            guidance, sigmas = self.config.eval_guidance, sigma.repeat(len(rows))
-            found.append(self.policy.sample_velocity(of_rows, sigmas, part, guidance).float())
-        return torch.cat(found)
-
-    def _path_kl(self, base: Base, evaluation: Evaluation) -> Column:
-        """KL [I] to the base model. NaN for images without a path."""
-        count, states = len(evaluation.prompts), len(chosen_steps(evaluation.num_steps))
-        if base.x.shape[1] != states or len(base.x) > count:
-            return np.full(count, np.nan, dtype=np.float32)
-        v = self._velocities(base.x, evaluation)
-        x, v_now, v_base = (torch.from_numpy(a) for a in (base.x, v, base.v))
-        return _padded(path_kl(x, v_now, v_base, self.config.sigmas(evaluation.num_steps)), count)
 
     def judge(self, step: int, evaluation: Evaluation) -> dict[str, Difference]:
         """Compare a measured evaluation with the base model, and raise the alarms of the rule.
@@ -280,10 +206,3 @@ def _message(step: int, finding: Finding, threshold: float) -> str:
         f"changed by {finding.difference:+.3g} [{finding.low:+.3g}, {finding.high:+.3g}], more "
         f"than {allowed}."
     )
-
-
-def _padded(values: Tensor | NDArray[np.floating], count: int) -> Column:
-    """`values` of the first images as a column [count]. NaN for the other images."""
-    column = np.full(count, np.nan, dtype=np.float32)
-    column[: len(values)] = np.asarray(values)
-    return column
