@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 CONFIDENCE = 0.95
 
@@ -29,6 +28,8 @@ def confidence_interval(values: NDArray[np.floating], confidence: float = CONFID
     Returns:
         The interval. The ends are NaN for fewer than two finite values, the mean is NaN for none.
     """
+    from scipy import stats  # takes half a second
+
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)

@@ -10,11 +10,24 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from flowgrain.config.schema import Config
 from flowgrain.training.run_files import read_metrics, read_run, read_run_config
+from flowgrain.training.watch_files import read_alarms, read_best
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 Metrics = Mapping[str, Any]
+
+
+class SavedDifference(BaseModel):
+    """A paired difference to the base model: its mean and the ends of its 95% interval.
+
+    std is the standard deviation of the images of the base model. None: not known.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    std: float | None
 
 
 class SavedEvaluation(BaseModel):
@@ -26,6 +39,8 @@ class SavedEvaluation(BaseModel):
         prompts: texts of the prompts.
         scores: score of every image by reward, NaN where the image could not be scored.
         parts: mean of every part by "reward/part".
+        monitors: value of every image by monitor, None where it is not available.
+        base: difference to the base model by reward and monitor.
     """
 
     step: int
@@ -33,6 +48,8 @@ class SavedEvaluation(BaseModel):
     prompts: list[str]
     scores: dict[str, list[float]]
     parts: dict[str, float]
+    monitors: dict[str, list[float | None]] = {}
+    base: dict[str, SavedDifference] = {}
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "SavedEvaluation":
@@ -67,6 +84,8 @@ class RunData:
         steps: metrics of every training step.
         evaluations: evaluations in the order of their steps.
         calibration: the calibration of the noise, or None.
+        alarms: lines of alarms.jsonl.
+        best: content of best.json, or None.
     """
 
     folder: Path
@@ -75,6 +94,8 @@ class RunData:
     steps: list[Metrics]
     evaluations: list[SavedEvaluation]
     calibration: SavedCalibration | None
+    alarms: list[dict[str, Any]]
+    best: dict[str, Any] | None
 
     @property
     def trained_rewards(self) -> list[str]:
@@ -105,6 +126,8 @@ def read_run_data(folder: Path) -> RunData:
             sorted((folder / "evaluations").glob("step-*.json")), SavedEvaluation
         ),
         calibration=calibration[0] if calibration else None,
+        alarms=read_alarms(folder),
+        best=read_best(folder),
     )
 
 

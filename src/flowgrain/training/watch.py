@@ -32,7 +32,7 @@ from flowgrain.training.watch_files import (
     Base,
     append_alarms,
     read_base,
-    read_base_evaluation,
+    read_evaluation,
     write_base,
 )
 
@@ -163,7 +163,7 @@ class Watch:
         rule, guidance = self.config.watch, self.config.eval_guidance
         if step == 0 or rule.action == "off":
             return {}, [], {}
-        base = read_base_evaluation(self.folder, guidance)
+        base = read_evaluation(self.folder, 0, guidance)
         if base is None:
             log.warning(
                 "step %d: there is no evaluation of the base model to compare with, so there are "

@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 
 ALARMS, BEST = "alarms.jsonl", "best.json"
 _BASE = "base.npz"
-_BASE_EVALUATION = Path("evaluations") / "step-000000.json"
 RULE = "highest trained reward among checkpoints without an alarm"
 """Which checkpoint is the best."""
 
@@ -90,14 +89,15 @@ def read_base(folder: Path) -> Base | None:
         return None
 
 
-def read_base_evaluation(folder: Path, guidance: float) -> Measured | None:
-    """The evaluation of the base model. None if the run has none.
+def read_evaluation(folder: Path, step: int, guidance: float) -> Measured | None:
+    """An evaluation of a run. None if there is none, or if it is damaged, with a warning.
 
     Args:
         folder: directory of the run.
+        step: training step. 0: the base model.
         guidance: guidance scale of an evaluation that does not record it.
     """
-    path = folder / _BASE_EVALUATION
+    path = folder / "evaluations" / f"step-{step:06d}.json"
     if not path.exists():
         return None
     try:
@@ -110,7 +110,7 @@ def read_base_evaluation(folder: Path, guidance: float) -> Measured | None:
             monitors=_columns(values.get("monitors", {})),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged (%s). There are no alarms.", path, error)
+        log.warning("%s is damaged (%s).", path, error)
         return None
 
 
