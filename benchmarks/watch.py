@@ -10,8 +10,8 @@ Writes OUT/results.json: for every run the alarms, and for every evaluation the 
 oracle with the paired difference to the base model, and the differences of all monitors. A
 finished run is not trained again; its alarms are computed again from its records.
 
-With --cost, prints the share of a training step and of an evaluation that the monitors take
-instead: medians over rounds in one process, with and without monitors one after the other.
+With --cost, it writes OUT/cost.json instead: the share of a training step and of an evaluation of
+the demo that the monitors take, as medians over rounds in one process.
 """
 
 import argparse
@@ -19,11 +19,14 @@ import dataclasses
 import json
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from flowgrain.config import load_config
+from flowgrain.monitors import pixels
 from flowgrain.rewards import score
 from flowgrain.rewards.shapes import Oracle
 from flowgrain.statistics import confidence_interval
@@ -31,6 +34,7 @@ from flowgrain.training import Trainer
 from flowgrain.training.alarms import differences, find
 from flowgrain.training.evaluate import evaluation_noise, sample
 from flowgrain.training.loop import evaluate_and_record
+from flowgrain.training.step import train_step
 from flowgrain.training.watch_files import read_evaluation
 
 COMMON = {
@@ -128,6 +132,44 @@ def result(name: str, folder: Path) -> dict:
     }
 
 
+def cost(folder: Path, rounds: int = 5) -> dict:
+    """Medians of seconds in one process: the demo's step and evaluation, and their monitors."""
+    trainer = Trainer(load_config("demo", {"runtime.threads": 1}), folder)
+    trainer.recorder.start()
+    images_of_run = trainer.config.evaluation.images_of_run
+    evaluate_and_record(trainer, 0)  # records the base model
+    seconds = defaultdict(list)
+    for number in range(1, rounds + 1):
+        begin = time.perf_counter()
+        _, batch = train_step(number, trainer.config, trainer.collector, trainer.optimizer)
+        seconds["step"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        latents = batch.rollout.at(batch.rollout.tree.leaves)
+        for images, part in zip(batch.images.split(128), latents.split(128), strict=True):
+            pixels.measure(images)
+            part.flatten(1).square().mean(1).sqrt()
+        seconds["monitors_of_step"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        evaluation = trainer.evaluate(num_images=images_of_run)
+        seconds["evaluation"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        for images in evaluation.images.split(512):
+            pixels.measure(images)
+        trainer.watch.net(evaluation.images)
+        trainer.watch.judge(number, trainer.watch.measure(number, evaluation))
+        seconds["monitors_of_evaluation"].append(time.perf_counter() - begin)
+    found = {name: statistics.median(values) for name, values in seconds.items()}
+    every = trainer.config.evaluation.every
+    monitors = found["monitors_of_step"] + found["monitors_of_evaluation"] / every
+    whole = found["step"] + found["evaluation"] / every
+    return rounded(found) | {
+        "evaluation_every": every,
+        "share_of_step": round(found["monitors_of_step"] / found["step"], 5),
+        "share_of_evaluation": round(found["monitors_of_evaluation"] / found["evaluation"], 5),
+        "share_of_run": round(monitors / whole, 5),
+    }
+
+
 def rounded(values: dict) -> dict:
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
 
@@ -142,13 +184,16 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.cost:
-        print(json.dumps(cost(args.out / "cost"), indent=1))
+        with TemporaryDirectory() as folder:
+            text = json.dumps(cost(Path(folder)), indent=1)
+        (args.out / "cost.json").write_text(text)
+        print(text)
         return
     for name in [args.only] if args.only else CASES:
-        if not (args.out / name / "report.done").exists():
+        if not (args.out / name / "finished").exists():
             train(name, args.out / name)
-            (args.out / name / "report.done").touch()
-    finished = [name for name in CASES if (args.out / name / "report.done").exists()]
+            (args.out / name / "finished").touch()
+    finished = [name for name in CASES if (args.out / name / "finished").exists()]
     results = {name: result(name, args.out / name) for name in finished}
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     for name, values in results.items():
