@@ -90,7 +90,7 @@ def _find_checkpoint(folder: Path, name: str | None) -> Path:
         best = checkpoint.best(folder / "checkpoints")
         if best is None:
             raise SettingsError(
-                f"--checkpoint best: no checkpoint in {folder} was evaluated. Give a step: "
+                f"--checkpoint best: no checkpoint in {folder} was evaluated without an alarm. Give a step: "
                 f"{_steps(saved)}."
             )
         return best
