@@ -60,7 +60,7 @@ def test_a_reward_that_is_not_trained():
 def test_directions():
     assert names(moved(mine=1, dark=-0.1), direction="down") == [("dark", "down")]
     assert names(moved(mine=1, dark=0.1), direction="down") == []
-    both = moved(mine=1, dark=-0.1, other=1)
+    both = moved(mine=1, dark=-0.2, other=1)
     assert names(both, direction="change") == [("dark", "down"), ("other", "up")]
 
 
