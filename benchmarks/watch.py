@@ -53,25 +53,25 @@ COMMON = {
 ONE_UPDATE = {"method.updates_per_rollout": 1}
 WINDOW = {"method.window_size": 2, "method.window_interval": 4, "method.reward_weights": "as_given"}
 CASES = {
-    "hacks": ("diffusionnft", ["towers", "preference"], 3e-4, 40, {}),
-    "g2rpo-towers": ("g2rpo", ["towers"], 3e-4, 32, {}),
-    "mixgrpo-towers": ("mixgrpo", ["towers"], 1e-4, 120, {**WINDOW, **ONE_UPDATE}),
-    "tempflow-towers": ("tempflow_grpo", ["towers"], 1e-4, 36, {**ONE_UPDATE, "method.seeds": 1}),
-    "diffusionnft-oracle": ("diffusionnft", ["oracle"], 3e-4, 40, {}),
-    "g2rpo-oracle": ("g2rpo", ["oracle"], 3e-4, 32, {}),
+    "hacks": ("diffusionnft", ["towers", "preference"], 3e-4, 32, {}),
+    "g2rpo-towers": ("g2rpo", ["towers"], 3e-4, 20, {}),
+    "mixgrpo-towers": ("mixgrpo", ["towers"], 1e-4, 72, {**WINDOW, **ONE_UPDATE}),
+    "tempflow-towers": ("tempflow_grpo", ["towers"], 1e-4, 24, {**ONE_UPDATE, "method.seeds": 1}),
+    "diffusionnft-oracle": ("diffusionnft", ["oracle"], 3e-4, 24, {}),
+    "g2rpo-oracle": ("g2rpo", ["oracle"], 3e-4, 20, {}),
 }
 """Method, trained rewards, learning rate, training steps and other settings of every run."""
 LOSS = 0.02
 """Loss of the oracle before which an alarm should have been raised."""
-JUDGED = 604
-"""Images for the oracle: every held-out prompt twice."""
+JUDGED = 302
+"""Images for the oracle: every held-out prompt."""
 
 
 def train(name: str, folder: Path) -> None:
     """Train the run `name`, and write the scores of the oracle to judge.jsonl."""
     method, rewards, rate, steps, changes = CASES[name]
     own = {"rewards": rewards, "optimizer.learning_rate": rate, "training.max_steps": steps}
-    every = 12 if steps > 100 else 4
+    every = 12 if steps > 60 else 4
     config = load_config(method, {**COMMON, **changes, **own, "evaluation.every": every})
     trainer, oracle = Trainer(config, folder), Oracle()
     (folder.parent / f"{name}.judge.jsonl").unlink(missing_ok=True)

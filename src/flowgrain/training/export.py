@@ -32,12 +32,13 @@ def export_policy(policy: Policy, folder: Path) -> None:
     main = policy.world.is_main
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     with policy.averaged():
         exported = policy.parameters or dict(policy.model.named_parameters())
         broken = first_not_finite(exported, policy.world)
         if broken is not None:
             raise RunStopped(f"{folder}: not written, because {broken} contains NaN or infinity")
+        if main:
+            temporary.mkdir(parents=True)
         if policy.lora:
             _export_lora(policy, temporary / "lora")
         elif policy.world.size == 1:
