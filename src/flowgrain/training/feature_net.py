@@ -8,12 +8,9 @@ from torch import Tensor
 
 from flowgrain.config.watch import WatchConfig
 from flowgrain.models import Backbone
-from flowgrain.models.shapes import ShapesBackbone
 from flowgrain.monitors.features import FeatureNet, Features
-from flowgrain.rewards.clip import ClipReward
 from flowgrain.rewards.options import OptionError
 from flowgrain.settings import SettingsError
-from flowgrain.shapes.features import features
 
 _TOGETHER = 32
 """Images in one call of a CLIP model."""
@@ -40,6 +37,9 @@ def load_net(watch: WatchConfig, backbone: Backbone, device: torch.device) -> Na
         return _NONE
     if watch.clip is not None:
         return NamedNet(watch.clip, _clip(watch.clip, device))
+    from flowgrain.models.shapes import ShapesBackbone  # needs diffusers
+    from flowgrain.shapes.features import features
+
     # A backbone from Python may be another model, whatever model.name is.
     if watch.features == "shapes" or isinstance(backbone, ShapesBackbone):
         return NamedNet("shapes", lambda images: features(images).astype(np.float32))
@@ -47,6 +47,8 @@ def load_net(watch: WatchConfig, backbone: Backbone, device: torch.device) -> Na
 
 
 def _clip(path: str, device: torch.device) -> FeatureNet:
+    from flowgrain.rewards.clip import ClipReward  # needs transformers
+
     try:
         model = ClipReward(path, str(device))
     except OptionError as error:
