@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 from flowgrain.cli.app import app
 from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, Method, PolicyGradient
+from flowgrain.monitors import MONITORS
 from flowgrain.registry import Registry
 from flowgrain.rewards import PAIR_JUDGES, REWARDS, RewardConfig
 
@@ -36,6 +37,24 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Insert the table of monitors into the guide."""
+    return markdown.replace("<!-- monitors -->", monitors_table())
+
+
+def monitors_table() -> str:
+    """All monitors: what they measure, their unit, and the direction that is worse."""
+    head = ["Monitor", "Value of an image", "Unit", "Worse", "Also on rollouts"]
+    lines = [
+        [f"`{name}`", m.meaning, m.unit, WORSE[m.worse], "yes" if m.rollouts else ""]
+        for name, m in MONITORS.items()
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * 5, *lines])
+
+
+WORSE = {"up": "higher", "down": "lower", "change": "any change"}
 
 
 # ------------------------------------------------------------------------------ settings

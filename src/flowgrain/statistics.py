@@ -1,4 +1,4 @@
-"""Confidence intervals. All intervals of the package use this method."""
+"""Confidence intervals of means. All intervals of the package use this method."""
 
 import math
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its 95% confidence interval. NaN: not known."""
+    """A mean and the ends of its confidence interval, by default 95%. NaN: not known."""
 
     mean: float
     low: float
     high: float
 
 
-def confidence_interval(values: NDArray[np.floating]) -> Interval:
-    """The mean of the finite `values` with its 95% confidence interval (Student's t).
+def confidence_interval(values: NDArray[np.floating], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of the finite `values` with its confidence interval (Student's t).
 
     Args:
         values: independent values, such as a score of each prompt or of each seed.
+        confidence: coverage of the interval, in 0..1.
 
     Returns:
         The interval. The ends are NaN for fewer than two finite values, the mean is NaN for none.
@@ -32,7 +33,7 @@ def confidence_interval(values: NDArray[np.floating]) -> Interval:
         return Interval(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
     from scipy.special import stdtrit  # scipy takes long to import
 
-    quantile = stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)
+    quantile = stdtrit(len(values) - 1, (1 + confidence) / 2)
     half = float(values.std(ddof=1) / math.sqrt(len(values)) * quantile)
     mean = float(values.mean())
     return Interval(mean, mean - half, mean + half)

@@ -97,7 +97,7 @@ def write_images(kind):
 class WithoutExport(Trainer):
     """A trainer whose export is empty. Exports are tested on the bundled model."""
 
-    def export(self):
+    def export(self, folder=None):
         return self.out
 
 

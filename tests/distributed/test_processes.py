@@ -19,6 +19,7 @@ from rank_work import make, train
 from flowgrain import METHODS, load_run
 from flowgrain.distributed import SINGLE, env_rank, local_world_size
 from flowgrain.distributed.threads import available_cores, set_threads
+from flowgrain.monitors import MONITORS
 from flowgrain.records.run_lock import RunLock
 
 PAIRWISE = {"name": "pairwise", "judge": {"name": "score", "reward": "toy:red"}, "comparisons": 4}
@@ -225,6 +226,38 @@ def test_a_checkpoint_resumes_with_another_number_of_ranks(tmp_path, pool, metho
     manifest = json.loads((cut / "checkpoints" / "step-000006" / "manifest.json").read_text())
     assert "metrics.jsonl" in manifest["sha256"]
     assert sum(name.startswith("shard-") for name in manifest["sha256"]) == 2
+
+
+WATCHED = {
+    "evaluation.every": 1,
+    "training.max_steps": 2,
+    "training.ema_decay": 0.5,
+    "watch.features": "shapes",
+    "watch.threshold": 0,
+    "watch.direction": "change",
+}
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=SLOW)])
+def test_monitors_and_alarms_are_the_same(tmp_path, pool, size):
+    one = train(tmp_path / "one", WATCHED)
+    several = pool.run(size, train, tmp_path / "several", WATCHED)
+    for expected, found in zip(one["lines"], several["lines"], strict=True):
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            if "monitor/" in name or name == "alarms":
+                assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    records = [
+        [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/step-*.json"))]
+        for folder in (tmp_path / "one", tmp_path / "several")
+    ]
+    for expected, found in zip(*records, strict=True):
+        assert set(found["monitors"]) == set(MONITORS)
+        for name, column in expected["monitors"].items():
+            assert found["monitors"][name] == [
+                None if value is None else pytest.approx(value, rel=1e-3, abs=1e-6)
+                for value in column
+            ], name
 
 
 @pytest.mark.parametrize(

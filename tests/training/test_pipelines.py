@@ -82,7 +82,7 @@ def test_images_match_the_pipeline(folders, tmp_path, name, folder, guidance):
     trainer = trainer_of(name, folders / folder, tmp_path, changes)
     noise = noise_of(trainer, 2)
     prompts = [PROMPTS[0], "a green bird and " * 6]
-    images = sample(trainer.policy, prompts, noise, trainer.sigmas, guidance, 8)
+    images = sample(trainer.policy, prompts, noise, trainer.sigmas, guidance, 8).images
     absent = {"text_encoder_3": None, "tokenizer_3": None} if folder == "sd3-no-t5" else {}
     pipe = PIPELINES[name].from_pretrained(folders / folder, **absent)
     expected = pipeline_images(pipe, noise, 5, guidance, prompts, own_grid=True)
@@ -110,7 +110,7 @@ def test_train_resume_export(folders, tmp_path, name, rank):
         assert torch.equal(parameter, resumed.policy.parameters[key]), key
 
     noise, export = noise_of(whole, 2), tmp_path / "whole" / "export"
-    images = sample(whole.policy, PROMPTS[:2], noise, sigma_grid(4), 3.5, 8)
+    images = sample(whole.policy, PROMPTS[:2], noise, sigma_grid(4), 3.5, 8).images
     pipe = PIPELINES[name].from_pretrained(path)
     fixed = {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}
     pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **fixed})
@@ -124,7 +124,7 @@ def test_train_resume_export(folders, tmp_path, name, rank):
     assert (untrained - expected).abs().max() > 1e-3
     (target,) = find_targets([str(export)])
     policy, _ = load_target(target, whole.config, {})
-    again = sample(policy, PROMPTS[:2], noise, sigma_grid(4), 3.5, 8)
+    again = sample(policy, PROMPTS[:2], noise, sigma_grid(4), 3.5, 8).images
     torch.testing.assert_close(again, images, atol=1e-5, rtol=0)
 
 

@@ -20,7 +20,9 @@ from tracked import (
     tracked_trainer,
 )
 
-from flowgrain import SettingsError, Trainer, load_config
+from flowgrain import RunStopped, SettingsError, Trainer, load_config
+from flowgrain.records.alarms import read_alarms
+from flowgrain.training.alarms import Finding
 from flowgrain.training.trackers import base, fan_out, worker
 
 READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read_trackio}
@@ -56,7 +58,7 @@ def test_a_tracker_gets_all_records(tracker, tmp_path):
 
     def alarm(line):
         if line["step"] == 2:
-            trainer.recorder.write_alarm(ALARM)
+            trainer.recorder.write_alarms([ALARM])
 
     trainer.train(progress=alarm)
     stored = READERS[tracker](tmp_path)
@@ -69,8 +71,8 @@ def test_a_tracker_gets_all_records(tracker, tmp_path):
     evaluation, group = stored.tables["evaluation"], stored.tables["group"]
     assert list(evaluation) == [0, 2, 4]
     assert list(group) == [1, 2, 4]
-    assert set(evaluation[0]) >= {"prompt", "reward/red"}
-    assert set(group[1]) >= {"prompt", "reward/red", "advantage"}
+    assert set(evaluation[0]) >= {"prompt", "reward/red", "monitor/dark"}
+    assert set(group[1]) >= {"prompt", "reward/red", "monitor/dark", "advantage"}
     assert stored.images["evaluation"] == 4
     assert stored.images["group"] == len(trainer.config.tree().leaves)
     ((step, text),) = stored.alarms
@@ -152,6 +154,32 @@ def replace_wandb(monkeypatch, kind):
 
 def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if "runtime.trackers" in r.getMessage()]
+
+
+@pytest.mark.parametrize("action", ["warn", "stop"])
+def test_an_alarm_and_the_best_checkpoint(tmp_path, monkeypatch, action):
+    """Both are logged also if the alarm stops the run."""
+    opened = []
+
+    class Opened(Fake):
+        def __init__(self, run):
+            super().__init__(run)
+            opened.append(self)
+
+    replace_wandb(monkeypatch, Opened)
+    found = [[], [Finding("dark", "up", 0.3, 0.2, 0.4, 0.1)], []]  # of steps 2, 4 and 6
+    monkeypatch.setattr("flowgrain.training.watch.find", lambda *_: found.pop(0))
+    changes = {"watch.action": action, "training.max_steps": 6}
+    trainer = tracked_trainer(tmp_path, ["wandb"], changes)
+    if action == "stop":
+        with pytest.raises(RunStopped, match="step 4: alarm"):
+            trainer.train()
+    else:
+        trainer.train()
+    (tracker,) = opened
+    assert tracker.calls.count("Alarm: dark") == 1
+    assert tracker.calls[-1] == "best"
+    assert [alarm["step"] for alarm in read_alarms(tmp_path)] == [4]
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_a_run_from_python_with_a_custom_reward(tmp_path):
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {
         *("run.yaml", "metrics.jsonl", "checkpoints", "evaluations", "groups", "export"),
-        *(".lock", ".saved"),
+        *(".lock", ".saved", "base.npz", "best.json"),
     }
     with pytest.raises(SettingsError, match=r"already contains a run. Resume it with --resume"):
         Trainer(load_config("demo", small), tmp_path).train()

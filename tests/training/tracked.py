@@ -6,8 +6,10 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from toy import PROMPTS, Toy, red
@@ -45,8 +47,10 @@ class Stored:
         return [step for step, _ in self.scalars[name]]
 
 
-def tracked_trainer(folder: Path, trackers: list[str]) -> Trainer:
-    config = load_config("g2rpo", {**CHANGES, "runtime.trackers": trackers})
+def tracked_trainer(
+    folder: Path, trackers: list[str], changes: Mapping[str, Any] = MappingProxyType({})
+) -> Trainer:
+    config = load_config("g2rpo", {**CHANGES, "runtime.trackers": trackers, **changes})
     return Trainer(
         config,
         folder,

@@ -119,14 +119,22 @@ def _train(trainer: "Trainer") -> None:
 
     def start() -> None:
         say(f"{config.method.name} on {config.model.name}: {steps}, into {trainer.out}")
+        note(f"watch: {trainer.watch.description}")
 
     with ProgressDisplay("step", trainer.steps_done, last) as display:
         metrics = trainer.train(
             lambda step: display.show(step["step"], text=step_text(step)), start=start
         )
+    from flowgrain.records.alarms import ALARMS, read_alarms, read_best
     from flowgrain.report import write_report  # matplotlib and templates are not needed before
 
     say(f"done in {time.perf_counter() - begin:.0f} s. {_gain(metrics)}".rstrip())
+    best, alarms = read_best(trainer.out), read_alarms(trainer.out)
+    if alarms:
+        steps = ", ".join(str(step) for step in dict.fromkeys(line["step"] for line in alarms))
+        note(f"alarms at step {steps}: see {trainer.out / ALARMS}", style="yellow")
+    if best is not None:
+        say(f"best checkpoint: step {best['step']} ({best['rule']}), in {trainer.out}/export/best")
     try:
         report = write_report(trainer.out)
     except (OSError, SettingsError) as error:

@@ -18,6 +18,7 @@ from flowgrain.config.sections import (
     TrainingConfig,
 )
 from flowgrain.config.warnings import warnings_of
+from flowgrain.config.watch import WatchConfig, check_name
 from flowgrain.core.cost import tail_length
 from flowgrain.core.given import image_tree
 from flowgrain.core.schedule import TailSchedule
@@ -47,6 +48,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Setting(OptimizerConfig(), "AdamW.")
     training: TrainingConfig = Setting(TrainingConfig(), "The training loop.")
     evaluation: EvaluationConfig = Setting(EvaluationConfig(), "Evaluation on held-out prompts.")
+    watch: WatchConfig = Setting(WatchConfig(), "Monitors, and what counts as an alarm.")
     data: DataConfig = Setting(DataConfig(), "Prompt files and data sets.")
     runtime: RuntimeConfig = Setting(RuntimeConfig(), "Seed, device and processes.")
 
@@ -188,6 +190,11 @@ class Config(Section):
                 self.method.check_unused(self.method.unused_on_data, f"data.{self.data.kind}")
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
+        trained = list(self.reward_weights)
+        evaluated = [reward.name for reward in self.evaluation.rewards]
+        self.watch.check(trained, [name for name in evaluated if name not in trained])
+        for name in (*trained, *evaluated):
+            check_name(name)
         self.lora.check()
         self.sampling.check()
         kind = self.data.kind

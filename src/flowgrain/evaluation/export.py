@@ -91,8 +91,8 @@ def _find_checkpoint(folder: Path, name: str | None) -> Path:
         best = checkpoint.best(folder / "checkpoints")
         if best is None:
             raise SettingsError(
-                f"--checkpoint best: no checkpoint in {folder} was evaluated. Give a step: "
-                f"{_steps(saved)}."
+                f"--checkpoint best: no checkpoint in {folder} was evaluated without an alarm. "
+                f"Give a step: {_steps(saved)}."
             )
         return best
     found = [path for path in saved if name.isascii() and name.isdigit() and _is_step(path, name)]

@@ -40,6 +40,7 @@ class EvaluationRecord:
         monitors: [I] by monitor, NaN where the value is not available.
         base: paired difference to step 0 by reward and monitor: "mean", "low" and "high" of the 95%
             interval, and "std", the standard deviation at step 0. Empty at step 0.
+        guidance_scale: guidance scale of the images. None: not recorded, as in old runs.
         path: the file with the scores.
     """
 
@@ -50,6 +51,7 @@ class EvaluationRecord:
     parts: dict[str, float]
     monitors: dict[str, list[float]]
     base: dict[str, dict[str, float]]
+    guidance_scale: float | None
     path: Path
 
     @property
@@ -150,8 +152,13 @@ def _evaluation(values: Any, path: Path) -> EvaluationRecord:
             str(name): _numbers(difference, f"base/{name}")
             for name, difference in values.get("base", {}).items()
         },
+        guidance_scale=_guidance(values.get("guidance_scale")),
         path=path,
     )
+
+
+def _guidance(value: Any) -> float | None:
+    return None if value is None else numbers([value], "guidance_scale")[0]
 
 
 def _numbers(values: Any, what: str) -> dict[str, float]:

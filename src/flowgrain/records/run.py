@@ -1,6 +1,5 @@
 """Reading of a run's directory."""
 
-import json
 import logging
 import math
 import socket
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 
 from flowgrain.records import html
+from flowgrain.records.alarms import read_alarms, read_best
 from flowgrain.records.evaluations import EvaluationRecord, evaluation_files, read_evaluation
 from flowgrain.records.groups import GroupStore
 from flowgrain.records.history import History
@@ -140,16 +140,12 @@ class Run:
     @property
     def alarms(self) -> list[dict[str, Any]]:
         """The lines of alarms.jsonl. Damaged lines are left out."""
-        file = self.folder / "alarms.jsonl"
-        found = []
-        for line in file.read_bytes().splitlines() if file.exists() else ():
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
-                found.append(values)
-        return found
+        return read_alarms(self.folder)
+
+    @property
+    def best_checkpoint(self) -> dict[str, Any] | None:
+        """The content of best.json: step, score and rule. None if it is missing or damaged."""
+        return read_best(self.folder)
 
     @cached_property
     def groups(self) -> GroupStore:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowgrain.report.run_data import RunData
+from flowgrain.report.run_watch import distance_from_base, monitor_changes
 from flowgrain.report.svg import PALETTE, Curve, Figure, draw_figure
 from flowgrain.statistics import confidence_interval
 
@@ -19,6 +20,8 @@ def run_figures(run: RunData) -> list[Figure]:
         training_rewards,
         evaluation_scores,
         other_scores,
+        monitor_changes,
+        distance_from_base,
         gradient_norms,
         clip_fractions,
         kl_divergence,

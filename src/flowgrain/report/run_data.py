@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from flowgrain.config.schema import Config
+from flowgrain.records.alarms import read_alarms, read_best
 from flowgrain.records.evaluations import EvaluationRecord, evaluation_files, read_evaluation
 from flowgrain.records.images import DamagedRecord
 from flowgrain.records.metrics import read_metrics
@@ -46,6 +47,8 @@ class RunData:
         steps: metrics of every training step.
         evaluations: evaluations in the order of their steps.
         calibration: the calibration of the noise, or None.
+        alarms: lines of alarms.jsonl.
+        best: content of best.json, or None.
     """
 
     folder: Path
@@ -54,6 +57,8 @@ class RunData:
     steps: list[Metrics]
     evaluations: list[EvaluationRecord]
     calibration: SavedCalibration | None
+    alarms: list[dict[str, Any]]
+    best: dict[str, Any] | None
 
     @property
     def trained_rewards(self) -> list[str]:
@@ -84,6 +89,8 @@ def read_run_data(folder: Path) -> RunData:
         steps=[line for line in read_metrics(folder) if line["step"] > 0],
         evaluations=[e for e in found if e is not None],
         calibration=calibration,
+        alarms=read_alarms(folder),
+        best=read_best(folder),
     )
 
 

@@ -11,6 +11,7 @@ from flowgrain.report.image_pairs import image_pairs, part_changes
 from flowgrain.report.render import write_page
 from flowgrain.report.run_curves import run_figures
 from flowgrain.report.run_data import RunData, read_run_data, undamaged
+from flowgrain.report.run_watch import alarm_messages, monitor_rows
 from flowgrain.report.tree_picture import read_tree_picture
 from flowgrain.statistics import confidence_interval
 from flowgrain.units import duration
@@ -44,7 +45,9 @@ def write_report(folder: Path) -> Path:
         "method": method.title or method.name,
         "software": [*software, *([f"commit {str(revision)[:10]}"] if revision else [])],
         "steps_done": run.steps[-1]["step"] if run.steps else 0,
-        "facts": [*evaluation_facts(run), *training_facts(run)],
+        "facts": [*evaluation_facts(run), *best_fact(run), *training_facts(run)],
+        "alarms": alarm_messages(run),
+        "monitors": monitor_rows(run),
         "figures_drawn": run_figures(run),
         "pairs": image_pairs(run),
         "parts": part_changes(run),
@@ -89,6 +92,18 @@ def evaluation_facts(run: RunData) -> list[Fact]:
             )
         )
     return facts
+
+
+def best_fact(run: RunData) -> list[Fact]:
+    """The best checkpoint and the rule that chose it."""
+    if run.best is None:
+        return []
+    exported = (
+        " Its weights are in export/best" if (run.folder / "export" / "best").exists() else ""
+    )
+    score = f", {run.best['score']:.3f}" if isinstance(run.best.get("score"), float) else ""
+    meaning = f"best checkpoint: {run.best.get('rule')}{score}.{exported}"
+    return [Fact(f"step {run.best['step']}", meaning)]
 
 
 def training_facts(run: RunData) -> list[Fact]:

@@ -169,17 +169,18 @@ def mark_damaged(path: Path) -> None:
     replace_folder(path, path.with_name(f"damaged-{path.name}"))
 
 
-def _score(path: Path) -> float | None:
+def score(path: Path) -> float | None:
+    """The score of a checkpoint. None: it was not evaluated, or has an alarm."""
     try:
-        score = json.loads((path / "manifest.json").read_text())["score"]
+        found = json.loads((path / "manifest.json").read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
 
 def best(folder: Path) -> Path | None:
     """The checkpoint with the highest score. None if no checkpoint has a score."""
-    scored = [(s, path) for path in checkpoints(folder) if (s := _score(path)) is not None]
+    scored = [(s, path) for path in checkpoints(folder) if (s := score(path)) is not None]
     return max(scored, default=(0, None), key=lambda pair: pair[0])[1]
 
 

@@ -29,8 +29,8 @@ from flowgrain.methods import (
 from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Reward, Scorer, Scores
+from flowgrain.training.decode import Decoded, decode
 from flowgrain.training.errors import RunStopped
-from flowgrain.training.evaluate import decode
 from flowgrain.training.given import given_batch
 from flowgrain.training.health import check_images
 from flowgrain.training.policy import Policy
@@ -44,13 +44,15 @@ from flowgrain.training.timer import StageTimer
 class ScoredTree:
     """A tree of one prompt, executed for several prompts and scored.
 
-    cond, rollout and images belong to the prompts of this rank. scores [I] belong to all prompts.
+    cond, rollout and images belong to the prompts of this rank. scores and monitors [I] belong to
+    all prompts.
     """
 
     cond: Conditioning
     rollout: Rollout
     images: Tensor
     scores: dict[str, Scores]
+    monitors: dict[str, Tensor]
 
 
 class RolloutCollector:
@@ -129,6 +131,7 @@ class RolloutCollector:
             known=credit.known(values, method.reward_mix),
             rewards=self.rewards,
             reward_weights=self.reward_weights,
+            monitors=scored.monitors,
         )
 
     def calibrate(self) -> CalibrationResult:
@@ -185,7 +188,8 @@ class RolloutCollector:
             cond = self.policy.encode([prompt.text for prompt in mine])
         size = sampling.prompts_per_chunk or len(mine)
         batch_sizes = self.config.reward_batch_sizes
-        rollouts, images = [], []
+        measured = self.config.watch.action != "off"
+        rollouts, decoded = [], []
         with Scorer(self.rewards, batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
                 chunk = _Chunk(self, cond, noise, assigned, first)
@@ -194,32 +198,49 @@ class RolloutCollector:
                     rollouts.append(chunk.rollout(tree, kernel))
                 with timer.measure("decode"):
                     latents = rollouts[-1].at(tree.leaves)
-                    images.append(decode(self.policy, latents, sampling.batch_size))
+                    decoded.append(decode(self.policy, latents, sampling.batch_size, measured))
                 with timer.measure("score"):
                     owners = [mine[first + p] for p in tree.prompt[tree.leaves]]
                     groups = self.method.leaf_groups(tree)
-                    interruptible(self.world, partial(scorer.submit, images[-1], owners, groups))
+                    images = decoded[-1].images
+                    interruptible(self.world, partial(scorer.submit, images, owners, groups))
             with timer.measure("score"):
                 scores = interruptible(self.world, scorer.results) or {}
             stop_together(self.world)
-        everything = torch.cat(images)
-        check_images(everything, self.config.training.max_failed_rewards, self.world)
+        everything = Decoded.concatenate(decoded)
+        check_images(everything.images, self.config.training.max_failed_rewards, self.world)
         whole = rollouts[0]
         if len(rollouts) > 1:
             whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
         gathered = self._gather(scores, len(prompts), len(assigned))
-        return ScoredTree(cond, whole, everything, gathered)
+        monitors = self._gather_values(everything.monitors, len(prompts), len(assigned))
+        return ScoredTree(cond, whole, everything.images, gathered, monitors)
 
     def _gather(self, scores: Mapping[str, Scores], count: int, assigned: int) -> dict[str, Scores]:
         """The scores of the images of all `count` prompts. Every rank scored `assigned` prompts."""
-        parts = self.world.gather({name: (s.values, s.reason) for name, s in scores.items()})
-        gathered = {}
-        for name in scores:
-            per_prompt = [part[name][0].reshape(assigned, -1) for part in parts]
-            values = self.world.interleave(per_prompt, count).flatten()
-            reason = next((part[name][1] for part in parts if part[name][1]), None)
-            gathered[name] = Scores(values, int(values.isnan().sum()), reason)
-        return gathered
+        own = {name: of_reward.values for name, of_reward in scores.items()}
+        gathered = self._gather_values(own, count, assigned)
+        reasons = self.world.gather({name: of_reward.reason for name, of_reward in scores.items()})
+        return {
+            name: Scores(
+                values,
+                int(values.isnan().sum()),
+                next((of_rank[name] for of_rank in reasons if of_rank[name]), None),
+            )
+            for name, values in gathered.items()
+        }
+
+    def _gather_values(
+        self, own: Mapping[str, Tensor], count: int, assigned: int
+    ) -> dict[str, Tensor]:
+        """Values [I] of the images of all `count` prompts. Every rank has `assigned` prompts."""
+        parts = self.world.gather(dict(own))
+        return {
+            name: self.world.interleave(
+                [part[name].reshape(assigned, -1) for part in parts], count
+            ).flatten()
+            for name in own
+        }
 
 
 @dataclass(frozen=True)

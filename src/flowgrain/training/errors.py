@@ -15,6 +15,10 @@ class Interrupted(RunStopped):
     """SIGINT or SIGTERM arrived. The run is saved. The message names the last finished step."""
 
 
+class StoppedByAlarm(RunStopped):
+    """A monitor raised an alarm, and watch.action is stop. The run is saved."""
+
+
 def stop_all(world: World, failure: str | None) -> None:
     """Stop all ranks if any of them has a failure. All ranks must call it together.
 

@@ -19,7 +19,9 @@ from flowgrain.core.sde import ODE
 from flowgrain.core.tree import Planner
 from flowgrain.data import Prompt, as_prompts, latent_noise
 from flowgrain.models import take
+from flowgrain.monitors.features import FeatureNet, Features
 from flowgrain.rewards import Reward, score_with_parts
+from flowgrain.training.decode import Decoded, decode
 from flowgrain.training.policy import Policy
 from flowgrain.training.signals import check_stop, interruptible, stop_together
 
@@ -40,6 +42,8 @@ class Evaluation:
         part_weights: [I] by "reward/part", weights of the images in the mean of the part.
         images: [I, 3, H, W], or only the first images.
         reasons: by reward, why images have no score. Only rewards that failed.
+        monitors: [I] by monitor. NaN: not available. Empty if nothing was measured.
+        features: [I, D] features of the images, if there is a network for them.
     """
 
     prompts: list[Prompt]
@@ -49,6 +53,8 @@ class Evaluation:
     part_weights: dict[str, Column]
     images: Tensor
     reasons: dict[str, str | None] = field(default_factory=dict)
+    monitors: dict[str, Column] = field(default_factory=dict)
+    features: Features | None = None
 
     def means(self) -> dict[str, float]:
         """Mean score of each reward over the scored images."""
@@ -72,11 +78,32 @@ def interleave(parts: Sequence[Evaluation], prompts: list[Prompt]) -> Evaluation
     """The evaluation of `prompts`, from the evaluations `parts` of all ranks."""
     columns = {
         kind: _interleaved_columns([getattr(part, kind) for part in parts], fill, parts[0], prompts)
-        for kind, fill in (("scores", np.nan), ("parts", np.nan), ("part_weights", 0.0))
+        for kind, fill in (
+            ("scores", np.nan),
+            ("parts", np.nan),
+            ("part_weights", 0.0),
+            ("monitors", np.nan),
+        )
     }
     images = torch.stack([part.images for part in parts], 1).flatten(0, 1)[: len(prompts)]
     reasons = {name: reason for part in parts for name, reason in part.reasons.items()}
-    return Evaluation(prompts, parts[0].num_steps, images=images, reasons=reasons, **columns)
+    of_ranks = [part.features for part in parts if part.features is not None]
+    features = interleave_rows(of_ranks, len(prompts)) if of_ranks else None
+    return Evaluation(
+        prompts,
+        parts[0].num_steps,
+        images=images,
+        reasons=reasons,
+        features=features,
+        **columns,
+    )
+
+
+def interleave_rows(of_ranks: Sequence[Features], count: int) -> Features:
+    """Rows [count, ...] of all items, from the rows of every rank, see `World.assign`."""
+    stacked = np.stack(of_ranks, 1)
+    rows: Features = stacked.reshape(-1, *stacked.shape[2:])[:count]
+    return rows
 
 
 def _interleaved_columns(
@@ -97,8 +124,9 @@ def sample(
     sigmas: Tensor,
     guidance: float,
     batch_size: int,
-) -> Tensor:
-    """Images [I, 3, H, W] by the ODE.
+    measured: bool = False,
+) -> Decoded:
+    """Images [I, 3, H, W] by the ODE, and their monitors if they are `measured`.
 
     Args:
         policy: the policy that samples.
@@ -107,6 +135,7 @@ def sample(
         sigmas: [T + 1] grid.
         guidance: guidance scale.
         batch_size: rows of one model call.
+        measured: whether to measure the monitors of the images.
     """
     planner = Planner(len(sigmas) - 1)
     planner.image(planner.ode(planner.root()))
@@ -125,7 +154,7 @@ def sample(
         lambda prompt, _: noise[torch.from_numpy(prompt)],
         batch_size,
     )
-    return decode(policy, result.at(tree.leaves), batch_size)
+    return decode(policy, result.at(tree.leaves), batch_size, measured)
 
 
 def sample_images(
@@ -141,17 +170,7 @@ def sample_images(
     noise = torch.stack([latent_noise(shape, "sample", seed, i) for i in range(len(texts))])
     sigmas, batch_size = config.sigmas(num_steps), config.sampling.batch_size
     with policy.averaged():
-        return sample(policy, texts, noise, sigmas, config.eval_guidance, batch_size)
-
-
-@torch.no_grad()
-def decode(policy: Policy, latents: Tensor, batch_size: int) -> Tensor:
-    """Images [I, 3, H, W] on the CPU of clean latents [I, *L], `batch_size` at a time."""
-    parts = []
-    for part in torch.split(latents, batch_size):
-        check_stop(policy.world)
-        parts.append(policy.backbone.decode(part).cpu())
-    return torch.cat(parts)
+        return sample(policy, texts, noise, sigmas, config.eval_guidance, batch_size).images
 
 
 def evaluate_on_ranks(
@@ -162,6 +181,7 @@ def evaluate_on_ranks(
     *,
     num_steps: int,
     num_images: int,
+    net: FeatureNet | None = None,
 ) -> Evaluation:
     """Evaluate `prompts` with the settings of a run. Every rank evaluates its share.
 
@@ -172,6 +192,7 @@ def evaluate_on_ranks(
         rewards: rewards by name.
         num_steps: ODE steps.
         num_images: minimum number of images in the result. A single rank returns all images.
+        net: network for the features of the images. None: no features.
     """
     chosen, world = as_prompts(prompts), policy.world
     assigned = world.assign(len(chosen))
@@ -184,7 +205,10 @@ def evaluate_on_ranks(
         batch_size=config.sampling.batch_size,
         reward_batch_sizes=config.reward_batch_sizes,
         places=assigned.tolist(),
+        measured=config.watch.action != "off",
     )
+    if net is not None:
+        evaluation = replace(evaluation, features=net(evaluation.images))
     stop_together(world)
     if world.size == 1:
         return evaluation
@@ -209,6 +233,7 @@ def evaluate(
     reward_batch_sizes: Mapping[str, int] | None = None,
     seed: int = 0,
     places: Sequence[int] | None = None,
+    measured: bool = False,
 ) -> Evaluation:
     """Sample an image for each prompt with the EMA parameters, and score it by every reward.
 
@@ -223,8 +248,9 @@ def evaluate(
         seed: seed of the initial noise.
         places: position of each prompt among all evaluation prompts. It determines the noise.
             Default: 0 to I - 1.
+        measured: whether to measure the monitors of the images.
     """
-    images, prompts = [], as_prompts(prompts)
+    parts, prompts = [], as_prompts(prompts)
     places = range(len(prompts)) if places is None else places
     chunk_size = 4 * batch_size
     with policy.averaged():
@@ -232,9 +258,10 @@ def evaluate(
             texts = [prompt.text for prompt in prompts[first : first + chunk_size]]
             of_chunk = places[first : first + len(texts)]
             noise = evaluation_noise(policy.backbone.latent_shape, seed, of_chunk)
-            images.append(sample(policy, texts, noise, sigmas, guidance, batch_size))
-    everything = torch.cat(images)
-    evaluation = Evaluation(prompts, len(sigmas) - 1, {}, {}, {}, everything)
+            parts.append(sample(policy, texts, noise, sigmas, guidance, batch_size, measured))
+    decoded = Decoded.concatenate(parts)
+    monitors = {name: values.numpy() for name, values in decoded.monitors.items()}
+    evaluation = Evaluation(prompts, len(sigmas) - 1, {}, {}, {}, decoded.images, monitors=monitors)
     for name, reward in rewards.items():
         size = (reward_batch_sizes or {}).get(name, 256)
         interruptible(policy.world, partial(_add_scores, evaluation, name, reward, size))

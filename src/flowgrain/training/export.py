@@ -10,6 +10,7 @@ from huggingface_hub import save_torch_state_dict
 from flowgrain.distributed.sharding import class_name, full_state_dict, full_tensor
 from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError
+from flowgrain.training.checkpoint import replace_folder
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.health import first_not_finite
 from flowgrain.training.policy import Policy
@@ -36,6 +37,8 @@ def export_policy(policy: Policy, folder: Path) -> None:
         broken = first_not_finite(exported, policy.world)
         if broken is not None:
             raise RunStopped(f"{folder}: not written, because {broken} contains NaN or infinity")
+        if main:
+            temporary.mkdir(parents=True)
         if policy.lora:
             _export_lora(policy, temporary / "lora")
         elif policy.world.size == 1:
@@ -43,8 +46,10 @@ def export_policy(policy: Policy, folder: Path) -> None:
         else:
             _export_sharded(policy, temporary / "transformer")
     if main:
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in temporary.iterdir():  # the directory may also contain the best checkpoint
+            replace_folder(part, folder / part.name)
+        temporary.rmdir()
 
 
 def _export_lora(policy: Policy, folder: Path) -> None:

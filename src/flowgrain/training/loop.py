@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from flowgrain.training import checkpoint, state
-from flowgrain.training.errors import Diverged, Interrupted, RunStopped
-from flowgrain.training.evaluate import warn_of_failures
+from flowgrain.training.best import export_best
+from flowgrain.training.errors import Diverged, Interrupted, RunStopped, StoppedByAlarm
+from flowgrain.training.evaluate import mean, warn_of_failures
 from flowgrain.training.health import (
     EvaluationFailed,
     check_evaluation,
@@ -17,6 +18,7 @@ from flowgrain.training.health import (
     smaller_rate,
 )
 from flowgrain.training.rollout_batch import Metrics
+from flowgrain.training.run_files import resume_command
 from flowgrain.training.signals import StopRequested, StopSignal, check_stop
 
 if TYPE_CHECKING:
@@ -37,16 +39,14 @@ def run_steps(
         Diverged: too many updates in a row were skipped (the run is saved), or parameters or
             images are not finite (the last step is not saved).
         EvaluationFailed: a reward failed on too many images. The run is saved, except at step 0.
+        StoppedByAlarm: an alarm stops the run. The run is saved.
         Interrupted: a signal arrived. The run is saved.
     """
     config, main = trainer.config, trainer.world.is_main
     limit = config.training.max_seconds
-    seconds = sum(m["seconds"] for m in trainer.recorder.read_metrics() if "seconds" in m)
-    seconds = trainer.world.gather(seconds)[0]
-    if trainer.steps_done == 0 and config.evaluation.is_due(0, last=False):
-        first = {"step": 0, **_unless_stopped(trainer, partial(evaluate_and_record, trainer, 0))}
-        if main:
-            trainer.recorder.write_metrics(first)
+    lines = trainer.recorder.read_metrics()
+    seconds = trainer.world.gather(sum(line.get("seconds", 0) for line in lines))[0]
+    _evaluate_base(trainer)
     _repeat_evaluation(trainer, limit is not None and seconds >= limit)
     for step in range(trainer.steps_done + 1, config.training.max_steps + 1):
         if limit is not None and seconds >= limit:
@@ -63,6 +63,7 @@ def run_steps(
         if config.evaluation.is_due(step, last) and not diverged:
             try:
                 metrics |= evaluate_and_record(trainer, step)
+                failure = _alarm(trainer, last)
             except EvaluationFailed as error:
                 failure = error
             except StopRequested as request:
@@ -75,7 +76,7 @@ def run_steps(
         if progress is not None:
             progress(metrics)
         if failure is not None:
-            raise failure
+            raise _with_export(trainer, failure)
         if last:
             break
         if stop is not None:
@@ -103,6 +104,14 @@ def _unless_stopped(trainer: Trainer, work: Callable[[], Metrics]) -> Metrics:
         ) from None
 
 
+def _evaluate_base(trainer: Trainer) -> None:
+    """Evaluate the model before training, if this is due."""
+    if trainer.steps_done == 0 and trainer.config.evaluation.is_due(0, last=False):
+        first = {"step": 0, **_unless_stopped(trainer, partial(evaluate_and_record, trainer, 0))}
+        if trainer.world.is_main:
+            trainer.recorder.write_metrics(first)
+
+
 def _repeat_evaluation(trainer: Trainer, out_of_time: bool) -> None:
     """Repeat the evaluation of the last step, if a signal stopped it.
 
@@ -122,6 +131,9 @@ def _repeat_evaluation(trainer: Trainer, out_of_time: bool) -> None:
     if trainer.world.is_main:
         trainer.recorder.replace_last(line)
     trainer.save(line)
+    failure = _alarm(trainer, last)
+    if failure is not None:
+        raise _with_export(trainer, failure)
 
 
 def what_is_kept(trainer: Trainer) -> str:
@@ -135,14 +147,55 @@ def what_is_kept(trainer: Trainer) -> str:
 
 
 def evaluate_and_record(trainer: Trainer, step: int) -> Metrics:
-    """Evaluate the policy after training step `step`. Returns the metrics "eval/NAME"."""
+    """Evaluate the policy after training step `step`, and compare it with the base model.
+
+    Returns:
+        The metrics eval/NAME and eval/monitor/NAME, and the number of alarms if there is a rule.
+    """
     evaluation = trainer.evaluate(num_images=trainer.config.evaluation.images_of_run)
     check_evaluation(trainer, step, evaluation)
+    watch = trainer.watch
+    evaluation = watch.measure(step, evaluation)
+    base = watch.judge(step, evaluation)
+    trainer.optimizer.scale_rate(watch.rate_factor)
     if trainer.world.is_main:
         warn_of_failures(evaluation)
-        trainer.recorder.write_evaluation(step, evaluation)
+        trainer.recorder.write_evaluation(step, evaluation, base)
+        trainer.recorder.write_alarms([alarm.as_dict() for alarm in watch.alarms])
     values = evaluation.means() | evaluation.part_means()
-    return {f"eval/{name}": value for name, value in values.items()}
+    values |= {f"monitor/{name}": mean(column) for name, column in evaluation.monitors.items()}
+    metrics: Metrics = {f"eval/{name}": value for name, value in values.items()}
+    return metrics | ({"alarms": len(watch.alarms)} if base else {})
+
+
+def _alarm(trainer: Trainer, last: bool) -> StoppedByAlarm | None:
+    """The error of a run that stops because of an alarm. None if it continues.
+
+    Args:
+        trainer: the run.
+        last: whether this is the last step, so that the run ends anyway.
+    """
+    alarms = trainer.watch.alarms
+    if not alarms or last or trainer.config.watch.action != "stop":
+        return None
+    names = ", ".join(alarm.finding.monitor for alarm in alarms)
+    given, out = trainer.recorder.given, trainer.out
+    go_on = resume_command(out, given, {"watch.action": "warn"})
+    found = checkpoint.best(out / "checkpoints")
+    good = f"The best checkpoint without an alarm is {found}" if found else "No checkpoint is good"
+    return StoppedByAlarm(
+        f"{alarms[0].message} The run stopped (watch.action=stop; alarms: {names}) and is saved. "
+        f"{good}. Look at its images, then go on with {go_on}"
+    )
+
+
+def _with_export(trainer: Trainer, failure: RunStopped) -> RunStopped:
+    """`failure`. Exports the best checkpoint of a run that an alarm stopped."""
+    if isinstance(failure, StoppedByAlarm):
+        best = export_best(trainer)
+        if best is not None:
+            trainer.recorder.trackers.artifact(best)
+    return failure
 
 
 def _divergence(trainer: Trainer) -> str:

@@ -19,15 +19,17 @@ class PolicyOptimizer:
 
     Attributes:
         adamw: torch's optimizer.
+        learning_rate: learning rate of the settings.
         scaler: loss scaling for float16. Otherwise disabled.
         skipped_in_a_row: skipped updates since the last successful update.
     """
 
     def __init__(self, policy: Policy, config: Config, world: World) -> None:
         self.policy, self.settings, self.world = policy, config.optimizer, world
+        self.learning_rate = config.learning_rate
         self.adamw = torch.optim.AdamW(
             policy.parameters.values(),
-            lr=config.learning_rate,
+            lr=self.learning_rate,
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
             fused=True,  # makes no temporary copies of the parameters
@@ -35,6 +37,11 @@ class PolicyOptimizer:
         float16 = policy.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=float16)
         self.skipped_in_a_row = 0
+
+    def scale_rate(self, factor: float) -> None:
+        """Set the learning rate to `factor` times the rate of the settings."""
+        for group in self.adamw.param_groups:
+            group["lr"] = factor * self.learning_rate
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, scaled in float16."""

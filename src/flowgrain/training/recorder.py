@@ -5,11 +5,13 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flowgrain.config.schema import Config
 from flowgrain.methods.calibration import CalibrationResult
+from flowgrain.records.alarms import append_alarms
 from flowgrain.records.damaged import set_damaged_files_aside, set_damaged_lines_aside
 from flowgrain.records.evaluations import (
     EVALUATION_IMAGES,
@@ -20,11 +22,13 @@ from flowgrain.records.files import write_atomically
 from flowgrain.records.json_text import to_json
 from flowgrain.records.metrics import read_metrics
 from flowgrain.settings import SettingsError
+from flowgrain.training.alarms import Difference
 from flowgrain.training.evaluate import Evaluation
 from flowgrain.training.groups import GroupWriter, to_image
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
 from flowgrain.training.run_files import forget_checkpoints, record_settings, write_run
 from flowgrain.training.trackers import Trackers, open_trackers
+from flowgrain.training.watch_files import discard_after
 
 log = logging.getLogger(__name__)
 
@@ -140,17 +144,32 @@ class Recorder:
                 of_step = _OF_STEP.fullmatch(path.name)  # other files are not of the run
                 if of_step and int(of_step[1]) > (step or -1):
                     path.unlink()
+        discard_after(self.folder, step)
         return messages + set_damaged_files_aside(self.folder)
 
-    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Write the scores of all images, and the first images."""
-        values = {
+    def write_evaluation(
+        self, step: int, evaluation: Evaluation, base: Mapping[str, Difference]
+    ) -> None:
+        """Write the scores and monitors of all images, and the first images.
+
+        Args:
+            step: training step.
+            evaluation: the evaluation.
+            base: paired differences to the base model by reward and monitor. Empty: not written.
+        """
+        values: dict[str, Any] = {
             "step": step,
             "num_steps": evaluation.num_steps,
             "prompts": [prompt.text for prompt in evaluation.prompts],
             "scores": {k: [float(v) for v in values] for k, values in evaluation.scores.items()},
             "parts": evaluation.part_means(),
+            "guidance_scale": self.config.eval_guidance,
+            "monitors": {
+                k: [float(v) for v in column] for k, column in evaluation.monitors.items()
+            },
         }
+        if base:
+            values["base"] = {name: asdict(difference) for name, difference in base.items()}
         folder = self.folder / "evaluations"
         images = (to_image(image) for image in evaluation.images[:EVALUATION_IMAGES].cpu())
         write_evaluation_images(folder, step, images)
@@ -170,11 +189,12 @@ class Recorder:
         self.groups.write(batch, sigmas)
         self.trackers.group(batch, sigmas)
 
-    def write_alarm(self, alarm: Mapping[str, Any]) -> None:
-        """Append a line to alarms.jsonl, and pass it to the trackers."""
-        with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(alarm) + "\n")
-        self.trackers.alarm(alarm)
+    def write_alarms(self, alarms: Sequence[Mapping[str, Any]]) -> None:
+        """Append the alarms of an evaluation to alarms.jsonl, and pass them to the trackers."""
+        if alarms:
+            append_alarms(self.folder, alarms)
+        for alarm in alarms:
+            self.trackers.alarm(alarm)
 
     def finish(self) -> None:
         """Wait until all records are on the disk.

@@ -20,6 +20,7 @@ from flowgrain.training.fit import check_disk, check_writable
 from flowgrain.training.health import destroyed
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.run_files import forget_checkpoints, had_checkpoints, remember_checkpoints
+from flowgrain.training.watch_files import update_best
 
 if TYPE_CHECKING:
     from flowgrain.training.trainer import Trainer
@@ -39,6 +40,7 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         "stepped": optimizer.stepped(),
         "skipped_in_a_row": optimizer.skipped_in_a_row,
         "scaler": optimizer.scaler.state_dict(),
+        "watch": trainer.watch.state_dict(),
         "records": trainer.world.on_main(trainer.recorder.state_dict),
     }
     path = checkpoint.save(
@@ -53,6 +55,7 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
     )
     if trainer.world.is_main:
         remember_checkpoints(trainer.out)
+        update_best(trainer.out)
     return path
 
 
@@ -79,6 +82,9 @@ def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
     checkpoint.read(path, {**policy.tensors(), **optimizer.tensors()}, world)
     policy.load_state_dict(state["policy"])
     trainer.method.load_state_dict(state["method"])
+    if "watch" in state:  # not in checkpoints of version 0.1
+        trainer.watch.load_state_dict(state["watch"])
+    optimizer.scale_rate(trainer.watch.rate_factor)
     trainer.steps_done = state["step"]
     if optimizer.scaler.is_enabled():
         optimizer.scaler.load_state_dict(state["scaler"])
@@ -271,8 +277,11 @@ def _at(values: Mapping[str, Any], path: str) -> Any:
 
 
 def _score(metrics: Metrics | None, weights: Mapping[str, float]) -> float | None:
-    """The weighted sum of the evaluated trained rewards. None if nothing was evaluated."""
-    if metrics is None:
+    """The weighted sum of the evaluated trained rewards.
+
+    None if nothing was evaluated, or if the evaluation raised an alarm.
+    """
+    if metrics is None or metrics.get("alarms"):
         return None
     found = {name: metrics[f"eval/{name}"] for name in weights if f"eval/{name}" in metrics}
     return sum(weights[name] * value for name, value in found.items()) if found else None

@@ -124,6 +124,8 @@ def rollout_metrics(batch: RolloutBatch, more_decodes: int = 0) -> Metrics:
     for name, scores in batch.scores.items():
         metrics[f"reward/{name}"] = float(scores.values.nanmean())
         metrics[f"failed/{name}"] = scores.failed
+    for name, values in batch.monitors.items():
+        metrics[f"monitor/{name}"] = float(values.nanmean())
     world: World = batch.world
     return metrics | {
         "advantage/std": float(batch.advantage.std()) if len(batch.advantage) > 1 else 0.0,

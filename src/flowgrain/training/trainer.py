@@ -19,6 +19,7 @@ from flowgrain.records.run_lock import RunLock
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
 from flowgrain.training import state
+from flowgrain.training.best import export_best
 from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
@@ -41,6 +42,7 @@ from flowgrain.training.signals import StopSignal
 from flowgrain.training.sizes import size_before_loading
 from flowgrain.training.step import train_step
 from flowgrain.training.timer import StageTimer
+from flowgrain.training.watch import Watch
 
 Progress = Callable[[Metrics], None]
 """Called with the metrics of a step."""
@@ -102,6 +104,7 @@ class Trainer:
         self.eval_prompts = load_prompts(config, self.backbone, "eval", eval_prompts)
         self.policy = Policy.for_training(config, self.backbone, self.device, self.world)
         self.optimizer = PolicyOptimizer(self.policy, config, self.world)
+        self.watch = Watch(config, self.policy, self.out)
         self.timer = StageTimer(self.device)
         self.collector = RolloutCollector(
             config, self.method, self.policy, self.rewards, self.prompts, self.world, self.timer
@@ -140,8 +143,8 @@ class Trainer:
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
             self.recorder.finish()
-            self.export()
-            self.recorder.trackers.artifact(self.out / "export")
+            exported = self.export()
+            self.recorder.trackers.artifact(export_best(self) or exported)
         except OSError as error:
             raise state.stopped_by_disk(self, error) from error
         finally:
@@ -211,14 +214,15 @@ class Trainer:
         """
         return state.resume(self)
 
-    def export(self) -> Path:
-        """Write the parameters to export/, in a format that diffusers loads.
+    def export(self, folder: Path | None = None) -> Path:
+        """Write the parameters to `folder`, by default export/, in a format that diffusers loads.
 
         Returns:
             The directory.
         """
-        export_policy(self.policy, self.out / "export")
-        return self.out / "export"
+        folder = folder or self.out / "export"
+        export_policy(self.policy, folder)
+        return folder
 
     @property
     def history(self) -> History:
@@ -248,10 +252,9 @@ class Trainer:
         if prompts is None:
             count, available = num_images or config.evaluation.num_prompts, self.eval_prompts
             prompts = [available[i % len(available)] for i in range(count)]
-        steps, rewards = num_steps or config.evaluation.num_steps, self.eval_rewards
-        return evaluate_on_ranks(
-            self.policy, config, prompts, rewards, num_steps=steps, num_images=EVALUATION_IMAGES
-        )
+        steps, kept = num_steps or config.evaluation.num_steps, EVALUATION_IMAGES
+        parts = (self.policy, config, prompts, self.eval_rewards)
+        return evaluate_on_ranks(*parts, num_steps=steps, num_images=kept, net=self.watch.net)
 
     def sample(self, prompts: Sequence[str], num_steps: int | None = None, seed: int = 0) -> Tensor:
         """Images [I, 3, H, W] in 0..1 of `prompts`, by the ODE with the EMA parameters."""

@@ -6,7 +6,7 @@ Shapes: I images, T sampling steps.
 import json
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Trackers:
         self._submit(lambda tracker: tracker.scalars(step, values))
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Log the first images of an evaluation, with their prompts and rewards."""
+        """Log the first images of an evaluation, with their prompts, rewards and monitors."""
         if not self._workers:
             return
         images = [_small(to_image(image)) for image in evaluation.images[:EVALUATION_IMAGES].cpu()]
@@ -74,8 +74,9 @@ class Trackers:
         columns: dict[str, list[Any]] = {
             "prompt": [prompt.text for prompt in evaluation.prompts[:count]]
         }
-        for name, values in evaluation.scores.items():
-            columns[f"reward/{name}"] = _known(values[:count])
+        for kind, of_images in (("reward", evaluation.scores), ("monitor", evaluation.monitors)):
+            for name, values in of_images.items():
+                columns[f"{kind}/{name}"] = _known(values[:count])
         table = ImageTable(step, images, columns)
         self._submit(lambda tracker: tracker.images("evaluation", table))
 
@@ -162,7 +163,7 @@ def _highest_and_lowest(values: Sequence[float], count: int) -> list[int]:
     return sorted(order if len(order) <= count else order[:half] + order[half - count :])
 
 
-def _known(values: Sequence[Any]) -> list[float | int | None]:
+def _known(values: Iterable[Any]) -> list[float | int | None]:
     """Plain numbers. None for a number that is not finite."""
     return [(v if isinstance(v, int) else float(v)) if math.isfinite(v) else None for v in values]
 
