@@ -116,8 +116,9 @@ def test_several_trained_rewards_count_with_their_weights():
 
 
 def test_a_trained_reward_that_is_not_evaluated_leaves_the_monitors():
-    assert [f.monitor for f in find(BASE, moved(dark=0.1), {"pairs": 1.0}, WatchConfig())] == []
-    found = find(BASE, moved(dark=0.2), {"pairs": 1.0}, WatchConfig())
+    rule = WatchConfig(threshold=1.5)
+    assert find(BASE, moved(dark=0.1), {"pairs": 1.0}, rule) == []
+    found = find(BASE, moved(dark=0.2), {"pairs": 1.0}, rule)
     assert [f.monitor for f in found] == ["dark"]
 
 

@@ -26,7 +26,7 @@ class WatchConfig(Section):
         "a reward.",
     )
     threshold: float = Setting(
-        0.75,
+        1.5,
         "Change that is allowed, in standard deviations of the base model's images. For "
         "feature_distance and path_kl: in their own units.",
         ge=0,
