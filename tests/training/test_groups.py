@@ -163,6 +163,20 @@ def test_image_sizes(recorded, tmp_path, size):
             group.image(0, other, full=True)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_number_of_images_in_full_size(recorded, tmp_path, count):
+    class Large(Toy):
+        def decode(self, latents):
+            return torch.nn.functional.interpolate(super().decode(latents), size=(66, 66))
+
+    config = recorded.with_changes({"training.record.full_size": count})
+    trainer = Trainer(config, tmp_path, backbone=Large(), rewards={"red": red}, prompts=PROMPTS)
+    trainer.step(1)
+    trainer.recorder.finish()
+    (full, *_) = [prompt.full for prompt in load_run_groups(tmp_path)[1].prompts]
+    assert len(full) == count
+
+
 @pytest.mark.parametrize("changes", [{"prompts": 0}, {"steps": 0}])
 def test_nothing_is_recorded(tiny, tmp_path, changes):
     config = tiny.with_changes({f"training.record.{k}": v for k, v in changes.items()})

@@ -87,9 +87,11 @@ def test_a_tracker_gets_all_records(tracker, tmp_path):
 def test_a_killed_run_continues_in_the_same_run_of_the_tracker(tracker, tmp_path):
     script = Path(__file__).with_name("tracked.py")
     paths = os.pathsep.join([*(p for p in sys.path if p), *([str(ASIDE)] * (tracker == "trackio"))])
+    # The service of wandb in this process would keep the killed run open.
+    environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
     killed = subprocess.run(
         [sys.executable, script, tmp_path, tracker],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**environment, "PYTHONPATH": paths},
         capture_output=True,
         check=False,
     )

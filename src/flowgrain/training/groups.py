@@ -154,8 +154,9 @@ def to_image(image: Tensor) -> Pixels:
     """An image [3, H, W] in 0..1 as bytes [H, W, 3].
 
     It computes with NumPy: a second thread that computes with torch would start its own threads.
+    NaN becomes 0.
     """
-    values = np.clip(image.float().numpy(), 0, 1) * 255
+    values = np.clip(np.nan_to_num(image.float().numpy()), 0, 1) * 255
     return np.ascontiguousarray(np.rint(values).astype(np.uint8).transpose(1, 2, 0))
 
 

@@ -157,8 +157,15 @@ def group_table(batch: RolloutBatch, sigmas: list[float]) -> ImageTable:
 
 
 def _highest_and_lowest(values: Sequence[float], count: int) -> list[int]:
-    """Places of the `count` highest and lowest values, in ascending order."""
-    order = [int(place) for place in np.argsort(values, kind="stable")]  # NaN comes last
+    """Places of the `count` highest and lowest values, in ascending order.
+
+    All places if there are not more values than `count`. Otherwise without those of NaN.
+    """
+    if len(values) <= count:
+        return list(range(len(values)))
+    order = [
+        int(place) for place in np.argsort(values, kind="stable") if not np.isnan(values[place])
+    ]
     half = count // 2
     return sorted(order if len(order) <= count else order[:half] + order[half - count :])
 
