@@ -215,11 +215,7 @@ class Trainer:
         return state.resume(self)
 
     def export(self, folder: Path | None = None) -> Path:
-        """Write the parameters to `folder`, by default export/, in a format that diffusers loads.
-
-        Returns:
-            The directory.
-        """
+        """Write the parameters for diffusers to `folder`, by default export/. Returns `folder`."""
         folder = folder or self.out / "export"
         export_policy(self.policy, folder)
         return folder
