@@ -31,7 +31,7 @@ def moved(mine=0.0, other=0.0, dark=0.0, path_kl=0.0, **changes):
 
 
 def names(now, base=BASE, **rule):
-    found = find(base, now, {"mine": 1.0}, WatchConfig(threshold=0.5, **rule))
+    found = find(base, now, {"mine": 1.0}, WatchConfig(threshold=0.5, reward_threshold=0.5, **rule))
     return [(finding.monitor, finding.direction) for finding in found]
 
 
@@ -160,3 +160,18 @@ def test_only_pairs_of_the_same_prompt_are_compared():
         {name: values[:30] for name, values in now.monitors.items()},
     )
     assert differences(BASE, cut)["dark"].mean == pytest.approx(0.1, abs=1e-2)
+
+
+def test_all_leaves_out_the_norm_of_latents_unless_it_is_named():
+    base = measured({"mine": NOISE}, {"latent_norm": NOISE})
+    now = measured({"mine": NOISE + 1}, {"latent_norm": NOISE[::-1] + 9})
+    assert find(base, now, {"mine": 1.0}, WatchConfig()) == []
+    (finding,) = find(base, now, {"mine": 1.0}, WatchConfig(monitor=["latent_norm"]))
+    assert finding.monitor == "latent_norm"
+
+
+def test_a_reward_has_a_threshold_of_its_own():
+    worse = moved(mine=1, other=-0.5)
+    (finding,) = find(BASE, worse, {"mine": 1.0}, WatchConfig())
+    assert (finding.monitor, finding.direction, finding.threshold) == ("other", "down", 0)
+    assert find(BASE, worse, {"mine": 1.0}, WatchConfig(reward_threshold=2.0)) == []

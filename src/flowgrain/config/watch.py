@@ -18,7 +18,7 @@ class WatchConfig(Section):
     monitor: Literal["all"] | StrTuple = Setting(
         "all",
         "Monitors and rewards that are not trained which can raise an alarm: a list of names, or "
-        "all. Others are only recorded.",
+        "all (except latent_norm). Others are only recorded.",
     )
     direction: Literal["worse", "up", "down", "change"] = Setting(
         "worse",
@@ -27,8 +27,15 @@ class WatchConfig(Section):
     )
     threshold: float = Setting(
         1.5,
-        "Change that is allowed, in standard deviations of the base model's images. For "
-        "feature_distance and path_kl: in their own units.",
+        "Change of a monitor that is allowed, in standard deviations of the base model's images. "
+        "For feature_distance and path_kl: in their own units.",
+        ge=0,
+        le=1e6,
+    )
+    reward_threshold: float = Setting(
+        0.0,
+        "Change of a reward that is not trained that is allowed, in standard deviations of the "
+        "base model's scores. 0: any significant change.",
         ge=0,
         le=1e6,
     )

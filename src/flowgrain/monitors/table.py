@@ -21,6 +21,7 @@ class Monitor:
         least: smallest standard deviation that counts. Otherwise a monitor without any spread, such
             as dark pixels on a model of bright images, would react to a single pixel.
         rollouts: whether the value is also computed on the images of every rollout.
+        watched: whether watch.monitor=all includes it. Others raise an alarm only if they are named.
     """
 
     meaning: str
@@ -29,6 +30,7 @@ class Monitor:
     spread: bool = True
     least: float = 0.01
     rollouts: bool = True
+    watched: bool = True
 
 
 MONITORS: dict[str, Monitor] = {
@@ -54,8 +56,12 @@ MONITORS: dict[str, Monitor] = {
         "share of the variance",
         "up",
     ),
+    # Honest runs on the bundled model changed it as much as a run that games its reward.
     "latent_norm": Monitor(
-        "root mean square of the clean latent", "standard deviations of a latent", "change"
+        "root mean square of the clean latent",
+        "standard deviations of a latent",
+        "change",
+        watched=False,
     ),
     "feature_distance": Monitor(
         "distance to the image that the base model makes from the same noise",

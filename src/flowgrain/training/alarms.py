@@ -142,7 +142,7 @@ def find(
         (name, before, after)
         for name, before, after in _pairs(base, now)
         if name not in weights
-        and (rule.monitor == "all" or name in rule.monitor)
+        and _is_watched(name, rule)
         and np.isfinite(after - before).sum() > 1
     ]
     level = 1 - (1 - CONFIDENCE) / max(len(watched), 1)
@@ -151,6 +151,13 @@ def find(
         for name, before, after in watched
     )
     return sorted((f for f in found if f is not None), key=lambda f: -f.excess)
+
+
+def _is_watched(name: str, rule: WatchConfig) -> bool:
+    """Whether the monitor or reward `name` can raise an alarm."""
+    if rule.monitor == "all":
+        return name not in MONITORS or MONITORS[name].watched
+    return name in rule.monitor
 
 
 def trained_reward_rose(base: Measured, now: Measured, weights: Mapping[str, float]) -> bool:
@@ -170,8 +177,11 @@ def _finding(name: str, before: Column, interval: Interval, rule: WatchConfig) -
     monitor = MONITORS.get(name)
     worse = "down" if monitor is None else monitor.worse
     direction = worse if rule.direction == "worse" else rule.direction
-    unit = _std(before) if monitor is None or monitor.spread else 1.0
-    threshold = rule.threshold * max(unit, 0.0 if monitor is None else monitor.least)
+    if monitor is None:
+        threshold = rule.reward_threshold * _std(before)
+    else:
+        unit = _std(before) if monitor.spread else 1.0
+        threshold = rule.threshold * max(unit, monitor.least)
     way: Literal["up", "down"]
     if direction != "down" and interval.low > threshold:
         way = "up"
