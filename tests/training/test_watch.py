@@ -1,5 +1,6 @@
 """The watch of a run: its files, the actions of an alarm, the best checkpoint, exact resumes."""
 
+import dataclasses
 import json
 import logging
 
@@ -10,10 +11,12 @@ from safetensors.torch import load_file
 from toy import PROMPTS, Toy, green, red
 
 from flowgrain import RunStopped, SettingsError, Trainer, load_config
+from flowgrain.config.watch import WatchConfig
 from flowgrain.monitors import MONITORS
 from flowgrain.records.alarms import read_alarms, read_best
 from flowgrain.training import checkpoint
 from flowgrain.training.alarms import Finding, Measured
+from flowgrain.training.watch import _message
 from flowgrain.training.watch_files import read_base
 
 BAD = Finding("dark", "up", 0.3, 0.2, 0.4, 0.1)
@@ -154,6 +157,15 @@ def test_warn(watched, tmp_path, alarm_after, caplog):
     assert best["score"] == pytest.approx(
         max(lines(tmp_path)[step]["eval/red"] for step in (1, 4)), abs=1e-6
     )
+
+
+def test_the_message_has_the_threshold_of_the_kind():
+    rule = WatchConfig(threshold=1.5, reward_threshold=0.2)
+    assert "dark changed by +0.3 [+0.2, +0.4], more than 0.1 (1.5 standard" in _message(
+        3, BAD, rule
+    )
+    reward = dataclasses.replace(BAD, monitor="towers")
+    assert "more than 0.1 (0.2 standard" in _message(3, reward, rule)
 
 
 def test_patience(watched, tmp_path, alarm_after):
@@ -349,6 +361,7 @@ def test_broken_images_have_no_monitors(watched, tmp_path):
         ({"watch.features": "clip"}, r"watch\.features=clip: .* Set watch\.clip"),
         ({"watch.clip": "x", "watch.features": "none"}, r"watch\.clip=x: has no effect"),
         ({"watch.threshold": -1.0}, r"watch\.threshold"),
+        ({"watch.reward_threshold": -1.0}, r"watch\.reward_threshold"),
     ],
 )
 def test_settings_that_cannot_be_used(changes, message):

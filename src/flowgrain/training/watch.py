@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowgrain.config.schema import Config
+from flowgrain.config.watch import WatchConfig
 from flowgrain.monitors import MONITORS
 from flowgrain.monitors.features import Features, base_distance, distance
 from flowgrain.training.alarms import (
@@ -184,7 +185,7 @@ class Watch:
         findings = find(base, now, self.config.reward_weights, rule)
         in_a_row = {f.monitor: self._in_a_row.get(f.monitor, 0) + 1 for f in findings}
         alarms = [
-            Alarm(step, f, in_a_row[f.monitor], rule.action, _message(step, f, rule.threshold))
+            Alarm(step, f, in_a_row[f.monitor], rule.action, _message(step, f, rule))
             for f in findings
             if in_a_row[f.monitor] >= rule.patience
         ]
@@ -194,9 +195,10 @@ class Watch:
         return differences(base, now), alarms, in_a_row
 
 
-def _message(step: int, finding: Finding, threshold: float) -> str:
+def _message(step: int, finding: Finding, rule: WatchConfig) -> str:
     """The message of an alarm."""
     monitor = MONITORS.get(finding.monitor)
+    threshold = rule.reward_threshold if monitor is None else rule.threshold
     unit = "standard deviations of the base model" if monitor is None or monitor.spread else ""
     allowed = f"{finding.threshold:.3g}{f' ({threshold:g} {unit})' if unit else ''}"
     return (
