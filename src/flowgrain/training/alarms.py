@@ -141,9 +141,7 @@ def find(
     watched = [
         (name, before, after)
         for name, before, after in _pairs(base, now)
-        if name not in weights
-        and _is_watched(name, rule)
-        and np.isfinite(after - before).sum() > 1
+        if name not in weights and _is_watched(name, rule) and np.isfinite(after - before).sum() > 1
     ]
     level = 1 - (1 - CONFIDENCE) / max(len(watched), 1)
     found = (
