@@ -21,7 +21,7 @@ class Monitor:
         least: smallest standard deviation that counts. Otherwise a monitor without any spread, such
             as dark pixels on a model of bright images, would react to a single pixel.
         rollouts: whether the value is also computed on the images of every rollout.
-        watched: whether watch.monitor=all includes it. Others raise an alarm only if they are named.
+        watched: whether watch.monitor=all includes it. Others must be named.
     """
 
     meaning: str
