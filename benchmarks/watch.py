@@ -1,6 +1,6 @@
 """Does the watch raise its alarm in a run that games its reward, and stay quiet in honest runs?
 
-    python benchmarks/watch.py [--out runs/watch] [--only NAME] [--cost]
+    python benchmarks/watch.py [--out runs/watch] [--only NAME] [--seed SEED] [--cost]
 
 Trains a run on the bundled model that games the reward `preference`, and honest runs of several
 methods, all with the default settings of `watch` and without `oracle` among the evaluated rewards.
@@ -67,10 +67,11 @@ JUDGED = 302
 """Images for the oracle: every held-out prompt."""
 
 
-def train(name: str, folder: Path) -> None:
+def train(name: str, folder: Path, seed: int) -> None:
     """Train the run `name`, and write the scores of the oracle to judge.jsonl."""
     method, rewards, rate, steps, changes = CASES[name]
     own = {"rewards": rewards, "optimizer.learning_rate": rate, "training.max_steps": steps}
+    own["runtime.seed"] = seed
     every = 12 if steps > 60 else 4
     config = load_config(method, {**COMMON, **changes, **own, "evaluation.every": every})
     trainer, oracle = Trainer(config, folder), Oracle()
@@ -180,6 +181,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/watch"))
     parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,7 @@ def main() -> None:
         return
     for name in [args.only] if args.only else CASES:
         if not (args.out / name / "finished").exists():
-            train(name, args.out / name)
+            train(name, args.out / name, args.seed)
             (args.out / name / "finished").touch()
     finished = [name for name in CASES if (args.out / name / "finished").exists()]
     results = {name: result(name, args.out / name) for name in finished}
