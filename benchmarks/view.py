@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path[0] = str(
+    Path(__file__).parents[1] / "tests"
+)  # not this directory: a module `view` is there
 from records.fake_runs import write_run, write_runs
 from view.browser import Watched, browser, missing, serve
 
