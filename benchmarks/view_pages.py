@@ -1,6 +1,6 @@
 """How fast the pages of `flowgrain view` are, in headless Chromium with generated runs.
 
-    python benchmarks/view.py [DIRECTORY]
+    python benchmarks/view_pages.py [DIRECTORY]
 
 200 runs with 1,000 steps and 100,000 thumbnails, and one group of 4,000 images. Prints the time to
 the first table, the time to the first images of a group, and the times between frames while a group
@@ -14,9 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(
-    Path(__file__).parents[1] / "tests"
-)  # not this directory: a module `view` is there
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from records.fake_runs import write_run, write_runs
 from view.browser import Watched, browser, missing, serve
 
