@@ -56,7 +56,7 @@ def seconds(page: Watched, route: str, selector: str) -> float:
 def measure(page: Watched) -> dict[str, Any]:
     """All numbers."""
     page.tab.set_default_timeout(120_000)
-    small = ("group/runs%2Frun-007/1000/0", "img.picture.pixels")
+    small = ("group/run-007/1000/0", "img.picture.pixels")
     large = ("group/large/1/all", "img.picture.pixels")
     found: dict[str, Any] = {
         "first table, server has read nothing (s)": seconds(page, "runs", "tbody tr"),
