@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from flowgrain.evaluation import confidence_interval
+from flowgrain.statistics import share_interval
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=30))
@@ -44,3 +45,12 @@ def test_coverage():
     skewed = [confidence_interval(rng.exponential(size=40)) for _ in range(2000)]
     assert np.mean([i.low <= 1 <= i.high for i in normal]) == pytest.approx(0.95, abs=0.015)
     assert np.mean([i.low <= 1 <= i.high for i in skewed]) == pytest.approx(0.93, abs=0.02)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (3, 4), (7, 7), (40, 100)])
+def test_shares_have_wilson_intervals(hits, count):
+    expected = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    found = share_interval(hits, count)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.mean == hits / count
+    assert math.isnan(share_interval(0, 0).mean)

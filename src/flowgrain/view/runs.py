@@ -165,7 +165,10 @@ def _json_file(entry: Entry, name: str) -> Any:
         ValueError: it is damaged.
     """
     path = entry.file(name)
-    return parse_json(path.read_bytes()) if path.is_file() else None
+    try:
+        return parse_json(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def difference(first: Entry, second: Entry) -> dict[str, Any]:
