@@ -105,7 +105,7 @@ def test_a_value_of_a_chart_is_shown_and_opens_the_images(page) -> None:
     assert re.search(r"#/group/(alpha-0|nft)/\d+/0", tab.url)
     page.open("curves?runs=alpha-0")
     tab.locator(".chart", has_text="eval/towers").locator(".plot").focus()
-    for key in ("ArrowLeft", "ArrowLeft", "ArrowLeft", "Enter"):  # from the last to the second
+    for key in ("ArrowLeft", "ArrowLeft", "Enter"):  # the last evaluation, the second
         tab.keyboard.press(key)
     tab.wait_for_selector(".compare")
     assert "b=run%3Aalpha-0%4010" in tab.url
@@ -137,6 +137,7 @@ def test_alarms_are_on_runs_curves_and_configuration(page) -> None:
         assert "edge_density fell at step 10" in tab.locator(".alarms").inner_text()
     page.open("curves?runs=alpha-0&keys=eval/monitor/edge_density")
     plot = tab.locator(".u-over")
+    plot.wait_for()
     box = plot.bounding_box()
     plot.hover(position={"x": box["width"] / 2, "y": 20})  # the alarm is at half of the steps
     assert "edge_density, step 10" in tab.locator(".tooltip .alarm-text").inner_text()

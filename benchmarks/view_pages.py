@@ -1,6 +1,6 @@
 """How fast the pages of `flowgrain view` are, in headless Chromium with generated runs.
 
-    python benchmarks/view.py [DIRECTORY]
+    python benchmarks/view_pages.py [DIRECTORY]
 
 200 runs with 1,000 steps and 100,000 thumbnails, and one group of 4,000 images. Prints the time to
 the first table, the time to the first images of a group, and the times between frames while a group
@@ -56,7 +56,7 @@ def seconds(page: Watched, route: str, selector: str) -> float:
 def measure(page: Watched) -> dict[str, Any]:
     """All numbers."""
     page.tab.set_default_timeout(120_000)
-    small = ("group/runs%2Frun-007/1000/0", "img.picture.pixels")
+    small = ("group/run-007/1000/0", "img.picture.pixels")
     large = ("group/large/1/all", "img.picture.pixels")
     found: dict[str, Any] = {
         "first table, server has read nothing (s)": seconds(page, "runs", "tbody tr"),
