@@ -74,7 +74,7 @@ class CRD(SlowAnchor, Draws):
         """
         images = 1 if self.shares_draws else self.group_size
         drawn = super().draw_levels(random, count // images, sigmas)
-        return NoiseLevels(*(levels.repeat(images, axis=0) for levels in drawn))
+        return NoiseLevels(drawn.sigma.repeat(images, axis=0), drawn.number.repeat(images, axis=0))
 
     @property
     def compares_slow(self) -> bool:
