@@ -144,7 +144,7 @@ def test_a_step_samples_nothing_and_is_priced(tmp_path, kind):
 
 
 def test_the_reference_stays_the_model_before_training(tmp_path):
-    trainer = toy_trainer(tmp_path, "pairs", {"method.reference_every": 1})
+    trainer = toy_trainer(tmp_path, "pairs")
     inputs = (torch.ones(1, 2, 3), torch.full((1,), 0.5), trainer.policy.encode(["one"]), 1.0)
     start = trainer.policy.old_velocity(*inputs)
     trainer.step(1)
