@@ -155,7 +155,6 @@ def _awm(case: dict[str, Any]) -> ForwardProcess:
             "ema_weight": case["ema_beta"] if case["beta"] else 0.0,
             "kl_weighting": case["kl_weight"].lower(),
             "clip_range": case["clip_range"],
-            "updates_per_rollout": 2,  # the old velocity of the cases is not the trained one
             "advantage_scale": 1.0,
             "advantage_clip": 1.0,  # the cases have the scaled advantages
         }
