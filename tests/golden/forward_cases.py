@@ -150,6 +150,7 @@ def _awm(case: dict[str, Any]) -> ForwardProcess:
             "weighting": WEIGHTINGS[case["weighting"]],
             "power": case["ghuber_power"],
             "ratio": {"exp_first": "draw", "sum_first": "image"}[case["loss_type"]],
+            "updates_per_rollout": 2,  # the old policy of the cases is not the trained policy
             "kl_weight": case["beta"],
             "ema_weight": case["ema_beta"] if case["beta"] else 0.0,
             "kl_weighting": case["kl_weight"].lower(),

@@ -81,6 +81,7 @@ OPTIONS = {
     "flow_grpo_fast": {"method.window_size": 2},
     "mixgrpo": {"method.window_size": 2, "method.window_interval": 1},
     "mixgrpo_flash": {"method.window_size": 2, "method.window_interval": 1},
+    "mixgrpo_flash_star": {"method.window_size": 2, "method.window_interval": 1},
 }
 """Options that fit four steps, or with which a state changes in three steps."""
 

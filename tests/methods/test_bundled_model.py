@@ -21,6 +21,7 @@ OPTIONS = {
     "flow_grpo_fast": {"method.window_size": 2},
     "mixgrpo": {"method.window_size": 2},
     "mixgrpo_flash": {"method.window_size": 2},
+    "mixgrpo_flash_star": {"method.window_size": 2},
 }
 """Options that fit four steps, or that make a run short."""
 

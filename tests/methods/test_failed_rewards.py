@@ -216,7 +216,7 @@ def test_failed_candidates_are_reported_and_do_not_change_tau(tmp_path):
         candidates = True
         losses = rollout_loss(trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas)
         if allowed < 1:
-            with pytest.raises(RunStopped, match=r"reward 'red' failed on .* OSError: gone"):
+            with pytest.raises(RunStopped, match=r"reward 'red' failed on .*OSError: gone"):
                 losses.prepare()
             continue
         losses.prepare()

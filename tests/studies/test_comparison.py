@@ -182,7 +182,8 @@ STEPS_OF_FULL = {
 def test_bundled_comparisons_can_be_planned():
     planned = {name: plan_entries(load_comparison(name)) for name in comparison_names()}
     assert {name: len(entries) for name, entries in planned.items()} == {
-        "full": 7 * 2 * 5, "quick": 6, "sweep": 28, "ablations": 55
+        "full": 7 * 2 * 5, "quick": 6, "sweep": 28, "ablations": 55,
+        "family": 21 * 3, "family_sweep": 18 * 3,
     }  # fmt: skip
     steps = {
         e.label: e.config.training.max_steps for e in planned["full"] if e.reward_set == "towers"

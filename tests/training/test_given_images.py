@@ -143,8 +143,10 @@ def test_a_step_samples_nothing_and_is_priced(tmp_path, kind):
     assert not [name for name in metrics if name.startswith("reward/")]
 
 
-def test_the_reference_stays_the_model_before_training(tmp_path):
-    trainer = toy_trainer(tmp_path, "pairs", {"method.reference_every": 1})
+def test_the_reference_stays_the_model_before_training(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, "pairs")
+    # Sampled images would replace the reference after this step.
+    monkeypatch.setattr(type(trainer.method), "decay", lambda method, updates: 0.0)
     inputs = (torch.ones(1, 2, 3), torch.full((1,), 0.5), trainer.policy.encode(["one"]), 1.0)
     start = trainer.policy.old_velocity(*inputs)
     trainer.step(1)

@@ -45,8 +45,8 @@ def compare(
 ) -> None:
     """Train methods x rewards x seeds with equal budgets. Writes one table and one page.
 
-    The options replace values of the comparison: full, quick, sweep, ablations, or a YAML file.
-    Repeat the command to continue after an interruption.
+    The options replace values of the comparison: full, quick, sweep, ablations, family,
+    family_sweep, or a YAML file. Repeat the command to continue after an interruption.
 
     Examples:
     * `flowgrain compare quick`

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from flowgrain.config.explain import explain
 from flowgrain.config.presets import apply_preset
 from flowgrain.config.schema import Config
-from flowgrain.methods import METHODS
+from flowgrain.methods import METHODS, DifferentiableReward
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
 from flowgrain.settings import SettingsError, nearest, one_line
@@ -82,14 +82,21 @@ def with_defaults(values: Values) -> Values:
     """`values`, merged into the method's values for other sections and the model's defaults."""
     layers: list[Mapping[str, Any]] = []
     method = _section(values, "method").get("name")
-    if isinstance(method, str) and method in METHODS:
-        layers.append(METHODS.get(method).config_defaults)
-    layers.append(model_defaults(_section(values, "model").get("name", "shapes")))
-    return merge(*layers, values)
+    known = METHODS.get(method) if isinstance(method, str) and method in METHODS else None
+    if known is not None:
+        layers.append(known.config_defaults)
+    of_model = model_defaults(_section(values, "model").get("name", "shapes"))
+    with_gradient = of_model.pop("rewards_with_gradient", None)
+    if with_gradient and known is not None and issubclass(known, DifferentiableReward):
+        of_model["rewards"] = with_gradient
+    return merge(*layers, of_model, values)
 
 
 def model_defaults(name: Any) -> Values:
-    """Default settings of a model, in any spelling of its name. Empty for a model that has none."""
+    """Default settings of a model, in any spelling of its name. Empty for a model that has none.
+
+    rewards_with_gradient replaces the rewards for methods that need differentiable rewards.
+    """
     file = _MODELS.joinpath(f"{BACKBONES.find(str(name))}.yaml")
     return read_yaml(file) if file.is_file() else {}
 

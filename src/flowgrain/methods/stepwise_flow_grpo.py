@@ -24,6 +24,5 @@ class StepwiseFlowGRPO(DenseGRPO):
     )
 
     sde_type: SdeType = "flow_sde"  # own choice: the paper's own step is not available
-    # Own choice: the paper refines Tweedie's estimate by 5 ODE steps.
-    completion_steps: int | Literal["all"] = 1
+    completion_steps: int | Literal["all"] = 1  # own choice; paper: 5 ODE steps
     comparison: ComparisonGroup = "prompt"  # paper: gains normalized over steps and samples

@@ -103,7 +103,7 @@ def load_comparison(
     """The comparison that `source` names, with changes.
 
     Args:
-        source: a bundled comparison ("full", "quick", "sweep", "ablations") or a YAML file.
+        source: a bundled comparison, see `comparison_names`, or a YAML file.
         methods: labels of the comparison or names of methods, in place of the methods of `source`.
         rewards: reward sets as lists of names, in place of the reward sets of `source`.
         seeds: seeds, in place of the seeds of `source`.

@@ -192,6 +192,7 @@ def ensure_saved(trainer: Trainer) -> str:
 
 def stopped(trainer: Trainer, step: int, error: RunStopped) -> RunStopped:
     """The error of a run that `error` stopped in training step `step`. Saves an intact run."""
+    trainer.optimizer.adamw.zero_grad(set_to_none=True)
     if isinstance(error, Diverged):
         return destroyed(trainer, f"step {step}", str(error))
     saved = ensure_saved(trainer)

@@ -164,7 +164,6 @@ class Trainer:
                 self.calibrate()
             metrics, batch = train_step(step, self.config, self.collector, self.optimizer)
         except RunStopped as error:
-            self.optimizer.adamw.zero_grad(set_to_none=True)
             raise state.stopped(self, step, error) from error
         self.steps_done = step  # before files are written, so that an error saves this step
         if self.world.is_main:
