@@ -18,7 +18,8 @@ import numpy as np
 import yaml
 
 from flowgrain.records.evaluations import write_evaluation_images
-from flowgrain.records.groups import GroupRecord, GroupTree, PromptGroup, group_name, write_group
+from flowgrain.records.group_files import group_name, write_group
+from flowgrain.records.groups import GroupRecord, GroupTree, PromptGroup
 from flowgrain.records.json_text import to_json
 
 TEXTS = (

@@ -6,7 +6,7 @@ import pytest
 from flowgrain import load_config
 from flowgrain.methods import ForwardProcess
 from flowgrain.records import GroupRecord, GroupTree, PromptGroup
-from flowgrain.records.groups import write_group
+from flowgrain.records.group_files import write_group
 from flowgrain.report.tree_picture import read_tree_picture
 
 

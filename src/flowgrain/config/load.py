@@ -28,7 +28,6 @@ from flowgrain.yaml_text import check_yaml, syntax_error
 DEFAULT = "demo"
 _RECIPES = files("flowgrain.config").joinpath("recipes")
 _MODELS = files("flowgrain.config").joinpath("models")
-
 Values = dict[str, Any]
 
 
@@ -80,23 +79,19 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def with_defaults(values: Values) -> Values:
     """`values`, merged into the method's values for other sections and the model's defaults."""
-    layers: list[Mapping[str, Any]] = []
-    method = _section(values, "method").get("name")
-    known = METHODS.get(method) if isinstance(method, str) and method in METHODS else None
-    if known is not None:
-        layers.append(known.config_defaults)
+    of_method: Mapping[str, Any] = {}
     of_model = model_defaults(_section(values, "model").get("name", "shapes"))
-    with_gradient = of_model.pop("rewards_with_gradient", None)
-    if with_gradient and known is not None and issubclass(known, DifferentiableReward):
-        of_model["rewards"] = with_gradient
-    return merge(*layers, of_model, values)
+    rewards = of_model.pop("rewards_with_gradient", None)
+    method = _section(values, "method").get("name")
+    if isinstance(method, str) and method in METHODS:
+        of_method = METHODS.get(method).config_defaults
+        if rewards and issubclass(METHODS.get(method), DifferentiableReward):
+            of_model["rewards"] = rewards
+    return merge(of_method, of_model, values)
 
 
 def model_defaults(name: Any) -> Values:
-    """Default settings of a model, in any spelling of its name. Empty for a model that has none.
-
-    rewards_with_gradient replaces the rewards for methods that need differentiable rewards.
-    """
+    """Default settings of a model, in any spelling of its name. Empty for a model that has none."""
     file = _MODELS.joinpath(f"{BACKBONES.find(str(name))}.yaml")
     return read_yaml(file) if file.is_file() else {}
 

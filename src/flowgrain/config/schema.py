@@ -190,8 +190,7 @@ class Config(Section):
                 self.method.check_unused(self.method.unused_on_data, f"data.{self.data.kind}")
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
-        trained = list(self.reward_weights)
-        evaluated = [reward.name for reward in self.evaluation.rewards]
+        trained, evaluated = list(self.reward_weights), [r.name for r in self.evaluation.rewards]
         self.watch.check(trained, [name for name in evaluated if name not in trained])
         for name in (*trained, *evaluated):
             check_name(name)

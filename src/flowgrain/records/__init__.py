@@ -1,7 +1,8 @@
 """Files of a run: reading and writing without torch."""
 
 from flowgrain.records.evaluations import EvaluationRecord
-from flowgrain.records.groups import GroupRecord, GroupStore, GroupTree, PromptGroup
+from flowgrain.records.group_files import GroupStore
+from flowgrain.records.groups import GroupRecord, GroupTree, PromptGroup
 from flowgrain.records.history import History
 from flowgrain.records.images import DamagedRecord
 from flowgrain.records.run import Run, load_run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flowgrain.records.evaluations import read_evaluation
 from flowgrain.records.files import flush
-from flowgrain.records.groups import read_group
+from flowgrain.records.group_files import read_group
 from flowgrain.records.images import DamagedRecord, member_names
 from flowgrain.records.metrics import describe_lines, parse_metrics
 

@@ -14,7 +14,7 @@ import psutil
 from flowgrain.records import html
 from flowgrain.records.alarms import read_alarms, read_best
 from flowgrain.records.evaluations import EvaluationRecord, evaluation_files, read_evaluation
-from flowgrain.records.groups import GroupStore
+from flowgrain.records.group_files import GroupStore
 from flowgrain.records.history import History
 from flowgrain.records.images import DamagedRecord
 from flowgrain.records.metrics import read_metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from flowgrain.records.groups import group_files
+from flowgrain.records.group_files import group_files
 from flowgrain.report.image_pairs import image_pairs, part_changes
 from flowgrain.report.render import write_page
 from flowgrain.report.run_curves import run_figures

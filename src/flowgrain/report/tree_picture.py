@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from flowgrain.records.groups import GroupRecord, read_group
+from flowgrain.records.group_files import read_group
+from flowgrain.records.groups import GroupRecord
 from flowgrain.report.render import data_uri
 
 _SIZE = 160

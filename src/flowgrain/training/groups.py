@@ -9,16 +9,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from flowgrain.config.record import RecordConfig
 from flowgrain.config.schema import Config
-from flowgrain.config.sections import RecordConfig
-from flowgrain.records.groups import (
-    GroupRecord,
-    GroupTree,
-    PromptGroup,
-    group_files,
-    group_name,
-    write_group,
-)
+from flowgrain.records.group_files import group_files, group_name, write_group
+from flowgrain.records.groups import GroupRecord, GroupTree, PromptGroup
 from flowgrain.records.images import LOSSLESS, Pixels
 from flowgrain.training.retention import Retention
 from flowgrain.training.rollout_batch import RolloutBatch

@@ -8,11 +8,6 @@ from flowgrain.rewards import Reward, RewardConfig
 from flowgrain.settings import SettingsError
 
 
-def names_of_given(**objects: object) -> list[str]:
-    """Names of the `objects` that are not None."""
-    return [name for name, value in objects.items() if value is not None]
-
-
 def with_given(
     config: Config,
     rewards: Mapping[str, Reward] | None,

@@ -15,6 +15,7 @@ from flowgrain.methods import Method
 from flowgrain.records.metrics import parse_metrics
 from flowgrain.settings import Section, SettingsError
 from flowgrain.training import checkpoint
+from flowgrain.training.best import export_best
 from flowgrain.training.errors import Diverged, RunStopped
 from flowgrain.training.fit import check_disk, check_writable
 from flowgrain.training.health import destroyed
@@ -188,6 +189,13 @@ def ensure_saved(trainer: Trainer) -> str:
         return f"the run is saved in {newest if exists else trainer.save(None)}"
     except (OSError, checkpoint.CheckpointError) as error:
         return f"the last steps could not be saved ({error})"
+
+
+def finish(trainer: Trainer) -> None:
+    """Write the last records and the export of a run that has trained all steps."""
+    trainer.recorder.finish()
+    exported = trainer.export()
+    trainer.recorder.trackers.artifact(export_best(trainer) or exported)
 
 
 def stopped(trainer: Trainer, step: int, error: RunStopped) -> RunStopped:

@@ -19,7 +19,6 @@ from flowgrain.records.run_lock import RunLock
 from flowgrain.rewards import Reward
 from flowgrain.settings import SettingsError
 from flowgrain.training import state
-from flowgrain.training.best import export_best
 from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.evaluate import Evaluation, evaluate_on_ranks, sample_images
@@ -37,7 +36,7 @@ from flowgrain.training.policy import Policy
 from flowgrain.training.recorder import Recorder
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.run_files import resume_command
-from flowgrain.training.setup import names_of_given, with_given
+from flowgrain.training.setup import with_given
 from flowgrain.training.signals import StopSignal
 from flowgrain.training.sizes import size_before_loading
 from flowgrain.training.step import train_step
@@ -111,13 +110,9 @@ class Trainer:
         )
         self.sigmas = self.collector.sigmas
         self.steps_done = 0
-        given = names_of_given(
-            rewards=rewards,
-            prompts=prompts,
-            eval_prompts=eval_prompts,
-            method=method,
-            backbone=backbone,
-        )
+        objects = {"rewards": rewards, "prompts": prompts, "eval_prompts": eval_prompts}
+        objects |= {"method": method, "backbone": backbone}
+        given = [name for name, value in objects.items() if value is not None]
         self.recorder = Recorder(self.out, config, given)
         self.lock = RunLock(self.out)
         self._stop = StopSignal()
@@ -142,9 +137,7 @@ class Trainer:
             kept = partial(what_is_kept, self) if self.world.is_main else None
             with self._stop.listen(kept):
                 run_steps(self, self._stop, progress)
-            self.recorder.finish()
-            exported = self.export()
-            self.recorder.trackers.artifact(export_best(self) or exported)
+            state.finish(self)
         except OSError as error:
             raise state.stopped_by_disk(self, error) from error
         finally:
@@ -215,9 +208,8 @@ class Trainer:
 
     def export(self, folder: Path | None = None) -> Path:
         """Write the parameters for diffusers to `folder`, by default export/. Returns `folder`."""
-        folder = folder or self.out / "export"
-        export_policy(self.policy, folder)
-        return folder
+        export_policy(self.policy, folder or self.out / "export")
+        return folder or self.out / "export"
 
     @property
     def history(self) -> History:

@@ -69,6 +69,7 @@ def create_app(
             Route("/assets/{name:path}", get_asset),
             Route("/api/events", get_events),
             *_routes(catalog),
+            *_vote_routes(catalog),
         ],
         middleware=[Middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)],
         exception_handlers={
@@ -94,9 +95,6 @@ def _routes(catalog: Catalog) -> list[Route]:
     def source(request: Request) -> str:
         return str(request.path_params["id"])
 
-    def a_and_b(request: Request) -> tuple[str, str]:
-        return request.query_params.get("a", ""), request.query_params.get("b", "")
-
     def group_image(request: Request) -> tuple[bytes, str]:
         values, full = request.path_params, request.query_params.get("full") == "1"
         found = groups.image(run(request), values["step"], values["prompt"], values["place"], full)
@@ -111,22 +109,8 @@ def _routes(catalog: Catalog) -> list[Route]:
         return found.image(request.path_params["place"])
 
     def difference(request: Request) -> dict[str, Any]:
-        first, second = (catalog.entry(name, "run") for name in a_and_b(request))
+        first, second = (catalog.entry(name, "run") for name in _a_and_b(request))
         return runs.difference(first, second)
-
-    async def export_votes(request: Request) -> Response:
-        def export() -> bytes:
-            chosen = votes.votes_between(catalog, *a_and_b(request))
-            return votes.zipped(votes.preference_data(catalog, chosen, []))
-
-        name = {"Content-Disposition": 'attachment; filename="pairs.zip"'}
-        return Response(await run_in_threadpool(export), 200, name, "application/zip")
-
-    async def add_vote(request: Request) -> Response:
-        vote = await _body(request)
-        return Response(
-            to_json(await run_in_threadpool(votes.add, catalog, vote)), 201, None, _JSON
-        )
 
     one_run, one_source = "/api/runs/{id:path}", "/api/sources/{id:path}"
     group, evaluation = f"{one_run}/groups/{{step:int}}", f"{one_run}/evaluations/{{step:int}}"
@@ -134,9 +118,6 @@ def _routes(catalog: Catalog) -> list[Route]:
         Route("/api/runs", _json(lambda _: runs.overview(catalog))),
         Route("/api/sources", _json(lambda _: sources.listing(catalog))),
         Route("/api/diff", _json(difference)),
-        Route("/api/votes", _json(lambda r: votes.tally(catalog, *a_and_b(r)))),
-        Route("/api/votes", add_vote, methods=["POST"]),
-        Route("/api/votes/export", export_votes),
         Route(f"{group}/{{prompt:int}}/{{place:int}}.webp", _image(group_image, _IMMUTABLE)),
         Route(f"{group}/summary", _json(lambda r: groups.summary(run(r), step(r)))),
         Route(group, _json(lambda r: groups.content(run(r), step(r)))),
@@ -148,6 +129,35 @@ def _routes(catalog: Catalog) -> list[Route]:
         Route(f"{one_source}/{{place:int}}.webp", _image(source_image)),
         Route(one_source, _json(lambda r: sources.content(catalog, source(r)))),
     ]
+
+
+def _vote_routes(catalog: Catalog) -> list[Route]:
+    """The addresses of the votes of the arena. Only one of them writes."""
+
+    async def export_votes(request: Request) -> Response:
+        def export() -> bytes:
+            chosen = votes.votes_between(catalog, *_a_and_b(request))
+            return votes.zipped(votes.preference_data(catalog, chosen, []))
+
+        name = {"Content-Disposition": 'attachment; filename="pairs.zip"'}
+        return Response(await run_in_threadpool(export), 200, name, "application/zip")
+
+    async def add_vote(request: Request) -> Response:
+        vote = await _body(request)
+        return Response(
+            to_json(await run_in_threadpool(votes.add, catalog, vote)), 201, None, _JSON
+        )
+
+    return [
+        Route("/api/votes", _json(lambda r: votes.tally(catalog, *_a_and_b(r)))),
+        Route("/api/votes", add_vote, methods=["POST"]),
+        Route("/api/votes/export", export_votes),
+    ]
+
+
+def _a_and_b(request: Request) -> tuple[str, str]:
+    """The two ids of a comparison."""
+    return request.query_params.get("a", ""), request.query_params.get("b", "")
 
 
 def _metrics(entry: Entry, request: Request) -> dict[str, Any]:

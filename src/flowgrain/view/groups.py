@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from flowgrain.records.groups import GroupRecord, PromptGroup, group_name, image_name, read_group
+from flowgrain.records.group_files import group_name, read_group
+from flowgrain.records.groups import GroupRecord, PromptGroup, image_name
 from flowgrain.records.images import read_member
 from flowgrain.view.catalog import Entry
 from flowgrain.view.readable import Missing

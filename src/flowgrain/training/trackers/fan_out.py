@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flowgrain.config.record import RecordConfig
 from flowgrain.config.schema import Config
-from flowgrain.config.sections import RecordConfig
 from flowgrain.records.evaluations import EVALUATION_IMAGES
 from flowgrain.records.files import write_atomically
 from flowgrain.records.images import Pixels
