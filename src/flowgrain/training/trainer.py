@@ -110,8 +110,8 @@ class Trainer:
         )
         self.sigmas = self.collector.sigmas
         self.steps_done = 0
-        objects = {"rewards": rewards, "prompts": prompts, "eval_prompts": eval_prompts}
-        objects |= {"method": method, "backbone": backbone}
+        objects: dict[str, object] = {"rewards": rewards, "prompts": prompts}
+        objects |= {"eval_prompts": eval_prompts, "method": method, "backbone": backbone}
         given = [name for name, value in objects.items() if value is not None]
         self.recorder = Recorder(self.out, config, given)
         self.lock = RunLock(self.out)
