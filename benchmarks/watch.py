@@ -35,7 +35,7 @@ from flowgrain.training.alarms import differences, find
 from flowgrain.training.evaluate import evaluation_noise, sample
 from flowgrain.training.loop import evaluate_and_record
 from flowgrain.training.step import train_step
-from flowgrain.training.watch_files import read_evaluation
+from flowgrain.training.watch_files import read_measured
 
 COMMON = {
     "method.group_size": 12,
@@ -53,7 +53,7 @@ COMMON = {
 ONE_UPDATE = {"method.updates_per_rollout": 1}
 WINDOW = {"method.window_size": 2, "method.window_interval": 4, "method.reward_weights": "as_given"}
 CASES = {
-    "hacks": ("diffusionnft", ["towers", "preference"], 3e-4, 32, {}),
+    "hacks": ("diffusionnft", ["towers", "preference"], 3e-4, 16, {}),
     "g2rpo-towers": ("g2rpo", ["towers"], 3e-4, 20, {}),
     "mixgrpo-towers": ("mixgrpo", ["towers"], 1e-4, 72, {**WINDOW, **ONE_UPDATE}),
     "tempflow-towers": ("tempflow_grpo", ["towers"], 1e-4, 24, {**ONE_UPDATE, "method.seeds": 1}),
@@ -72,7 +72,7 @@ def train(name: str, folder: Path, seed: int) -> None:
     method, rewards, rate, steps, changes = CASES[name]
     own = {"rewards": rewards, "optimizer.learning_rate": rate, "training.max_steps": steps}
     own["runtime.seed"] = seed
-    every = 12 if steps > 60 else 4
+    every = 12 if steps > 60 else 1 if name == "hacks" else 4
     config = load_config(method, {**COMMON, **changes, **own, "evaluation.every": every})
     trainer, oracle = Trainer(config, folder), Oracle()
     (folder.parent / f"{name}.judge.jsonl").unlink(missing_ok=True)
@@ -102,10 +102,10 @@ def result(name: str, folder: Path) -> dict:
     config = load_config(folder)
     lines = (folder.parent / f"{name}.judge.jsonl").read_text().splitlines()
     judged = {line["step"]: np.array(line["oracle"]) for line in map(json.loads, lines)}
-    base = read_evaluation(folder, 0, config.eval_guidance)
+    base = read_measured(folder, 0, config.eval_guidance)
     weights, rows, first = config.reward_weights, [], None
     for step in sorted(judged)[1:]:
-        now = read_evaluation(folder, step, config.eval_guidance)
+        now = read_measured(folder, step, config.eval_guidance)
         findings = find(base, now, weights, load_config(method).watch)
         oracle = confidence_interval(judged[step] - judged[0])
         if findings and first is None:
