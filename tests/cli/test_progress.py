@@ -16,7 +16,8 @@ def test_a_line_per_step_without_a_terminal(directory, monkeypatch):
     monkeypatch.setattr(progress, "INTERVAL", 0.0)
     result = flowgrain("train", "g2rpo", *SMALL, "training.max_steps=3", "--out", "run")
     assert result.status == 0
-    lines = result.stderr.splitlines()
+    first, *lines = result.stderr.splitlines()
+    assert first == "watch: feature network shapes; action at an alarm warn"
     assert len(lines) == 3
     for number, line in enumerate(lines, 1):
         left = r", [\d.]+ s left" if number < 3 else ""

@@ -27,7 +27,8 @@ def test_what_a_run_writes(run):
         "run.yaml",
         "metrics.jsonl",
         "checkpoints",
-        "images",
+        "evaluations",
+        "groups",
         "export",
         "report.html",
     }

@@ -46,10 +46,10 @@ def test_other_prompts_are_refused_on_resume(tmp_path):
 def test_a_full_disk_after_the_update_saves_this_step(tmp_path, monkeypatch):
     trainer = toy_trainer(tmp_path / "run")
 
-    def fail(batch):
+    def fail(batch, sigmas):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(trainer.recorder, "write_tree", fail)
+    monkeypatch.setattr(trainer.recorder, "write_groups", fail)
     with pytest.raises(RuntimeError, match="step-000001"):
         trainer.train()
     resumed = toy_trainer(tmp_path / "run")

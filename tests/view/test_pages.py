@@ -104,7 +104,9 @@ def test_a_value_of_a_chart_is_shown_and_opens_the_images(page) -> None:
     tab.wait_for_selector(".shot img")
     assert re.search(r"#/group/(alpha-0|nft)/\d+/0", tab.url)
     page.open("curves?runs=alpha-0")
-    tab.locator(".chart", has_text="eval/towers").locator(".plot").focus()
+    chart = tab.locator(".chart", has_text="eval/towers")
+    chart.locator("canvas").wait_for()
+    chart.locator(".plot").focus()
     for key in ("ArrowLeft", "ArrowLeft", "Enter"):  # the last evaluation, the second
         tab.keyboard.press(key)
     tab.wait_for_selector(".compare")
