@@ -139,7 +139,7 @@ def check_image_files(prompts: Iterable[ImagePrompt]) -> None:
             try:
                 _open(image).close()
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise SettingsError(_unreadable(prompt, image, error)) from None
+                raise SettingsError(_unreadable(prompt, image, error, removable=True)) from None
 
 
 def load_images(prompt: ImagePrompt, height: int, width: int) -> Tensor:
@@ -156,7 +156,7 @@ def _pixels(prompt: ImagePrompt, image: Path | bytes, height: int, width: int) -
         with _open(image) as opened:
             whole = _on_white(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(_unreadable(prompt, image, error)) from None
+        raise ValueError(_unreadable(prompt, image, error, removable=False)) from None
     fitted = ImageOps.fit(whole, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
@@ -181,19 +181,26 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def _unreadable(prompt: ImagePrompt, image: Path | bytes, error: Exception) -> str:
-    """The message about an image that is missing or broken."""
+def _unreadable(
+    prompt: ImagePrompt, image: Path | bytes, error: Exception, *, removable: bool
+) -> str:
+    """The message about an image that is missing or broken.
+
+    `removable`: the row can be removed. A resumed run needs all rows of the run.
+    """
+    remove = ", or remove the row." if removable else "."
     if isinstance(image, bytes):
         number = [other is image for other in prompt.images].index(True) + 1
         if isinstance(error, _TooDeep):
-            return f"{prompt.place}: image {number} {_DEPTH}, or remove the row."
-        return f"{prompt.place}: image {number} is not an image file. Remove the row."
+            return f"{prompt.place}: image {number} {_DEPTH}{remove}"
+        return f"{prompt.place}: image {number} is not an image file. Replace it{remove}"
     if isinstance(error, _TooDeep):
-        return f"{prompt.place}: {image} {_DEPTH}, or remove the row."
+        return f"{prompt.place}: {image} {_DEPTH}{remove}"
     if isinstance(error, FileNotFoundError):
-        return f"{prompt.place}: there is no file {image}. Correct the path, or remove the row."
+        fix = "Correct the path" if removable else "Restore it"
+        return f"{prompt.place}: there is no file {image}. {fix}{remove}"
     reason = getattr(error, "strerror", None) or "not a complete image file"
-    return f"{prompt.place}: {image} cannot be read ({reason}). Replace it, or remove the row."
+    return f"{prompt.place}: {image} cannot be read ({reason}). Replace it{remove}"
 
 
 def identity(prompts: Sequence[Prompt]) -> Iterator[bytes]:

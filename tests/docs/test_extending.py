@@ -78,7 +78,7 @@ def test_rewards_that_compare_images_train(
     train = ["train", "flow_grpo", rewards, *SMALL, "--plugin", "closest.py", "--out", "run"]
     result = CliRunner().invoke(app, [*train, "evaluation.num_prompts=2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "rewards[pairwise]: is not evaluated, because it compares the images" in caplog.text
+    assert "rewards[pairwise] is not evaluated, because it compares the images" in caplog.text
     line = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["failed/closest"] == line["failed/pairwise"] == 0
     assert line["reward/pairwise"] == pytest.approx(0.5)

@@ -316,7 +316,7 @@ WORDS = {
     "training=3": "training=3: is a section. Write training.KEY=VALUE.\n",
     "rewards=[redness]": "rewards[redness]: there is no reward 'redness'.",
     "zzzzz": "There is no recipe, method, file or run 'zzzzz'. Known: demo, a method (g2rpo, ...) "
-    "or a file. List them with flowgrain recipes.\n",
+    "or a file. List them with flowgrain recipes. A custom method needs --plugin FILE.py.\n",
     "runs/nope": "runs/nope: there is no such directory.",
 }
 

@@ -202,7 +202,7 @@ def test_evaluation_leaves_out_rewards_that_compare(tmp_path, caplog):
     config = load_config("g2rpo", {**SMALL, "rewards": [PAIRWISE]})
     trained, evaluated = load_rewards(config)
     assert caplog.messages == [
-        "rewards[pairwise]: is not evaluated, because it compares the images of a prompt, and an "
+        "rewards[pairwise] is not evaluated, because it compares the images of a prompt, and an "
         "evaluation has one image per prompt. Add another reward to evaluation.rewards."
     ]
     assert list(trained) == ["pairwise"]

@@ -264,7 +264,7 @@ def test_judges_are_registered_with_options():
         ({"judge": {"name": "score", "x": 1}}, r"\.judge\.x=1: unknown option\. .*Options: reward"),
         (
             {"judge": {"name": "score", "reward": "pairwise"}},
-            r"\.judge: rewards\[pairwise\]\.judge: this option is required",
+            r"\.judge\.reward=pairwise: compares images itself",
         ),
         (
             {"judge": {"name": "score", "reward": {"name": "pairwise", "judge": "score"}}},

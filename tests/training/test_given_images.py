@@ -205,6 +205,7 @@ def test_settings_that_do_not_fit(tmp_path):
         ("sft", [f"data.images={file}", f"data.pairs={file}"], "cannot train on this kind"),
         ("diffusion_dpo", [f"data.images={file}", f"data.pairs={file}"], "use either data.pairs"),
         ("sft", [f"data.images={file}", "data.prompts=a.txt"], r"data\.prompts=a\.txt: the train"),
+        ("sft", [f"data.images={file}", "method.group_size=8"], "group_size=8: has no effect with"),
     ):
         with pytest.raises(SettingsError, match=message):
             load_config(method, [rate, *changes])
@@ -222,8 +223,12 @@ def test_an_image_that_breaks_during_the_run_stops_it(tmp_path):
     trainer = toy_trainer(tmp_path, "images", {"training.prompts_per_step": 4})
     path = tmp_path / "image-2.png"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RunStopped, match=r"row 3: .*image-2\.png cannot be read"):
+    with pytest.raises(RunStopped, match=r"row 3: .*image-2\.png cannot be read .*Replace it"):
         trainer.step(1)
+    with pytest.raises(RunStopped) as stopped:  # a resumed run needs all rows
+        trainer.train()
+    assert "Replace it; the run is saved in" in str(stopped.value)
+    assert "remove" not in str(stopped.value)
 
 
 def test_a_backbone_that_does_not_encode_images(tmp_path):
@@ -263,6 +268,24 @@ def test_ties_are_reported(tmp_path, caplog):
     trainer = Trainer(config_of("pairs", file), tmp_path / "run", **given)
     assert len(trainer.prompts) == 3
     assert "1 pairs are ties and are left out. 3 pairs remain." in caplog.text
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named_by_its_row(tmp_path):
+    """Rows are counted in the file, with the ties."""
+    file = write_images(tmp_path, [*BUNDLED[:3], "green circle"], "pairs")
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    tie = {"jpg_0": "image_chosen-0.png", "jpg_1": "image_rejected-0.png"}
+    rows[0] = {"prompt": BUNDLED[0], **tie, "label_0": 1, "label_1": 1}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SettingsError, match=r"pairs\.jsonl: row 4: the shapes model cannot read"):
+        Trainer(config_of("pairs", file, {"evaluation.rewards": ["oracle"]}), tmp_path / "run")
+
+
+def test_rows_that_are_repeated_within_a_step_are_reported(tmp_path, caplog):
+    toy_trainer(tmp_path, "images", {"training.prompts_per_step": 4}, out="enough")
+    assert not caplog.text
+    toy_trainer(tmp_path, "images", {"training.prompts_per_step": 5}, out="few")
+    assert "4 rows are fewer than training.prompts_per_step=5" in caplog.text
 
 
 def test_pairs_are_also_evaluated_if_there_are_no_other_prompts(tmp_path):

@@ -1,5 +1,6 @@
 """The entry point: runs a command and turns errors into a message and an exit status."""
 
+import logging
 import re
 import sys
 import traceback
@@ -12,7 +13,7 @@ from flowgrain.cli import train, plan, evaluate, export  # noqa: F401
 from flowgrain.cli import compare, report, view, config, serve  # noqa: F401
 
 # isort: on
-from flowgrain.cli.app import app, err
+from flowgrain.cli.app import app, err, note
 from flowgrain.heap import retain_freed_memory
 from flowgrain.registry import describe
 from flowgrain.settings import SettingsError, SettingsWarning, one_line
@@ -30,6 +31,7 @@ def main() -> None:
     `--debug` may stand anywhere on the command line.
     """
     retain_freed_memory()
+    _show_log()
     # `config_from` prints them, also for commands that only plan.
     warnings.simplefilter("ignore", SettingsWarning)
     debug = _DEBUG in sys.argv[1:]
@@ -49,6 +51,21 @@ def main() -> None:
         if not reason.endswith(")"):  # raised by typer, not in a file of the user
             raise
         _fail(f"{reason}. Raise an error instead of ending the process.", FAILURE)
+
+
+class _Warnings(logging.Handler):
+    """Prints log messages like the warnings about settings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        note(f"{record.levelname.lower()}: {record.getMessage()}", style="yellow")
+
+
+def _show_log() -> None:
+    """Print warnings of this package to stderr."""
+    log = logging.getLogger("flowgrain")
+    if not any(isinstance(handler, _Warnings) for handler in log.handlers):
+        log.addHandler(_Warnings(logging.WARNING))
 
 
 def _check_words(words: list[str]) -> None:

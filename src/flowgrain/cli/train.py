@@ -104,6 +104,13 @@ def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) ->
         )
     for message in messages:
         note(f"{message}. The run continues from step {trainer.steps_done}.", style="yellow")
+    unused = [word for word in overrides if not word.startswith("training.max_steps=")]
+    if trainer.steps_done == steps and unused:
+        note(
+            f"warning: no step is left, so {', '.join(unused)} has no effect. "
+            f"Add training.max_steps=VALUE with a value above {steps}.",
+            style="yellow",
+        )
     return trainer
 
 

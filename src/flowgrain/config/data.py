@@ -52,10 +52,11 @@ class DataConfig(Section):
         """The data set of images, if there is one."""
         return self.pairs if self.pairs is not None else self.images
 
-    def check(self, trains_on: DataKind | None, known: Sequence[str]) -> None:
+    def check(self, method: str, trains_on: DataKind | None, known: Sequence[str]) -> None:
         """Check that a method can train on the data set.
 
         Args:
+            method: name of the method.
             trains_on: kind of data set that the method can train on.
             known: names of the methods that can train on `kind`.
 
@@ -65,8 +66,8 @@ class DataConfig(Section):
         setting = f"data.{self.kind}={self.image_file}"
         if self.kind is not None and self.kind != trains_on:
             raise ValueError(
-                f"{setting}: the method cannot train on this kind of data. Remove it, or use "
-                f"method {' or '.join(known)}."
+                f"{setting}: method {method!r} cannot train on this kind of data. Remove it, or "
+                f"use method {' or '.join(known)}."
             )
         if self.pairs is not None and self.images is not None:
             raise ValueError(f"data.images={self.images}: use either data.pairs or data.images.")

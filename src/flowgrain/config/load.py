@@ -200,7 +200,10 @@ def read_source(source: str | Path) -> tuple[str, Values]:
         raise SettingsError(f"{text}: there is no such directory. Give a run, or a recipe.")
     known = "Known: demo, a method (g2rpo, ...) or a file. List them with flowgrain recipes."
     hint = f"Did you mean {close!r}?" if close else known
-    raise SettingsError(f"There is no recipe, method, file or run {text!r}. {hint}")
+    raise SettingsError(
+        f"There is no recipe, method, file or run {text!r}. {hint} "
+        "A custom method needs --plugin FILE.py."
+    )
 
 
 def saved_settings(saved: Values, file: Path) -> Values:

@@ -198,7 +198,7 @@ class Config(Section):
         self.sampling.check()
         kind = self.data.kind
         known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
-        self.data.check(self.method.trains_on, known)
+        self.data.check(self.method.name, self.method.trains_on, known)
         check_noise(self.method, self.sigmas(), self.sampling)
         try:
             _ = self.learning_rate

@@ -29,7 +29,7 @@ class DiffusionDPO(Draws):
     title = "Diffusion-DPO"
     paper = "2311.12908"
     trains_on = "pairs"
-    unused_on_data = ("reward_mix", "tail_order", "reference_every")
+    unused_on_data = ("group_size", "reward_mix", "tail_order", "reference_every")
     summary = (
         "Only the best and the worst image of a prompt are trained. No step of the sampler is "
         "trained."

@@ -185,6 +185,8 @@ class PolicyGradient(Method):
                 f"cps_log_prob={self.cps_log_prob}: has no effect with "
                 f"method.sde_type={self.sde_type}. Remove it, or use method.sde_type=cps."
             )
+        if self.sde_type == "cps":
+            self.check_unused(("kl_form",), "method.sde_type=cps")  # both forms are the same
         if self.sde_type == "cps" and self.eta > 1:
             raise ValueError(
                 f"eta={self.eta}: method.sde_type=cps rotates by eta * 90 degrees. Use at most 1."

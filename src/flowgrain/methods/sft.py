@@ -31,7 +31,7 @@ class SFT(Draws):
     title = "SFT"
     paper = "2304.06767"
     trains_on = "images"
-    unused_on_data = ("reward_mix", "tail_order")
+    unused_on_data = ("group_size", "reward_mix", "tail_order")
     summary = "Only the best images of a prompt are trained. No step of the sampler is trained."
     config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from flowgrain.core.credit import Normalization, Scope
+from flowgrain.core.objective import KLForm
 from flowgrain.core.tree import Tree
 from flowgrain.core.turning_points import TurningPoints, turning_point
 from flowgrain.methods.base import register
@@ -33,6 +34,7 @@ class TPGRPO(CompletedTrajectories):
     cps_log_prob: Literal["gaussian", "squared_error"] = "squared_error"  # published code
     clip_range: float = 1e-5  # published code, for this log-probability
     kl_weight: float = 1e-4  # published code
+    kl_form: KLForm = "gaussian"  # published code: CPS has only this form
     std_scope: Scope = "group"  # published code
     turning_points: TurningPoints = Setting(
         "consistent",

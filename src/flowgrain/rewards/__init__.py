@@ -17,6 +17,7 @@ from flowgrain.rewards.gradient import (
     NoGradient,
     differentiable,
     gradient,
+    is_custom,
     is_differentiable,
     total_gradient,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "build_reward",
     "differentiable",
     "gradient",
+    "is_custom",
     "is_differentiable",
     "register_pair_judge",
     "register_reward",

@@ -58,6 +58,12 @@ def is_differentiable(reward: Reward) -> bool:
     return isinstance(function, Differentiable) and bool(function.differentiable)
 
 
+def is_custom(reward: Reward) -> bool:
+    """Whether `reward` is not a reward of this package."""
+    function = reward.func if isinstance(reward, functools.partial) else reward
+    return not str(getattr(function, "__module__", "")).startswith("flowgrain.")
+
+
 def gradient(
     reward: Reward,
     images: Tensor,

@@ -130,7 +130,10 @@ def checked_options(
         if option not in known and not any_name:
             close = nearest(option, [*known, *reserved])
             hint = f"Did you mean {close!r}? " if close else ""
-            raise SettingsError(f"{place}.{option}={value!r}: unknown option. {hint}{valid}")
+            shared = f" Other settings: {', '.join(reserved)}." if close in reserved else ""
+            raise SettingsError(
+                f"{place}.{option}={value!r}: unknown option. {hint}{valid}{shared}"
+            )
     for option, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
             raise SettingsError(f"{place}.{option}: this option is required. {valid}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowgrain.core.tree import Ints
 from flowgrain.data import Prompt
-from flowgrain.rewards.base import GroupReward, RewardConfig, Unscored, build_reward
+from flowgrain.rewards.base import REWARDS, RewardConfig, Unscored, build_reward
 from flowgrain.rewards.http_client import ScoringCall
 from flowgrain.rewards.judge import ChatModel, data_url
 from flowgrain.rewards.options import OptionError
@@ -36,9 +36,10 @@ class ScoreDifference:
             config = RewardConfig.model_validate(reward)
         except ValidationError as error:
             raise OptionError(f"reward={reward}: {error.errors()[0]['msg']}.") from error
+        if config.name in REWARDS:  # before its options are checked
+            _check_scores(config.name, REWARDS.get(config.name))
         self.reward, self.batch_size = build_reward(config), config.batch_size
-        if isinstance(self.reward, GroupReward):
-            raise OptionError(f"reward={config.name}: compares images itself. Use another reward.")
+        _check_scores(config.name, self.reward)
         self._last: tuple[Tensor, Scores] | None = None
 
     def __call__(self, images: Tensor, pairs: Ints, prompt: Prompt) -> Tensor:
@@ -56,6 +57,19 @@ class ScoreDifference:
         if scores.reason is not None:
             raise Unscored(scores.reason, preferences, scores.gave_up)
         return preferences
+
+
+def _check_scores(name: str, reward: object) -> None:
+    """Check that a reward scores images one by one.
+
+    Raises:
+        OptionError: it compares images.
+    """
+    if hasattr(reward, "score_group"):
+        raise OptionError(
+            f"reward={name}: compares images itself, so it cannot be the score of a judge. "
+            "Use another reward."
+        )
 
 
 def parse_choice(answer: str, answers: tuple[str, str, str] = ("A", "B", "tie")) -> float:

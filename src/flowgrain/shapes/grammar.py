@@ -64,7 +64,7 @@ def parse(prompt: str) -> Scene:
     raise ValueError(
         f"the shapes model cannot read the prompt {prompt!r}. Use prompts such as "
         "'three green circles', 'red square and blue circle' or "
-        "'yellow triangle above cyan square'."
+        "'yellow triangle above cyan square': a number and one kind of shape, or two shapes."
     )
 
 

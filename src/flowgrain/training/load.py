@@ -1,6 +1,7 @@
 """Loading the parts of a run: device and dtypes, the backbone, rewards and prompts."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -15,9 +16,11 @@ from flowgrain.models import Backbone, Dtypes, ImageEncoder, load_backbone
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.rewards import (
     DIFFERENTIABLE,
+    REWARDS,
     GroupReward,
     Reward,
     build_reward,
+    is_custom,
     is_differentiable,
 )
 from flowgrain.rewards.options import check_call
@@ -106,7 +109,7 @@ def load_rewards(
             for name, reward in given.items()
         }
     else:
-        trained = {reward.name: build_reward(reward) for reward in config.rewards}
+        trained = _built(config)
     check_gradients(config.method, trained)
     others = {
         reward.name: build_reward(reward)
@@ -116,6 +119,17 @@ def load_rewards(
     for name, reward in {**trained, **others}.items():
         check_server(name, reward)
     return trained, _evaluated(trained, others)
+
+
+def _built(config: Config) -> dict[str, Reward]:
+    """The rewards of config.rewards by name."""
+    try:
+        return {reward.name: build_reward(reward) for reward in config.rewards}
+    except SettingsError:
+        # A missing option is not worth setting if the method cannot use the reward at all.
+        names = [reward.name for reward in config.rewards if reward.name in REWARDS]
+        check_gradients(config.method, {name: REWARDS.get(name) for name in names})
+        raise
 
 
 def _evaluated(trained: Mapping[str, Reward], others: Mapping[str, Reward]) -> dict[str, Reward]:
@@ -131,7 +145,7 @@ def _evaluated(trained: Mapping[str, Reward], others: Mapping[str, Reward]) -> d
     if env_rank()[0] == 0:
         for name in left_out:
             fix = "" if evaluated else " Add another reward to evaluation.rewards."
-            log.warning("rewards[%s]: is not evaluated, because it %s.%s", name, reason, fix)
+            log.warning("rewards[%s] is not evaluated, because it %s.%s", name, reason, fix)
     return evaluated
 
 
@@ -145,10 +159,13 @@ def check_gradients(method: Method, rewards: Mapping[str, Reward]) -> None:
         return
     for name, reward in rewards.items():
         if not is_differentiable(reward):
+            decorator = "the decorator flowgrain.rewards.differentiable"
+            fix = f"Use {', '.join(DIFFERENTIABLE)}, or a custom reward with {decorator}."
+            if is_custom(reward):
+                fix = f"Add {decorator} to {name}."
             raise SettingsError(
                 f"rewards[{name}]: method {method.name!r} trains on the gradient of its rewards, "
-                f"but this reward is not differentiable. Use {', '.join(DIFFERENTIABLE)}, or a "
-                "custom reward with the decorator flowgrain.rewards.differentiable."
+                f"but this reward is not differentiable. {fix}"
             )
 
 
@@ -236,8 +253,30 @@ def load_prompts(
     try:
         backbone.check([prompt.text for prompt in chosen])
     except ValueError as error:
-        raise SettingsError(f"{source}: {error}") from error
+        raise SettingsError(_unreadable_prompt(source, chosen, str(error))) from error
+    if use == "train":
+        _warn_of_repeats(config, len(chosen))
     return chosen
+
+
+def _unreadable_prompt(source: str, prompts: Sequence[Prompt], error: str) -> str:
+    """The message about a prompt that cannot be encoded, with its row if it is of a data set."""
+    found = re.match(r"prompt (\d+)\b", error)
+    prompt = prompts[int(found[1]) - 1] if found and 0 < int(found[1]) <= len(prompts) else None
+    if found and isinstance(prompt, ImagePrompt):
+        return f"{prompt.place}{error[found.end() :]}"
+    return f"{source}: {error}"
+
+
+def _warn_of_repeats(config: Config, rows: int) -> None:
+    """Warn of a data set with fewer training rows than a step."""
+    data, count = config.data, config.training.prompts_per_step
+    if data.kind is not None and rows < count and env_rank()[0] == 0:
+        log.warning(
+            "data.%s=%s: %d rows are fewer than training.prompts_per_step=%d, so rows are repeated "
+            "within a step.",
+            *(data.kind, data.image_file, rows, count),
+        )
 
 
 def _configured_prompts(

@@ -184,10 +184,13 @@ class RewardGradientLoss:
         passes = len(self.batch.tree.leaves) * self.method.passes_per_image
         weighted = bool(self.method.kl_weight)
         if means["clipped"] == 1 and self.batch.world.is_main:
+            cap = getattr(self.method, "reward_cap", None)
             log.warning(
-                "step %d trained no image: every reward is above the cap of method %s",
+                "step %d trained no image: every reward is above %s",
                 self.batch.step,
-                self.method.name,
+                f"the cap of method {self.method.name}"
+                if cap is None
+                else f"method.reward_cap={cap:g}. Use a larger cap, or null.",
             )
         metrics: Metrics = {
             "loss": means["loss"],

@@ -204,7 +204,8 @@ def stopped(trainer: Trainer, step: int, error: RunStopped) -> RunStopped:
     if isinstance(error, Diverged):
         return destroyed(trainer, f"step {step}", str(error))
     saved = ensure_saved(trainer)
-    return RunStopped(f"{error}; {saved}. Resume with {trainer.resume_command}")
+    reason = str(error).removesuffix(".")
+    return RunStopped(f"{reason}; {saved}. Resume with {trainer.resume_command}")
 
 
 def stopped_by_disk(trainer: Trainer, error: OSError) -> RunStopped:
