@@ -536,9 +536,9 @@ def test_what_a_run_does_not_do_is_a_warning(name, changes, warning):
 
 
 def test_rewards_without_gradient_are_refused_with_a_fix():
-    with pytest.raises(SettingsError, match="not differentiable. Add the decorator .* to rgb"):
+    with pytest.raises(SettingsError, match=r"not differentiable\. Add the decorator .* to rgb"):
         check_gradients(load_config("draft").method, {"rgb": lambda images, prompts: 0})
-    with pytest.raises(SettingsError, match="not differentiable. Use clip, "):  # not its options
+    with pytest.raises(SettingsError, match=r"not differentiable\. Use clip, "):  # not its options
         load_rewards(load_config("draft", ["rewards=[pairwise]"]))
 
 
