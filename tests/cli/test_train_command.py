@@ -112,6 +112,9 @@ class TestResume:
 
     def test_nothing_is_left(self, short):
         assert "g2rpo on shapes: no step is left, into" in succeeded("train", "--resume", short)
+        result = flowgrain("train", "--resume", short, "method.clip_range=1e-3")
+        assert result.status == 0
+        assert "no step is left, so method.clip_range=1e-3 has no effect" in result.stderr
 
     def test_settings_that_a_run_keeps(self, short):
         message = refused("train", "--resume", short, "sampling.num_steps=5")

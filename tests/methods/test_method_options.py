@@ -18,6 +18,7 @@ from flowgrain.methods import (
     register,
 )
 from flowgrain.settings import SettingsError
+from flowgrain.training.load import check_gradients, load_rewards
 
 BUILT_IN = {
     name: METHODS.get(name)
@@ -406,6 +407,7 @@ IMPOSSIBLE = [  # method, overrides, setting and value in the message, fix in th
     ("g2rpo", ["calibration.rounds=3"], "method.calibration", "sde_type=calibrated_sde"),
     ("flow_grpo", ["comparison=parent"], "method.comparison=parent", "method.comparison=step"),
     ("g2rpo", ["cps_log_prob=squared_error"], "method.cps_log_prob=squared_error", "sde_type=cps"),
+    ("tp_grpo", ["kl_form=published"], "method.kl_form=published", "method.sde_type=cps"),
     (
         "grpo_guard",
         ["sde_type=cps", "cps_log_prob=squared_error"],
@@ -531,6 +533,13 @@ def test_what_a_run_does_not_do_is_a_warning(name, changes, warning):
     (found,) = load_config(name, changes).warnings()
     assert re.match(warning, found)
     assert not load_config(name, {"rewards": ["towers"]}).warnings()
+
+
+def test_rewards_without_gradient_are_refused_with_a_fix():
+    with pytest.raises(SettingsError, match=r"not differentiable\. Add the decorator .* to rgb"):
+        check_gradients(load_config("draft").method, {"rgb": lambda images, prompts: 0})
+    with pytest.raises(SettingsError, match=r"not differentiable\. Use clip, "):  # not its options
+        load_rewards(load_config("draft", ["rewards=[pairwise]"]))
 
 
 def test_an_unknown_method_is_an_error():
