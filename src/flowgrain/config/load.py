@@ -4,7 +4,6 @@ Later layers replace earlier layers: field defaults, the method's values for oth
 model's defaults, the recipe or file, the preset, the overrides.
 """
 
-import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from flowgrain.config.explain import explain
 from flowgrain.config.presets import apply_preset
+from flowgrain.config.saved import saved_settings
 from flowgrain.config.schema import Config
 from flowgrain.methods import METHODS, DifferentiableReward
 from flowgrain.models.base import BACKBONES
@@ -204,33 +204,6 @@ def read_source(source: str | Path) -> tuple[str, Values]:
         f"There is no recipe, method, file or run {text!r}. {hint} "
         "A custom method needs --plugin FILE.py."
     )
-
-
-def saved_settings(saved: Values, file: Path) -> Values:
-    """The settings in a run's run.yaml.
-
-    Raises:
-        SettingsError: another version of flowgrain wrote the file, or it contains no settings.
-    """
-    version_now = importlib.metadata.version("flowgrain")
-    if "config" not in saved:
-        versions = saved.get("versions")
-        version = versions.get("flowgrain") if isinstance(versions, dict) else None
-        if "settings" in saved:
-            raise SettingsError(
-                f"{file}: written by flowgrain {version or '0.1'}, and not readable by flowgrain "
-                f"{version_now}. Install flowgrain=={version or '0.1'}, or start a new run."
-            )
-        raise SettingsError(f"{file}: contains no settings of a run.")
-    config = saved["config"]
-    if not isinstance(config, dict):
-        raise SettingsError(f"{file}: `config` is not a mapping of sections.")
-    runtime = config.get("runtime")
-    if isinstance(runtime, dict) and "loggers" in runtime:  # the former name
-        runtime = {"trackers": runtime["loggers"]} | runtime
-        del runtime["loggers"]
-        config = config | {"runtime": runtime}
-    return config
 
 
 def read_yaml(file: Path | Traversable) -> Values:
