@@ -39,5 +39,5 @@ group.image(0, best).resize((256, 256), 0)
 # Images of new prompts, with the trained parameters:
 
 # %%
-images = trainer.sample(["three green circles", "a red square left of a blue circle"])
+images = trainer.sample(["three green circles", "red square left of blue circle"])
 print(tuple(images.shape))

@@ -135,8 +135,8 @@ def test_alarms_are_on_runs_curves_and_configuration(page) -> None:
     assert tab.locator("tr", has_text="alpha-0").locator(".badge.alarm").inner_text() == "▲ 1"
     for route in ("curves?runs=alpha-0", "config/alpha-0"):
         page.open(route)
-        tab.wait_for_selector(".alarms")
-        assert "edge_density fell at step 10" in tab.locator(".alarms").inner_text()
+        tab.locator(".alarms summary").click()
+        assert "edge_density fell at step 10" in tab.locator(".alarms ul").inner_text()
     page.open("curves?runs=alpha-0&keys=eval/monitor/edge_density")
     plot = tab.locator(".u-over")
     plot.wait_for()

@@ -107,16 +107,23 @@ export function advantageStyle(value, largest) {
 export const AlarmBadge = ({count}) =>
   count ? html`<span class="badge alarm" title="Alarms of the watch">▲ ${count}</span>` : html`<span class="faint">–</span>`;
 
-/** The alarms of runs in words. With several runs, every alarm names its `run`. */
+/** The alarms of runs in words, folded: a run can have many. With several runs, every alarm names its `run`. */
 export function Alarms({alarms}) {
   if (!alarms?.length) return null;
-  return html`<ul class="alarms" aria-label="Alarms">
-    ${alarms.map(
-      (alarm) => html`<li key=${`${alarm.run} ${alarm.step} ${alarm.monitor}`}>
-        <span class="badge alarm">▲ ${alarm.monitor}, step ${alarm.step}</span> ${alarm.run && html`<b>${alarm.run}</b> `}${alarm.message}
-      </li>`,
-    )}
-  </ul>`;
+  const first = alarms.reduce((a, b) => (b.step < a.step ? b : a));
+  return html`<details class="alarms">
+    <summary>
+      <span class="badge alarm">▲ ${alarms.length} ${alarms.length === 1 ? "alarm" : "alarms"}</span>
+      ${" "}The first: ${first.run && html`<b>${first.run}</b>, `}${first.monitor} at step ${first.step}.
+    </summary>
+    <ul aria-label="Alarms">
+      ${alarms.map(
+        (alarm) => html`<li key=${`${alarm.run} ${alarm.step} ${alarm.monitor}`}>
+          <span class="badge alarm">▲ ${alarm.monitor}, step ${alarm.step}</span> ${alarm.run && html`<b>${alarm.run}</b> `}${alarm.message}
+        </li>`,
+      )}
+    </ul>
+  </details>`;
 }
 
 /** Files that are left out because they are damaged. */
