@@ -4,6 +4,8 @@
 # `load_run` reads the directory of a run, also while it is trained. It does not import torch.
 
 # %%
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -11,7 +13,8 @@ from flowgrain import Trainer, load_config, load_run
 
 STEPS = 10
 changes = {"training.max_steps": STEPS, "evaluation.every": 5, "evaluation.num_prompts": 24}
-Trainer(load_config("demo", changes), "runs/example-read").train()  # something to read
+if not Path("runs/example-read").exists():  # something to read
+    Trainer(load_config("demo", changes), "runs/example-read").train()
 
 # %%
 run = load_run("runs/example-read")

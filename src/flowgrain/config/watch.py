@@ -1,10 +1,15 @@
 """The section `watch`: which monitors are compared with the base model, and what an alarm does."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from flowgrain.monitors import MONITORS
 from flowgrain.settings import Section, Setting, StrTuple, did_you_mean
+
+FEATURE_MONITORS = ("feature_distance", "diversity")
+"""Monitors that need a feature network."""
 
 
 class WatchConfig(Section):
@@ -59,6 +64,16 @@ class WatchConfig(Section):
         "are the features. Default: no such model.",
     )
 
+    @field_validator("action", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads off as false
+
+    @field_validator("monitor", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value != "all" else value
+
     def check(self, trained: Sequence[str], held_out: Sequence[str]) -> None:
         """Check the names of monitors and the feature network.
 
@@ -67,9 +82,14 @@ class WatchConfig(Section):
             held_out: names of the rewards that are only evaluated.
 
         Raises:
-            ValueError: a name is not known or belongs to a trained reward, or settings of the
-                feature network contradict each other.
+            ValueError: a name is not known, belongs to a trained reward or is not measured, or
+                settings of the feature network contradict each other.
         """
+        if not self.monitor:
+            raise ValueError(
+                "watch.monitor=[]: nothing can raise an alarm. Name monitors, or set watch.action=off "
+                "to measure nothing."
+            )
         for name in () if self.monitor == "all" else self.monitor:
             if name in trained:
                 raise ValueError(
@@ -81,6 +101,11 @@ class WatchConfig(Section):
                 raise ValueError(
                     f"watch.monitor: there is no monitor or evaluated reward {name!r}. "
                     f"{did_you_mean(name, known)}"
+                )
+            if self.features == "none" and name in FEATURE_MONITORS:
+                raise ValueError(
+                    f"watch.monitor: {name!r} needs a feature network, and watch.features is none. "
+                    "Set watch.features, or remove this monitor."
                 )
         if self.features == "clip" and self.clip is None:
             raise ValueError(
