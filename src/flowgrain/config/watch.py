@@ -87,8 +87,8 @@ class WatchConfig(Section):
         """
         if not self.monitor:
             raise ValueError(
-                "watch.monitor=[]: nothing can raise an alarm. Name monitors, or set watch.action=off "
-                "to measure nothing."
+                "watch.monitor=[]: nothing can raise an alarm. Name monitors, or set "
+                "watch.action=off to measure nothing."
             )
         for name in () if self.monitor == "all" else self.monitor:
             if name in trained:
