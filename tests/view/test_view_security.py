@@ -102,6 +102,20 @@ def test_a_linked_directory(folder, tmp_path):
     assert ids == ["demo", "outside"]
 
 
+@pytest.mark.parametrize("name", ["loop", *LINKS, "demo/scores", "run/run.yaml"])
+def test_a_loop_of_links_stops_nothing(folder, name):
+    path = folder / ("demo" if name in LINKS else "") / name
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        path.rename(folder / "moved")
+    path.symlink_to(path)
+    client = client_of(folder)
+    for address in ("/api/runs", "/api/sources"):
+        assert get(client, address)
+    for address in (*LINKS.values(), "/api/runs/run"):
+        assert client.get(address).status_code in (200, 404, 422)
+
+
 def test_a_link_inside_of_the_directory_is_followed(folder):
     metrics = folder / "demo" / "metrics.jsonl"
     metrics.rename(folder / "elsewhere.jsonl")
