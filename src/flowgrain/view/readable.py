@@ -22,10 +22,10 @@ DAMAGED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError,
 def readable(
     damaged: list[str], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> T | None:
-    """The result of `read`. None for a damaged file, with a note in `damaged`."""
+    """The result of `read`. None for a damaged or missing file, with a note in `damaged`."""
     try:
         return read(*args, **kwargs)
-    except DAMAGED as error:
+    except (Missing, *DAMAGED) as error:
         damaged.append(reason(error))
         return None
 
