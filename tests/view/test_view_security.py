@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 from records.fake_runs import write_run
@@ -148,6 +149,13 @@ def test_the_names_of_a_server_for_other_computers(folder):
     client.get("/?token=t0ken")
     for host, status in (("192.168.1.5:7860", 200), ("evil.example", 403)):
         assert client.get("/api/runs", headers={"Host": host}).status_code == status
+
+
+def test_no_request_asks_a_name_server(folder, monkeypatch):
+    client = client_of(folder, host="0.0.0.0")
+    monkeypatch.setattr(socket, "getfqdn", lambda: pytest.fail("a name server was asked"))
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
+    assert client.get("/", headers={"Host": socket.gethostname()}).status_code == 200
 
 
 OWN = ("127.0.0.1", "127.8.8.8", "::1", "localhost")
