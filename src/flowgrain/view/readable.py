@@ -15,7 +15,10 @@ class Outside(Exception):
     """A symbolic link leads out of the given directory."""
 
 
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError, Outside)
+DAMAGED = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError, OSError, Outside),
+    *(ArithmeticError, RecursionError),  # of a huge integer, and of deeply nested values
+)
 """What reading a damaged file raises."""
 
 
