@@ -123,7 +123,6 @@ def test_images_of_groups(runs):
     client = client_of(runs)
     answer = client.get("/api/runs/demo/groups/16/1/4.webp")
     assert answer.headers["content-type"] == "image/webp"
-    assert "immutable" in answer.headers["cache-control"]
     image = np.array(Image.open(io.BytesIO(answer.content)))
     assert (image == picture(32, 4, 17)).all()
     full = get(client, "/api/runs/demo/groups/16")["prompts"][1]["full"]
@@ -131,6 +130,19 @@ def test_images_of_groups(runs):
         assert client.get(f"/api/runs/demo/groups/16/1/{place}.webp?full=1").status_code == 200
     for missing in ("16/2/0", "16/1/99", "15/0/0", "9" * 300 + "/0/0"):
         get(client, f"/api/runs/demo/groups/{missing}.webp", 404 if len(missing) < 99 else 422)
+
+
+def test_an_image_of_a_group_that_was_written_again(runs, monkeypatch):
+    check_again(monkeypatch)
+    client, path = client_of(runs), "/api/runs/demo/groups/16/1/4.webp"
+    first = client.get(path)
+    assert first.headers["cache-control"] == "private, no-cache"
+    known = {"If-None-Match": first.headers["etag"]}
+    assert client.get(path, headers=known).status_code == 304
+    groups = runs / "demo" / "groups"
+    shutil.copy(groups / "step-000001.zip", groups / "step-000016.zip")
+    again = client.get(path, headers=known)
+    assert (again.status_code, again.content != first.content) == (200, True)
 
 
 def test_evaluations(runs):

@@ -123,6 +123,23 @@ def test_files_are_checked_at_most_once_a_second(tmp_path, monkeypatch):
     assert len(checks) == 1
 
 
+def test_a_new_file_with_the_number_of_the_old_one(demo):
+    client = client_of(demo)
+    assert get(client, "/api/runs/demo/metrics")["step"][-1] == 4
+    lines = [line(step, kl=0.25) for step in range(40)]
+    (demo / "metrics.jsonl").write_text("".join(lines))  # longer than before
+    assert get(client, "/api/runs/demo/metrics")["step"] == list(range(40))
+    assert get(client, "/api/runs")["runs"][0]["seconds"] == 60
+
+
+def test_a_pipe_in_place_of_the_metrics(demo):
+    (demo / "metrics.jsonl").unlink()
+    os.mkfifo(demo / "metrics.jsonl")
+    client = client_of(demo)
+    assert get(client, "/api/runs")["runs"][0]["step"] == 0
+    assert get(client, "/api/runs/demo/metrics")["step"] == []
+
+
 GARBAGE = {
     "empty": b"",
     "zeros": bytes(64),
@@ -131,6 +148,10 @@ GARBAGE = {
     "list": b"[1, 2]",
     "other types": b'{"step": "x", "config": [], "tree": 3, "prompts": {"a": 1}, "scores": []}',
     "deep": b"[" * 5000,
+    "nested": b'{"a":' * 900 + b"1" + b"}" * 900 + b"\n",
+    "huge": b'{"step": 1%s, "seconds": 1%s, "seed": 1%s}\n' % ((b"0" * 400,) * 3),
+    "endless": b'{"step": 1%s, "config": {"runtime": {"seed": 1}}}\n' % (b"0" * 5000),
+    "settings": b"config: {runtime: {seed: 0x1%s, max_steps: 1%s}}\n" % (b"0" * 6000, b"0" * 400),
     "not UTF-8": b"\xff\xfe\x00",
     "dates": b"config: {name: 2026-01-01, 2026-01-02: {1, 2}}\n",
 }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 from records.fake_runs import write_run
@@ -102,6 +103,20 @@ def test_a_linked_directory(folder, tmp_path):
     assert ids == ["demo", "outside"]
 
 
+@pytest.mark.parametrize("name", ["loop", *LINKS, "demo/scores", "run/run.yaml"])
+def test_a_loop_of_links_stops_nothing(folder, name):
+    path = folder / ("demo" if name in LINKS else "") / name
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        path.rename(folder / "moved")
+    path.symlink_to(path)
+    client = client_of(folder)
+    for address in ("/api/runs", "/api/sources"):
+        assert get(client, address)
+    for address in (*LINKS.values(), "/api/runs/run"):
+        assert client.get(address).status_code in (200, 404, 422)
+
+
 def test_a_link_inside_of_the_directory_is_followed(folder):
     metrics = folder / "demo" / "metrics.jsonl"
     metrics.rename(folder / "elsewhere.jsonl")
@@ -134,6 +149,13 @@ def test_the_names_of_a_server_for_other_computers(folder):
     client.get("/?token=t0ken")
     for host, status in (("192.168.1.5:7860", 200), ("evil.example", 403)):
         assert client.get("/api/runs", headers={"Host": host}).status_code == status
+
+
+def test_no_request_asks_a_name_server(folder, monkeypatch):
+    client = client_of(folder, host="0.0.0.0")
+    monkeypatch.setattr(socket, "getfqdn", lambda: pytest.fail("a name server was asked"))
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
+    assert client.get("/", headers={"Host": socket.gethostname()}).status_code == 200
 
 
 OWN = ("127.0.0.1", "127.8.8.8", "::1", "localhost")

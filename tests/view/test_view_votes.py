@@ -1,6 +1,7 @@
 """Sources of images, and the votes of the arena."""
 
 import json
+import shutil
 import threading
 import zipfile
 
@@ -11,13 +12,14 @@ from command_line import flowgrain, refused, succeeded
 from PIL import Image
 from pyarrow import parquet
 from records.fake_runs import TEXTS, picture, write_run
-from view_client import client_of, get
+from view_client import check_again, client_of, get
 
 from flowgrain.image_data import check_image_files, load_images, read_image_data
 from flowgrain.view import votes
 
 A, B = "run:one@0", "run:one@4"
 VOTE = {"a": A, "b": B, "place": 1, "left": "b", "vote": "b"}
+IMAGES = ("a_image", "b_image")
 HEADERS = {"X-Flowgrain": "1"}
 
 
@@ -102,7 +104,7 @@ def test_a_vote_is_on_the_disk_and_counts(folder):
         assert answer.json()["prompt"] == TEXTS[1]
     lines = [json.loads(line) for line in (folder / "one/arena/votes.jsonl").open()]
     assert [line["vote"] for line in lines] == ["b", "b", "a", "tie"]
-    assert set(lines[0]) == {"time", "a", "b", "prompt", "place", "left", "vote"}
+    assert set(lines[0]) == {"time", "a", "b", "prompt", "place", "left", "vote", *IMAGES}
     found = get(client, f"/api/votes?a={A}&b={B}")
     assert (found["wins_a"], found["wins_b"], found["ties"]) == (1, 2, 1)
     assert found["win_rate"]["mean"] == (1 + 0.5) / 4
@@ -209,6 +211,34 @@ def test_votes_on_images_that_are_gone_are_left_out(folder, tmp_path):
     assert result.status == 0
     assert "left out: vote of" in result.stderr
     assert "1 pairs" in result.stdout
+
+
+def test_votes_on_other_images_do_not_count(folder, tmp_path, monkeypatch):
+    check_again(monkeypatch)
+    client, tally = client_of(folder), f"/api/votes?a={A}&b={B}"
+    file = folder / "one" / "arena" / "votes.jsonl"
+    client.post("/api/votes", json=VOTE, headers=HEADERS)
+    vote = json.loads(file.read_text())
+    old = {name: value for name, value in vote.items() if name not in IMAGES}
+    for other in (old, {**vote, "a_image": vote["b_image"]}, {**vote, "b_image": None}):
+        with file.open("a") as lines:
+            lines.write(json.dumps(other) + "\n")
+    assert get(client, tally)["votes"] == [vote]
+    assert get(client, f"/api/votes?a={B}&b={A}")["votes"][0]["b_image"] == vote["a_image"]
+    evaluations = folder / "one" / "evaluations"
+    shutil.copy(evaluations / "images-000000.zip", evaluations / "images-000004.zip")
+    assert get(client, tally)["votes"] == []
+    get(client, tally.replace("?", "/export?"), 404)
+    assert "Vote in the arena" in refused("view", folder, "--export-votes", tmp_path / "out")
+
+
+def test_votes_do_not_move_to_another_run(tmp_path):
+    x = write_run(tmp_path / "x" / "one", steps=4, images=4, size=32)
+    y = write_run(tmp_path / "y" / "one", steps=4, images=4, size=48)
+    vote, tally = {**VOTE, "b": "run:one-2@4"}, "/api/votes?a=run:one@0&b=run:one-2@4"
+    client_of(x, y).post("/api/votes", json=vote, headers=HEADERS)
+    assert get(client_of(x, y), tally)["wins_b"] == 1
+    assert get(client_of(y, x), tally)["votes"] == []
 
 
 def test_no_votes(folder, tmp_path):

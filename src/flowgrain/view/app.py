@@ -30,7 +30,6 @@ MAX_BODY = 4096
 BODY_SECONDS = 10.0
 """Time in which a vote must arrive."""
 _POINTS = 1000
-_IMMUTABLE = "private, max-age=31536000, immutable"
 _CHECKED = "private, no-cache"
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -118,7 +117,7 @@ def _routes(catalog: Catalog) -> list[Route]:
         Route("/api/runs", _json(lambda _: runs.overview(catalog))),
         Route("/api/sources", _json(lambda _: sources.listing(catalog))),
         Route("/api/diff", _json(difference)),
-        Route(f"{group}/{{prompt:int}}/{{place:int}}.webp", _image(group_image, _IMMUTABLE)),
+        Route(f"{group}/{{prompt:int}}/{{place:int}}.webp", _image(group_image)),
         Route(f"{group}/summary", _json(lambda r: groups.summary(run(r), step(r)))),
         Route(group, _json(lambda r: groups.content(run(r), step(r)))),
         Route(f"{evaluation}/{{place:int}}.webp", _image(evaluation_image)),
@@ -182,19 +181,19 @@ def _json(compute: Callable[[Request], Mapping[str, Any]]) -> Endpoint:
     return endpoint
 
 
-def _image(read: Callable[[Request], tuple[bytes, str]], cache: str = _CHECKED) -> Endpoint:
+def _image(read: Callable[[Request], tuple[bytes, str]]) -> Endpoint:
     """An endpoint that answers with an image that `read` returns, in a thread."""
 
     async def endpoint(request: Request) -> Response:
-        return _content(request, *await run_in_threadpool(read, request), cache)
+        return _content(request, *await run_in_threadpool(read, request))
 
     return endpoint
 
 
-def _content(request: Request, content: bytes, kind: str, cache: str = _CHECKED) -> Response:
+def _content(request: Request, content: bytes, kind: str) -> Response:
     """The content of a file, or 304 if the browser has it."""
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": tag, "Cache-Control": cache}
+    headers = {"ETag": tag, "Cache-Control": _CHECKED}
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers, media_type=kind)

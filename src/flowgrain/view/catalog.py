@@ -49,7 +49,7 @@ class Entry:
     def __init__(self, name: str, kind: Kind, folder: Path, root: Path) -> None:
         self.id, self.kind, self.folder, self.version = name, kind, folder, 0
         self.state: dict[str, Any] = {}
-        self._root = root.resolve()
+        self._root = _real(root)
         self._stamp: Stamp = ()
         self._results: dict[Any, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
@@ -78,7 +78,7 @@ class Entry:
             Outside: a link leads out of the given directory.
         """
         path = self.folder.joinpath(*parts)
-        if not path.resolve().is_relative_to(self._root):
+        if not _real(path).is_relative_to(self._root):
             raise Outside(f"{path}: a symbolic link that leads out of {self._root}")
         return path
 
@@ -201,7 +201,7 @@ class Catalog:
 
     def _id(self, folder: Path, root: Path) -> str:
         """The id of a directory. It never changes while the server runs."""
-        path = folder.resolve()
+        path = _real(folder)
         if path not in self._ids:
             wanted, taken = _short_name(folder, root), set(self._ids.values())
             name, number = wanted, 2
@@ -233,8 +233,8 @@ def _search(root: Path, problems: list[str]) -> Iterator[tuple[Path, Kind]]:
             if child.name.startswith(".") or depth >= MAX_DEPTH:
                 continue
             if child.is_symlink():
-                target = Path(child.path).resolve()
-                if target.is_dir() and not target.is_relative_to(root.resolve()):
+                target = _real(Path(child.path))
+                if target.is_dir() and not target.is_relative_to(_real(root)):
                     problems.append(
                         f"{child.path}: a symbolic link that leads out of {root}. "
                         "Give its target as another directory"
@@ -246,9 +246,14 @@ def _search(root: Path, problems: list[str]) -> Iterator[tuple[Path, Kind]]:
 def _short_name(folder: Path, root: Path) -> str:
     """The path below `root`, without the directories runs/ of comparisons."""
     parts = [part for part in folder.relative_to(root).parts if part != "runs"]
-    name = "/".join(parts) or folder.resolve().name or "run"
+    name = "/".join(parts) or _real(folder).name or "run"
     name = "".join(letter if letter.isprintable() else "_" for letter in name)[-_ID_LENGTH:]
     return f"{name}_" if name.rsplit("/", 1)[-1] in _IN_URLS else name
+
+
+def _real(path: Path) -> Path:
+    """The path without links. A loop of links stays as it is; `Path.resolve` may raise for it."""
+    return Path(os.path.realpath(path))
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int, int]:

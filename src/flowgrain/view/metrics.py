@@ -3,14 +3,16 @@
 Shapes: L lines, B buckets.
 """
 
+import hashlib
 import math
 import os
 import re
+import stat
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ from flowgrain.records.metrics import DamagedLine, parse_metrics
 
 MAX_POINTS = 10_000
 """Rows of an answer."""
+_TAIL = 256
+"""Bytes that are compared before new lines are read."""
 _SECONDS = re.compile(rb'"seconds":\s*([-+.\deE]+)')
 _PASSES = ("forward_passes", "train_forward_passes", "frozen_forward_passes")
 Column = NDArray[np.float64]
@@ -33,26 +37,37 @@ class GrowingFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self._offset, self._inode = path, 0, 0
+        self._tail = b""  # digest of the last bytes before the offset
 
     def read_new(self) -> tuple[bytes, bool]:
         """The complete lines since the last call, and whether the file was replaced.
 
-        A file that was replaced is read from its start.
+        A file that was replaced is read from its start. A new file may have the number of the old
+        one and be longer, so the last bytes that were read are compared too.
         """
         try:
-            with self.path.open("rb") as file:
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(f"{self.path} is not a file")  # such as a pipe, which never ends
                 replaced = status.st_ino != self._inode or status.st_size < self._offset
-                if replaced:
-                    self._offset, self._inode = 0, status.st_ino
+                if replaced or self._tail_of(file) != self._tail:
+                    replaced, self._offset, self._inode = True, 0, status.st_ino
                 file.seek(self._offset)
                 content = file.read()
+                complete = content[: content.rfind(b"\n") + 1]
+                self._offset += len(complete)
+                self._tail = self._tail_of(file)
         except OSError:
             replaced, self._offset, self._inode = self._inode != 0, 0, 0
             return b"", replaced
-        complete = content[: content.rfind(b"\n") + 1]
-        self._offset += len(complete)
         return complete, replaced
+
+    def _tail_of(self, file: BinaryIO) -> bytes:
+        """The digest of the last bytes before the offset."""
+        start = max(0, self._offset - _TAIL)
+        file.seek(start)
+        return hashlib.sha256(file.read(self._offset - start)).digest()
 
 
 class Curves:

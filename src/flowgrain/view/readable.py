@@ -15,17 +15,20 @@ class Outside(Exception):
     """A symbolic link leads out of the given directory."""
 
 
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError, Outside)
+DAMAGED = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError, OSError, Outside),
+    *(ArithmeticError, RecursionError),  # of a huge integer, and of deeply nested values
+)
 """What reading a damaged file raises."""
 
 
 def readable(
     damaged: list[str], read: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> T | None:
-    """The result of `read`. None for a damaged file, with a note in `damaged`."""
+    """The result of `read`. None for a damaged or missing file, with a note in `damaged`."""
     try:
         return read(*args, **kwargs)
-    except DAMAGED as error:
+    except (Missing, *DAMAGED) as error:
         damaged.append(reason(error))
         return None
 

@@ -63,6 +63,8 @@ class Gate:
     def __init__(self, app: ASGIApp, host: str, token: str | None, policy: str) -> None:
         self.app, self.host, self.token = app, host, token
         self.headers = {"Content-Security-Policy": policy, **_HEADERS}
+        names = [host] if is_loopback(host) else [host, socket.gethostname(), socket.getfqdn()]
+        self.names = {name.lower() for name in names}  # here, because getfqdn may ask a name server
         digest = hashlib.sha256((token or "").encode()).hexdigest()[:8]
         self.cookie = f"flowgrain_{digest}"  # one per server: cookies are shared by all ports
 
@@ -111,8 +113,7 @@ class Gate:
             return True
         if is_loopback(self.host):
             return False
-        known = {self.host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
-        return name in known or _is_address(name)
+        return name in self.names or _is_address(name)
 
     def _sign_in(self, scope: Scope) -> Response | None:
         """None for a request with the token. The token in an address becomes a cookie."""

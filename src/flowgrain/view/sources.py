@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flowgrain.view import evaluations
@@ -35,6 +36,7 @@ class Source:
         scores: [I] by reward, NaN where it failed.
         images: number of prompts with an image. They are the first prompts.
         image: reads the image of a prompt by its place.
+        file: the path of the file that contains this image.
     """
 
     id: str
@@ -47,6 +49,15 @@ class Source:
     scores: dict[str, list[float]]
     images: int
     image: Callable[[int], Image]
+    file: Callable[[int], Path]
+
+    def digest(self, place: int) -> str:
+        """The SHA-256 of an image. See `image`."""
+
+        def read(_: Path) -> str:
+            return hashlib.sha256(self.image(place)[0]).hexdigest()
+
+        return self.entry.of_file(("digest", self.id, place), self.file(place), read)
 
     def row(self) -> dict[str, Any]:
         """The row of the list of sources."""
@@ -125,6 +136,7 @@ def _of_run(entry: Entry, step: int) -> Source:
         scores=record.scores,
         images=min(evaluations.num_images(entry, record), len(record.prompts)),
         image=lambda place: (evaluations.image(entry, step, place), "image/webp"),
+        file=lambda _: entry.file("evaluations", record.images_path.name),
     )
 
 
@@ -141,6 +153,7 @@ def _of_evaluation(entry: Entry, damaged: list[str]) -> list[Source]:
             scores=scored.scores,
             images=_num_images(entry, scored),
             image=partial(_png, entry, scored),
+            file=partial(scored.image, entry),
         )
         for scored in scored_images(entry, damaged)
     ]

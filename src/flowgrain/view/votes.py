@@ -1,6 +1,8 @@
 """Votes of the arena: which of two images of a prompt is better.
 
 Votes are lines of arena/votes.jsonl in the directory of the first source. A line is only appended.
+Ids depend on the given directories, and a run may be trained again. Therefore a vote contains the
+digests of its images, and it counts only while its sources have these images.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ class Vote:
         place: place of the prompt in the sources.
         left: the source that was shown on the left, "a" or "b".
         vote: the better source, "a" or "b", or "tie".
+        a_image: SHA-256 of the image of the first source. Empty: not known.
+        b_image: SHA-256 of the image of the second source. Empty: not known.
     """
 
     time: str
@@ -54,11 +58,20 @@ class Vote:
     place: int
     left: str
     vote: str
+    a_image: str = ""
+    b_image: str = ""
 
     def swapped(self) -> "Vote":
         """The same vote with the sources in the other order."""
-        left, vote = _OTHER[self.left], _OTHER[self.vote]
-        return Vote(self.time, self.b, self.a, self.prompt, self.place, left, vote)
+        return replace(
+            self,
+            a=self.b,
+            b=self.a,
+            left=_OTHER[self.left],
+            vote=_OTHER[self.vote],
+            a_image=self.b_image,
+            b_image=self.a_image,
+        )
 
 
 def add(catalog: Catalog, values: Any) -> dict[str, Any]:
@@ -91,7 +104,8 @@ def add(catalog: Catalog, values: Any) -> dict[str, Any]:
     if second.prompts[place] != prompt:
         raise BadVote(f"place={place}: the sources have different prompts there.")
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    vote = Vote(now, a, b, prompt, place, values["left"], values["vote"])
+    digests = first.digest(place), second.digest(place)
+    vote = Vote(now, a, b, prompt, place, values["left"], values["vote"], *digests)
     _append(first.entry.file(*FILE), json.dumps(asdict(vote)).encode() + b"\n")
     return asdict(vote)
 
@@ -123,22 +137,49 @@ def _parse(line: bytes) -> Vote | None:
         vote = Vote(**parse_json(line))
     except (ValueError, TypeError):
         return None
-    texts = (vote.time, vote.a, vote.b, vote.prompt, vote.left, vote.vote)
+    texts = [value for name, value in vars(vote).items() if name != "place"]
     valid = all(isinstance(text, str) for text in texts) and type(vote.place) is int
     return vote if valid and vote.left in ("a", "b") and vote.vote in _OTHER else None
 
 
 def votes_between(catalog: Catalog, a: str, b: str) -> list[Vote]:
-    """The votes on the sources `a` and `b`, in the order of time, as votes on (a, b).
+    """The votes on the present images of `a` and `b`, in the order of time, as votes on (a, b).
 
     Raises:
         Missing: there is no such source.
     """
-    entries = dict.fromkeys(source_of(catalog, name).entry for name in (a, b))
+    sources = {name: source_of(catalog, name) for name in (a, b)}
+    entries = dict.fromkeys(source.entry for source in sources.values())
     found = [vote for entry in entries for vote in read(entry)]
     same = [vote for vote in found if (vote.a, vote.b) == (a, b)]
     swapped = [vote.swapped() for vote in found if (vote.a, vote.b) == (b, a)]
-    return sorted([*same, *swapped], key=lambda vote: vote.time)
+    present = [vote for vote in [*same, *swapped] if _is_present(sources, vote)]
+    return sorted(present, key=lambda vote: vote.time)
+
+
+def _is_present(sources: Mapping[str, Source], vote: Vote) -> bool:
+    """Whether the sources still have the images of a vote."""
+    try:
+        for name in (vote.a, vote.b):
+            _check(sources[name], vote)
+    except (Missing, *DAMAGED):
+        return False
+    return True
+
+
+def _check(source: Source, vote: Vote) -> None:
+    """Check that a source has the image of a vote.
+
+    Raises:
+        Missing: it has no image, or another one, or the vote does not say which.
+    """
+    if not 0 <= vote.place < source.images or source.prompts[vote.place] != vote.prompt:
+        raise Missing(f"{source.id} has no image of {vote.prompt!r} any more")
+    digest = vote.a_image if source.id == vote.a else vote.b_image
+    if not digest:
+        raise Missing("it does not contain the digests of its images")
+    if source.digest(vote.place) != digest:
+        raise Missing(f"{source.id} has another image of {vote.prompt!r} now")
 
 
 def tally(catalog: Catalog, a: str, b: str) -> dict[str, Any]:
@@ -165,7 +206,7 @@ def preference_data(
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the files of a data set for `data.pairs`: images/ and pairs.jsonl.
 
-    Ties are left out. Votes on images that no longer exist are left out with a note in `damaged`.
+    Ties are left out. Votes on images that changed are left out with a note in `damaged`.
 
     Raises:
         Missing: no pair is left.
@@ -197,11 +238,10 @@ def _image(catalog: Catalog, name: str, vote: Vote) -> tuple[str, bytes]:
     """The name in the data set and the content of an image of a vote.
 
     Raises:
-        Missing: the image does not exist any more.
+        Missing: see `_check`.
     """
-    source: Source = source_of(catalog, name)
-    if not 0 <= vote.place < source.images or source.prompts[vote.place] != vote.prompt:
-        raise Missing(f"{name} has no image of {vote.prompt!r} any more")
+    source = source_of(catalog, name)
+    _check(source, vote)
     content, kind = source.image(vote.place)
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]
     return f"images/{digest}-{vote.place:06d}.{kind.removeprefix('image/')}", content

@@ -99,7 +99,7 @@ const LISTS = ["/api/runs", "/api/sources"];
 
 /** Whether the answer to `path` may have changed with the files of `runs`. "*" is every run. */
 function isStale(path, runs) {
-  if (!runs.length || /\/groups\/\d/.test(path)) return false; // a recorded group never changes
+  if (!runs.length) return false;
   if (runs.includes("*") || LISTS.includes(path)) return true;
   return runs.some((run) => path.startsWith(apiPath("runs", run)));
 }
