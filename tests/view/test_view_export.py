@@ -113,6 +113,17 @@ def test_damaged_files_are_left_out_with_a_note(runs, tmp_path):
     assert "run.yaml" in result.stderr
 
 
+def test_no_directory_of_this_computer_is_exported(runs, tmp_path):
+    (runs / "demo" / "evaluations" / "step-000020.json").write_text("{")
+    (runs / "a b" / "run.yaml").write_text("[")
+    (runs / "away").symlink_to(tmp_path)
+    flowgrain("view", runs, "--export", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "folder" not in data_of(page)["/api/runs"]["runs"][0]
+    assert "runs/a b/run.yaml" in str(data_of(page)["/api/runs"]["damaged"])
+    assert str(tmp_path) not in json.dumps(data_of(page))
+
+
 def test_nothing_to_export(tmp_path):
     assert "no run to export" in refused("view", tmp_path, "--export", tmp_path / "x.html")
 

@@ -7,6 +7,7 @@ An export needs neither a server nor the internet. It contains the answers of th
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def export(catalog: Catalog, out: Path) -> Exported:
             f"--export {out}: there is no run to export in {', '.join(map(str, catalog.roots))}."
         )
     damaged: list[str] = []
-    data = dict(answers(catalog, entries, damaged))
+    found = dict(answers(catalog, entries, damaged))
+    data = {name: _without_folders(answer, catalog.roots) for name, answer in found.items()}
     size, images, left_out = 0, 0, 0
     page.parent.mkdir(parents=True, exist_ok=True)
     for name, read in list(_pictures(entries, data)):
@@ -95,6 +97,24 @@ def export(catalog: Catalog, out: Path) -> Exported:
         images += 1
     write_atomically(page, render(Assets(), data))
     return Exported(page, len(entries), images, left_out, damaged)
+
+
+def _without_folders(answer: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
+    """An answer without the directories of this computer. An export may be sent to others."""
+    shown = {name: value for name, value in answer.items() if name != "folder"}
+    if "runs" in shown:
+        shown["runs"] = [_without_folders(row, roots) for row in shown["runs"]]
+    if "damaged" in shown:
+        shown["damaged"] = [_relative(note, roots) for note in shown["damaged"]]
+    return shown
+
+
+def _relative(note: str, roots: Sequence[Path]) -> str:
+    """A note with paths below `roots` in place of absolute ones."""
+    folders = {form(root) for root in roots for form in (os.path.abspath, os.path.realpath)}
+    for folder in sorted(folders - {os.sep}, key=len, reverse=True):
+        note = note.replace(folder, os.path.basename(folder))
+    return note
 
 
 def answers(

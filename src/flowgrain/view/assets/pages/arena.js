@@ -8,16 +8,17 @@ import {comparable, PairPicker, sourceImage, usePair} from "view/sources.js";
 import {Nothing, Pending, Picture} from "view/ui.js";
 
 export function Arena() {
-  const {sources, a, b, pairs, loading, error} = usePair();
+  const {sources, a, b, pairs: common, loading, error} = usePair();
+  const pairs = useMemo(() => common.filter((pair) => pair.a === pair.b), [common]); // a vote has one place
   if (error || (loading && !a)) return html`<${Pending} error=${error} what="sources" />`;
   if (exported) return html`<${Nothing}>An exported file stores no votes. Use flowgrain view for the arena.</${Nothing}>`;
   if (!a) return html`<${Nothing}>There are no evaluations with images yet. Training evaluates before the first and after the last step.</${Nothing}>`;
   return html`<section class="page">
     <div class="controls"><${PairPicker} sources=${sources} a=${a} b=${b} /></div>
     ${!b && html`<${Nothing}>No other source shows the same prompts with the same noise. Select one for B.</${Nothing}>`}
-    ${b && !comparable(a, b) && html`<p class="notice">A and B have other prompts or other noise. Only equal prompts are shown.</p>`}
+    ${b && !comparable(a, b) && html`<p class="notice">A and B have other prompts or other noise. Only equal prompts at equal places are shown.</p>`}
     ${b && loading && html`<${Pending} what="images" />`}
-    ${b && !loading && !pairs.length && html`<${Nothing}>A and B have no common prompt.</${Nothing}>`}
+    ${b && !loading && !pairs.length && html`<${Nothing}>A and B have no common prompt at the same place.</${Nothing}>`}
     ${pairs.length > 0 && html`<${Votes} key=${`${a.id} ${b.id}`} a=${a} b=${b} pairs=${pairs} />`}
   </section>`;
 }
