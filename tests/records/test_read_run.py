@@ -13,6 +13,7 @@ from records.fake_runs import TEXTS, picture, write_run
 
 from flowgrain import SettingsError, load_run
 from flowgrain.records import DamagedRecord
+from flowgrain.records.damaged import set_damaged_files_aside
 
 
 @pytest.fixture
@@ -156,6 +157,7 @@ def _rewrite(path, change):
         lambda values: values | {"tree": values["tree"] | {"parent": [0] * 50}},
         lambda values: values | {"tree": values["tree"] | {"leaves": [10**9]}},
         lambda values: values | {"sigmas": "x"},
+        lambda values: values | {"sigmas": [10**400]},
         lambda values: values | {"image_size": [1]},
     ],
 )
@@ -192,6 +194,19 @@ def test_a_damaged_evaluation_is_left_out(folder, caplog):
     (folder / "evaluations" / "step-000010.json").write_text("{}")
     assert [evaluation.step for evaluation in load_run(folder).evaluations] == [0, 20]
     assert "step-000010.json: damaged ('prompts' is missing). It is left out." in caplog.text
+
+
+def test_a_number_that_is_too_large_for_a_float_is_damage(folder):
+    path = folder / "evaluations" / "step-000010.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"guidance_scale": 10**400}))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 21, "loss": 10**400}) + "\n")
+    run = load_run(folder)
+    assert [evaluation.step for evaluation in run.evaluations] == [0, 20]
+    assert [line["step"] for line in run.metrics] == list(range(21))
+    (message,) = set_damaged_files_aside(folder)
+    assert "guidance_scale has a value that is not a number" in message
 
 
 def test_damaged_alarms_are_left_out(folder):
