@@ -1,5 +1,6 @@
 """Reading of a run's directory."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from records.fake_runs import TEXTS, picture, write_run
 from flowgrain import SettingsError, load_run
 from flowgrain.records import DamagedRecord
 from flowgrain.records.damaged import set_damaged_files_aside
+from flowgrain.records.groups import GroupTree
 
 
 @pytest.fixture
@@ -213,3 +215,25 @@ def test_damaged_alarms_are_left_out(folder):
     with (folder / "alarms.jsonl").open("a") as file:
         file.write('{"step": \n[]\n{"step": 20}\n')
     assert [alarm["step"] for alarm in load_run(folder).alarms] == [10, 20]
+
+
+def test_the_advantage_of_a_leaf_is_of_the_rows_for_which_it_counts(folder):
+    # Leaf 4 completes the state of row 1, leaf 5 of row 2, and row 6 has no advantage.
+    tree = GroupTree(
+        parent=[-1, 0, 1, 1, 3, 2, 2],
+        grid_index=[0, 1, 2, 2, 3, 3, 3],
+        stochastic=[False, True, True, False, False, False, True],
+        leaves=[4, 5, 6],
+        image=[4, 5, 6],
+        channel=[1, 2, 3],
+        edges=[1, 2, 6],
+    )
+    assert tree.channel_per_state
+    group = load_run(folder).groups[7]
+    prompt = dataclasses.replace(group.prompts[0], advantage=[3.0, -1.0, math.nan])
+    group = dataclasses.replace(group, tree=tree, prompts=[prompt])
+    assert group.tree.credited_leaves == {1: [4], 2: [5], 6: [6]}
+    np.testing.assert_equal(group.leaf_advantage(0), [3.0, -1.0, math.nan])
+    shared = dataclasses.replace(tree, channel=[0, 0, 0])
+    group = dataclasses.replace(group, tree=shared)
+    assert group.leaf_advantage(0) == [3.0, 1.0, 1.0]
