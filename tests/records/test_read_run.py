@@ -1,5 +1,6 @@
 """Reading of a run's directory."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from records.fake_runs import TEXTS, picture, write_run
 
 from flowgrain import SettingsError, load_run
 from flowgrain.records import DamagedRecord
+from flowgrain.records.damaged import set_damaged_files_aside
+from flowgrain.records.groups import GroupTree
 
 
 @pytest.fixture
@@ -156,6 +159,7 @@ def _rewrite(path, change):
         lambda values: values | {"tree": values["tree"] | {"parent": [0] * 50}},
         lambda values: values | {"tree": values["tree"] | {"leaves": [10**9]}},
         lambda values: values | {"sigmas": "x"},
+        lambda values: values | {"sigmas": [10**400]},
         lambda values: values | {"image_size": [1]},
     ],
 )
@@ -194,7 +198,42 @@ def test_a_damaged_evaluation_is_left_out(folder, caplog):
     assert "step-000010.json: damaged ('prompts' is missing). It is left out." in caplog.text
 
 
+def test_a_number_that_is_too_large_for_a_float_is_damage(folder):
+    path = folder / "evaluations" / "step-000010.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"guidance_scale": 10**400}))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 21, "loss": 10**400}) + "\n")
+    run = load_run(folder)
+    assert [evaluation.step for evaluation in run.evaluations] == [0, 20]
+    assert [line["step"] for line in run.metrics] == list(range(21))
+    (message,) = set_damaged_files_aside(folder)
+    assert "guidance_scale has a value that is not a number" in message
+
+
 def test_damaged_alarms_are_left_out(folder):
     with (folder / "alarms.jsonl").open("a") as file:
         file.write('{"step": \n[]\n{"step": 20}\n')
     assert [alarm["step"] for alarm in load_run(folder).alarms] == [10, 20]
+
+
+def test_the_advantage_of_a_leaf_is_of_the_rows_for_which_it_counts(folder):
+    # Leaf 4 completes the state of row 1, leaf 5 of row 2, and row 6 has no advantage.
+    tree = GroupTree(
+        parent=[-1, 0, 1, 1, 3, 2, 2],
+        grid_index=[0, 1, 2, 2, 3, 3, 3],
+        stochastic=[False, True, True, False, False, False, True],
+        leaves=[4, 5, 6],
+        image=[4, 5, 6],
+        channel=[1, 2, 3],
+        edges=[1, 2, 6],
+    )
+    assert tree.channel_per_state
+    group = load_run(folder).groups[7]
+    prompt = dataclasses.replace(group.prompts[0], advantage=[3.0, -1.0, math.nan])
+    group = dataclasses.replace(group, tree=tree, prompts=[prompt])
+    assert group.tree.credited_leaves == {1: [4], 2: [5], 6: [6]}
+    np.testing.assert_equal(group.leaf_advantage(0), [3.0, -1.0, math.nan])
+    shared = dataclasses.replace(tree, channel=[0, 0, 0])
+    group = dataclasses.replace(group, tree=shared)
+    assert group.leaf_advantage(0) == [3.0, 1.0, 1.0]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import shutil
 import time
 import zipfile
@@ -10,8 +9,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from toy import PROMPTS, Toy, green, red
 from training.test_given_images import Encoder, config_of, write_images
 
@@ -21,7 +18,6 @@ from flowgrain.methods import ForwardProcess, RewardGradient
 from flowgrain.records import GroupStore
 from flowgrain.training import groups as groups_module
 from flowgrain.training.disk import evaluations_bytes, groups_bytes
-from flowgrain.training.retention import Retention
 
 WITH_ROLLOUT = [name for name in METHODS if METHODS.get(name).trains_on is None]
 
@@ -276,63 +272,6 @@ def test_all_steps_are_on_the_disk_when_a_checkpoint_is_written(tiny, tmp_path, 
 
     trainer.train(checkpointed)
     assert found == [[1], [1, 2]]
-
-
-def kept(retention, sizes):
-    """The steps on the disk after every step of a run whose step t has sizes[t - 1] bytes."""
-    disk, history = {}, []
-    for step, size in enumerate(sizes, 1):
-        retention.add(step, size)
-        disk[step] = size
-        for dropped in retention.dropped(list(disk)):
-            del disk[dropped]
-        history.append(dict(disk))
-    return history
-
-
-def test_the_stride_doubles():
-    history = kept(Retention(steps=6, max_bytes=10**9, every=None), [1] * 40)
-    assert sorted(history[5]) == [1, 2, 3, 4, 5, 6]
-    assert sorted(history[6]) == [1, 2, 4, 6, 7]
-    assert sorted(history[30]) == [1, 8, 16, 24, 31]
-    assert sorted(history[39]) == [1, 8, 16, 24, 32, 40]
-
-
-def test_evaluated_steps_are_dropped_last():
-    history = kept(Retention(steps=4, max_bytes=10**9, every=5), [1] * 40)
-    assert sorted(history[13]) == [1, 5, 10, 14]
-    assert sorted(history[39]) == [1, 20, 40]
-
-
-@given(
-    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=60),
-    steps=st.integers(1, 20),
-    megabytes=st.integers(50, 400),
-    every=st.sampled_from([None, 0, 1, 3, 10]),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=60, deadline=None)
-def test_the_budget_and_a_kill(sizes, steps, megabytes, every, seed):
-    history = kept(Retention(steps, megabytes, every), sizes)
-    for step, disk in enumerate(history, 1):
-        assert step in disk
-        assert len(disk) <= steps
-        assert sum(disk.values()) <= megabytes
-    # A kill after `killed` steps: the directory may have fewer files than at the checkpoint.
-    killed = random.Random(seed).randint(1, len(sizes))
-    saved = random.Random(seed + 1).randint(0, killed)
-    before = Retention(steps, megabytes, every)
-    kept(before, sizes[:saved])
-    again = Retention(steps, megabytes, every)
-    again.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    disk = {step: size for step, size in history[killed - 1].items() if step <= saved}
-    for step, size in enumerate(sizes[saved:], saved + 1):
-        again.add(step, size)
-        disk[step] = size
-        for dropped in again.dropped(list(disk)):
-            del disk[dropped]
-    if saved < len(sizes):
-        assert disk == history[-1]
 
 
 def test_the_history_of_a_trainer(tiny, tmp_path):

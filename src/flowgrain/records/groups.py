@@ -86,6 +86,15 @@ class GroupTree:
         }
 
     @cached_property
+    def credited_edges(self) -> dict[int, list[int]]:
+        """Credited rows for which every leaf counts, the last one first."""
+        pairs = {(leaf, edge) for edge, leaves in self.credited_leaves.items() for leaf in leaves}
+        return {
+            leaf: [edge for edge in edges if (leaf, edge) in pairs]
+            for leaf, edges in self.edges_above.items()
+        }
+
+    @cached_property
     def channel_per_state(self) -> bool:
         """Whether channel k contains the completions of the states at grid index k."""
         num_steps = max(self.grid_index)
@@ -173,19 +182,22 @@ class GroupRecord:
         return read_member(self.path, image_name(prompt, place, full))
 
     def leaf_advantage(self, prompt: int) -> list[float]:
-        """Mean advantage [I] of the credited rows above every leaf. NaN for a leaf without any."""
+        """Mean advantage [I] of the rows for which every leaf counts, see `credited_leaves`.
+
+        NaN advantages are left out. NaN for a leaf without any other.
+        """
         of_edge = dict(zip(self.tree.edges, self.prompts[prompt].advantage, strict=True))
-        above = [self.tree.edges_above[leaf] for leaf in self.tree.leaves]
-        return [
-            sum(of_edge[edge] for edge in edges) / len(edges) if edges else math.nan
-            for edges in above
+        found = [
+            [of_edge[edge] for edge in self.tree.credited_edges[leaf]] for leaf in self.tree.leaves
         ]
+        known = [[value for value in values if not math.isnan(value)] for values in found]
+        return [sum(values) / len(values) if values else math.nan for values in known]
 
     def table(self, prompt: int) -> dict[str, list[Any]]:
         """Columns with one value per leaf, for pandas.DataFrame.
 
         place and row of the leaf, every reward as reward/NAME, every monitor as monitor/NAME, and
-        the mean advantage of the credited rows above the leaf.
+        the mean advantage of the rows for which the leaf counts.
         """
         group, leaves = self.prompts[prompt], self.tree.leaves
         return {

@@ -36,8 +36,17 @@ def parse_json(content: bytes) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number. NaN counts as a number, true does not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a JSON value is a number that a float can hold.
+
+    NaN counts as a number. true does not, nor an integer that is too large for a float.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def numbers(values: Any, what: str) -> list[float]:

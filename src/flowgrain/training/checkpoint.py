@@ -18,6 +18,7 @@ from torch import Tensor
 from flowgrain.distributed import SINGLE, World
 from flowgrain.distributed.storage import read_tensors, write_tensors
 from flowgrain.records.files import flush
+from flowgrain.records.json_text import is_number
 
 METRICS = "metrics.jsonl"
 """File of a checkpoint with the metrics of the run up to its step."""
@@ -175,7 +176,7 @@ def score(path: Path) -> float | None:
         found = json.loads((path / "manifest.json").read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+    return float(found) if is_number(found) and math.isfinite(found) else None
 
 
 def best(folder: Path) -> Path | None:

@@ -3,8 +3,10 @@
 Shapes: P prompts, N rows of the tree of one prompt, I images and E credited rows of one prompt.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -66,6 +68,18 @@ class GroupWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def load_state_dict(self, state: Mapping[str, Any] | list[Any], last: int) -> None:
+        """Restore the state of `retention`.
+
+        Args:
+            state: the state. In runs of an earlier version it is a list without the levels.
+            last: step of the checkpoint. Files of later steps will be deleted.
+        """
+        files = group_files(self.folder)
+        sizes = {step: path.stat().st_size for step, path in files.items() if step <= last}
+        known = state if isinstance(state, Mapping) else {"every": None}
+        self.retention.load_state_dict(known, sizes)
 
     def _write(self, group: GroupRecord, images: dict[tuple[int, int], Tensor]) -> None:
         pixels = {place: to_image(image) for place, image in images.items()}

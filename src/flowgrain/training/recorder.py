@@ -223,9 +223,10 @@ class Recorder:
         self.groups.wait()
         return {"groups": self.groups.retention.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`. A run of an earlier version has an empty state."""
-        self.groups.retention.load_state_dict(state.get("groups", ()))
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Restore `state_dict` of training step `step`. Earlier versions have an empty state."""
+        if "groups" in state:
+            self.groups.load_state_dict(state["groups"], step)
 
     def write_calibration(self, result: CalibrationResult) -> None:
         """Write psi and the rounds of the calibration."""

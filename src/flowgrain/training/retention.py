@@ -1,6 +1,7 @@
 """Which recorded training steps stay on the disk."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _EVALUATED = 64
 """Levels of evaluated steps start here. No step number has as many factors of two."""
@@ -17,7 +18,8 @@ class Retention:
     always kept.
 
     The choice depends only on the sizes of all steps so far, not on the files of the directory.
-    A resumed run, which may have deleted more, therefore ends with the same files.
+    A resumed run, which may have deleted more, therefore ends with the same files. If it evaluates
+    other steps than before, levels change, and only the steps that still have files count.
 
     Args:
         steps: largest number of kept steps.
@@ -61,13 +63,24 @@ class Retention:
                 return threshold
         return _FIRST + 1
 
-    def state_dict(self) -> list[list[int]]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return [[level, *total] for level, total in sorted(self._totals.items())]
+        totals = [[level, *total] for level, total in sorted(self._totals.items())]
+        return {"every": self.every or 0, "totals": totals}
 
-    def load_state_dict(self, state: Iterable[Sequence[int]]) -> None:
-        """Restore `state_dict`."""
-        self._totals = {level: (count, total) for level, count, total in state}
+    def load_state_dict(self, state: Mapping[str, Any], sizes: Mapping[int, int]) -> None:
+        """Restore `state_dict`.
+
+        Args:
+            state: the state.
+            sizes: bytes of the steps on the disk. They count if `state` has other levels.
+        """
+        self._totals = {}
+        if state["every"] == (self.every or 0):
+            self._totals = {level: (count, total) for level, count, total in state["totals"]}
+        else:
+            for step, size in sorted(sizes.items()):
+                self.add(step, size)
 
 
 def _factors_of_two(number: int) -> int:

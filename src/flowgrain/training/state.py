@@ -89,7 +89,7 @@ def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
     trainer.steps_done = state["step"]
     if optimizer.scaler.is_enabled():
         optimizer.scaler.load_state_dict(state["scaler"])
-    trainer.recorder.load_state_dict(state.get("records", {}))
+    trainer.recorder.load_state_dict(state.get("records", {}), trainer.steps_done)
     skipped = state["skipped_in_a_row"]
     # A run that stopped because it diverged may be resumed with other settings.
     limit = trainer.config.optimizer.max_skipped_updates
