@@ -233,6 +233,26 @@ def test_the_end_of_a_run_waits_for_a_limited_time(caplog):
     assert len(warnings_of(caplog)) == 1
 
 
+def test_a_tracker_that_is_behind_keeps_no_records(monkeypatch, caplog):
+    monkeypatch.setattr(worker, "PENDING", 3)
+    released, started = threading.Event(), threading.Event()
+
+    def hang(tracker):
+        started.set()
+        released.wait(60)
+
+    hanging = worker.Worker("wandb", lambda: Fake(None))
+    hanging.submit(hang)
+    assert started.wait(10)
+    for _ in range(4):
+        hanging.submit(fail)
+    assert "it is 3 records behind" in warnings_of(caplog)[0]
+    assert list(hanging._tasks.queue) == [None]  # wakes the thread
+    released.set()
+    hanging._thread.join(10)
+    assert not hanging._thread.is_alive()
+
+
 def test_a_tracker_that_failed_is_closed_so_that_earlier_records_are_kept(monkeypatch, tmp_path):
     opened = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,9 +187,16 @@ def ensure_saved(trainer: Trainer) -> str:
     newest = checkpoint.path_of(trainer.out / "checkpoints", trainer.steps_done)
     try:
         exists = trainer.world.gather(newest.exists())[0]
-        return f"the run is saved in {newest if exists else trainer.save(None)}"
+        saved = newest if exists else trainer.save(trainer.world.on_main(partial(_line, trainer)))
+        return f"the run is saved in {saved}"
     except (OSError, checkpoint.CheckpointError) as error:
         return f"the last steps could not be saved ({error})"
+
+
+def _line(trainer: Trainer) -> Metrics | None:
+    """The metrics of the current step, which may have an evaluation. None if it has no line."""
+    lines = trainer.recorder.read_metrics()
+    return lines[-1] if lines and lines[-1]["step"] == trainer.steps_done else None
 
 
 def finish(trainer: Trainer) -> None:

@@ -103,7 +103,8 @@ class Watch:
             others = None if self.net is None else probe.features_of_others(self.net)
             if step == 0:
                 self._record_base(probe, others)
-            base = self._base = self._base or read_base(self.folder)
+            # The other ranks may not see the file. All ranks must measure the same.
+            base = self._base = self._base or self.world.on_main(lambda: read_base(self.folder))
             monitors = dict(evaluation.monitors)
             if base is not None:
                 monitors |= self._of_features(base, evaluation, others)

@@ -1,5 +1,6 @@
 """A thread for every tracker, so that a slow or broken tracker cannot slow or stop a run."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -47,6 +48,8 @@ class Worker:
             self._tasks.put_nowait(task)
         except queue.Full:
             self._switch_off(f"it is {PENDING} records behind")
+        if self._off.is_set():  # the thread may have switched it off at the same time
+            self._drain()
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait until the tracker has written all records, at most for `seconds`."""
@@ -79,3 +82,12 @@ class Worker:
                 self.name,
                 reason,
             )
+            self._drain()
+
+    def _drain(self) -> None:
+        """Drop the waiting records, which have images, and let the thread end."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._tasks.get_nowait()
+        with contextlib.suppress(queue.Full):  # then the thread gets a record, and ends as well
+            self._tasks.put_nowait(None)
