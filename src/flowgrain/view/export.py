@@ -79,7 +79,9 @@ def export(catalog: Catalog, out: Path) -> Exported:
         )
     damaged: list[str] = []
     found = dict(answers(catalog, entries, damaged))
-    data = {name: _without_folders(answer, catalog.roots) for name, answer in found.items()}
+    data: dict[str, Any] = {
+        name: _without_folders(answer, catalog.roots) for name, answer in found.items()
+    }
     size, images, left_out = 0, 0, 0
     page.parent.mkdir(parents=True, exist_ok=True)
     for name, read in list(_pictures(entries, data)):
