@@ -104,13 +104,14 @@ class WithoutExport(Trainer):
 def make(folder, changes=None, method="g2rpo"):
     """A run of six prompts per step."""
     of_method = OF_METHOD.get(method, {})
-    changes, prompts = dict(changes or {}), SIX
+    settings, changes, prompts = dict(SETTINGS), dict(changes or {}), SIX
     for kind in ("pairs", "images"):
         if f"data.{kind}" in changes:
             changes[f"data.{kind}"], prompts = write_images(kind), None
+            del settings["method.group_size"]  # nothing is sampled
     if "window_size" in METHODS.get(method).model_fields:
         of_method = {"method.window_size": 2}
-    config = load_config(method, {**SETTINGS, **of_method, **changes})
+    config = load_config(method, {**settings, **of_method, **changes})
     return WithoutExport(
         config,
         folder,

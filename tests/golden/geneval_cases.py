@@ -17,7 +17,7 @@ from flowgrain.rewards.geneval_rules import (
 
 BENCHMARK = "djghosh13/geneval af4902f"
 SERVER = "scxue/advantage_weighted_matching be51372, evaluate_reward"
-ROUNDED = "golden numbers have nine digits"
+ROUNDED = "the reference numbers have nine digits"
 
 Cases = Iterator[tuple[str, Any, Any]]
 Objects = dict[str, list[Box]]
