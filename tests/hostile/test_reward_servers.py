@@ -237,7 +237,9 @@ def test_scores_before_a_failure_are_kept():
         (good if server.requests == 1 else answer("", "500 Oops"))(connection, server)
 
     with HostileServer(behave) as server:
-        reward = client("remote", server.url, request_size=2, retries=0)
+        # Time is not what is tested, and other tests may use the processor.
+        limits = {"timeout": 20.0, "deadline": 60.0}
+        reward = client("remote", server.url, request_size=2, retries=0, **limits)
         found = score(reward, torch.rand(8, 3, 4, 4), ["a"] * 8)
         assert server.requests == 3
     assert found.values[:2].tolist() == [1, 2]
