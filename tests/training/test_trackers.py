@@ -84,6 +84,7 @@ def test_a_tracker_gets_all_records(tracker, tmp_path):
         assert files == ["transformer/weights.pt"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_in_the_same_run_of_the_tracker(tracker, tmp_path):
     script = Path(__file__).with_name("tracked.py")
     paths = os.pathsep.join([*(p for p in sys.path if p), *([str(ASIDE)] * (tracker == "trackio"))])
