@@ -35,7 +35,7 @@ def load_run(path: str | Path) -> "Run":
 
     Example:
         >>> run = load_run("runs/demo")
-        >>> run.history["eval/towers"][-1]
+        >>> run.history["eval/towers"]
         >>> run.groups[12].image(prompt=0, place=3)
     """
     path = Path(path)
