@@ -209,7 +209,8 @@ def test_stop_and_go_on(watched, tmp_path, alarm_after):
     alarm_after(2)
     config = watched.with_changes({"watch.action": "stop"})
     message = (
-        r"step 2: alarm: .* dark changed by \+0\.3 .*step-000001\. Look at .* go on with Trainer\("
+        r"step 2: alarm: .* dark changed by \+0\.3 .*step-000001\. See the images with .* "
+        r"To resume without a stop: Trainer\("
         r"config\.with_changes\({'watch\.action': warn}\)"
     )
     with pytest.raises(RunStopped, match=message):

@@ -23,6 +23,7 @@ from flowgrain.methods import METHODS, DifferentiableReward
 from flowgrain.models.base import BACKBONES
 from flowgrain.registry import load_plugin
 from flowgrain.settings import SettingsError, nearest, one_line
+from flowgrain.yaml_file import read_mapping
 from flowgrain.yaml_text import check_yaml, syntax_error
 
 DEFAULT = "demo"
@@ -207,36 +208,16 @@ def read_source(source: str | Path) -> tuple[str, Values]:
 
 
 def read_yaml(file: Path | Traversable) -> Values:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, with resolved references.
 
     Raises:
         SettingsError: the file is not YAML, or does not contain a mapping with text keys.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-        check_yaml(text, mapping=True)
-        values = _container(OmegaConf.create(text))
-    except UnicodeDecodeError as error:
-        raise SettingsError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from None
-    except (
-        OmegaConfBaseException,
-        yaml.YAMLError,
-        OSError,
-        AttributeError,
-        ValueError,
-        RecursionError,
-    ) as error:
-        reason = syntax_error(error) or one_line(error)
-        if not reason.startswith(("line ", "contains ")):
-            reason = f"not readable as YAML: {reason}"
-        raise SettingsError(f"{file}: {reason}.") from error
-    if not all(isinstance(key, str) for key in values):
-        raise SettingsError(
-            f"{file}: keys must be text. Write `section:` and below it `key: value`."
-        )
-    return values
+    return read_mapping(
+        file,
+        lambda text: _container(OmegaConf.create(text)),
+        (OmegaConfBaseException, AttributeError),
+    )
 
 
 def recipe_names() -> list[str]:

@@ -182,10 +182,12 @@ def _alarm(trainer: Trainer, last: bool) -> StoppedByAlarm | None:
     given, out = trainer.recorder.given, trainer.out
     go_on = resume_command(out, given, {"watch.action": "warn"})
     found = checkpoint.best(out / "checkpoints")
-    good = f"The best checkpoint without an alarm is {found}" if found else "No checkpoint is good"
+    best = f"The best checkpoint without an alarm is {found}"
+    if found is None:
+        best = "No saved checkpoint was evaluated without an alarm"
     return StoppedByAlarm(
         f"{alarms[0].message} The run stopped (watch.action=stop; alarms: {names}) and is saved. "
-        f"{good}. Look at its images, then go on with {go_on}"
+        f"{best}. See the images with flowgrain view {out}. To resume without a stop: {go_on}"
     )
 
 

@@ -86,7 +86,7 @@ class Gate:
         await answer(scope, receive, send_with_headers)
 
     def _refuse(self, scope: Scope) -> Response | None:
-        """The answer to a request that is not allowed, whoever sends it."""
+        """The response to a request that is refused with any token. None if it is allowed."""
         headers = Headers(scope=scope)
         if len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MAX_URL:
             return refusal(414, "The address is too long.")

@@ -1,4 +1,4 @@
-"""What every tracker does, and what it is told about the run.
+"""The interface of a tracker, and the data that a tracker receives.
 
 Shapes: I images of H x W pixels.
 """
