@@ -1,13 +1,13 @@
 // Group: the images of a prompt at a training step, with every reward and the advantage.
 
 import {html, useMemo, useState} from "preact";
-import {apiPath, useGet} from "view/api.js";
 import {number, signed} from "view/format.js";
 import {Lightbox, VirtualGrid} from "view/grid.js";
-import {Keys, useKeys} from "view/keyboard.js";
+import {Keys} from "view/keyboard.js";
 import {comparisonGroups, groupTitle, promptImages, promptSummary, readTree, rewardUpMonitorDown} from "view/records.js";
-import {go, link, setQuery, useRoute} from "view/router.js";
-import {advantageStyle, Field, Nothing, Pending, Picture, RunPicker, Select, StepSlider, usePageRun} from "view/ui.js";
+import {RecordedPage, useRecordedStep} from "view/recorded.js";
+import {link, setQuery} from "view/router.js";
+import {advantageStyle, Field, Picture, Select} from "view/ui.js";
 
 const CELL = 150;
 const LINE = 18;
@@ -21,36 +21,12 @@ const SHOWN = [
 const PROMPTS = [["all", "All prompts"], ["recorded", "With images"], ["zero", "Zero variance"], ["failed", "Failed rewards"]];
 
 export function Group() {
-  const {parts, query} = useRoute();
-  const {runs, run, error, loaded} = usePageRun(parts[0]);
-  const detail = useGet(run && apiPath("runs", run));
-  const steps = detail.data?.group_steps ?? [];
-  const step = parts[1] ? Number(parts[1]) : (steps.at(-1) ?? null);
-  const record = useGet(run && step !== null ? apiPath("runs", run, "groups", step) : null);
-  const prompt = parts[2] ?? "0";
-  const open = (to) => go(link("group", [to.run ?? run, to.step ?? step, to.prompt ?? prompt], query), {replace: true});
-  const move = (by) => {
-    const to = steps[steps.indexOf(step) + by];
-    if (to !== undefined) open({step: to});
-  };
-  useKeys({"[": () => move(-1), "]": () => move(1)});
-  if (!loaded || error) return html`<${Pending} error=${error} what="runs" />`;
-  if (!run) return html`<${Nothing}>There are no runs yet.</${Nothing}>`;
-  return html`<section class="page">
-    <div class="controls">
-      <${RunPicker} runs=${runs} value=${run} onChange=${(id) => go(link("group", [id], query))} />
-      ${steps.length > 0 && html`<${StepSlider} label="Training step" steps=${steps} value=${step} onChange=${(to) => open({step: to})} />`}
-    </div>
-    ${detail.error && html`<${Pending} error=${detail.error} />`}
-    ${detail.data && !steps.length && html`<${Nothing}>
-      This run has recorded no groups yet. training.record sets how many prompts and steps are recorded.
-    </${Nothing}>`}
-    ${record.error && html`<${Pending} error=${record.error} />`}
-    ${record.data
-      ? html`<${Prompts} record=${record.data} run=${run} chosen=${prompt} query=${query} open=${open} />`
-      : steps.length > 0 && !record.error && html`<${Pending} what="group" />`}
-    <${Keys} of=${[["[ ]", "previous and next step"], ["← → ↑ ↓", "between images"], ["Enter", "enlarge"]]} />
-  </section>`;
+  const state = useRecordedStep("group");
+  const {record, run, prompt, query, open} = state;
+  const keys = html`<${Keys} of=${[["[ ]", "previous and next step"], ["← → ↑ ↓", "between images"], ["Enter", "enlarge"]]} />`;
+  return html`<${RecordedPage} state=${state} keepQuery keys=${keys} what="group">
+    <${Prompts} record=${record.data} run=${run} chosen=${prompt} query=${query} open=${open} />
+  </${RecordedPage}>`;
 }
 
 /** The list of prompts, and the images of the chosen one. */

@@ -1,53 +1,31 @@
 // Tree: the rollout of a prompt. Stochastic and deterministic steps, their advantages and images.
 
-import {html, useEffect, useMemo, useRef, useState} from "preact";
-import {apiPath, useGet} from "view/api.js";
+import {html, useEffect, useMemo, useState} from "preact";
 import {number, signed} from "view/format.js";
 import {Lightbox} from "view/grid.js";
-import {Keys, useKeys} from "view/keyboard.js";
+import {Keys} from "view/keyboard.js";
 import {promptImages, readTree} from "view/records.js";
-import {go, link, setQuery, useRoute} from "view/router.js";
+import {RecordedPage, useRecordedStep} from "view/recorded.js";
+import {link, setQuery} from "view/router.js";
 import {edgePath, layout, THUMBNAIL} from "view/tree_layout.js";
-import {advantageStyle, Field, Nothing, Pending, Picture, RunPicker, Select, StepSlider, usePageRun} from "view/ui.js";
+import {advantageStyle, Field, Picture, Select} from "view/ui.js";
 import {usePanZoom} from "view/zoom.js";
 
 const MARGIN = 30;
 const MANY = 120;
 
 export function Tree() {
-  const {parts, query} = useRoute();
-  const {runs, run, error, loaded} = usePageRun(parts[0]);
-  const detail = useGet(run && apiPath("runs", run));
-  const steps = detail.data?.group_steps ?? [];
-  const step = parts[1] ? Number(parts[1]) : (steps.at(-1) ?? null);
-  const record = useGet(run && step !== null ? apiPath("runs", run, "groups", step) : null);
+  const state = useRecordedStep("tree");
+  const {record, run, query, open} = state;
   const prompts = record.data?.prompts ?? [];
-  const prompt = Math.min(Number(parts[2]) || 0, Math.max(0, prompts.length - 1));
-  const open = (to) => go(link("tree", [run, to.step ?? step, to.prompt ?? prompt], query), {replace: true});
-  const move = (by) => {
-    const to = steps[steps.indexOf(step) + by];
-    if (to !== undefined) open({step: to});
-  };
-  useKeys({"[": () => move(-1), "]": () => move(1)});
-  if (!loaded || error) return html`<${Pending} error=${error} what="runs" />`;
-  if (!run) return html`<${Nothing}>There are no runs yet.</${Nothing}>`;
-  return html`<section class="page">
-    <div class="controls">
-      <${RunPicker} runs=${runs} value=${run} onChange=${(id) => go(link("tree", [id]))} />
-      ${steps.length > 0 && html`<${StepSlider} label="Training step" steps=${steps} value=${step} onChange=${(to) => open({step: to})} />`}
-      ${prompts.length > 0 && html`<${Select} label="Prompt" wide value=${prompt} options=${prompts.map((p, i) => [i, p.recorded ? p.text : `${p.text} (numbers only)`])}
-        onChange=${(to) => open({prompt: to})} />`}
-    </div>
-    ${detail.error && html`<${Pending} error=${detail.error} />`}
-    ${detail.data && !steps.length && html`<${Nothing}>
-      This run has recorded no groups yet. training.record sets how many prompts and steps are recorded.
-    </${Nothing}>`}
-    ${record.error && html`<${Pending} error=${record.error} />`}
-    ${record.data
-      ? html`<${Drawing} record=${record.data} run=${run} prompt=${prompt} query=${query} />`
-      : steps.length > 0 && !record.error && html`<${Pending} what="tree" />`}
-    <${Keys} of=${[["← → ↑ ↓", "walk through the tree"], ["Enter", "open the image"], ["Space", "fold a branch"], ["+ − 0", "zoom"], ["[ ]", "previous and next step"]]} />
-  </section>`;
+  const prompt = Math.min(Number(state.prompt) || 0, Math.max(0, prompts.length - 1));
+  const options = prompts.map((p, i) => [i, p.recorded ? p.text : `${p.text} (numbers only)`]);
+  const more = prompts.length > 0 && html`<${Select} label="Prompt" wide value=${prompt} options=${options}
+    onChange=${(to) => open({prompt: to})} />`;
+  const keys = html`<${Keys} of=${[["← → ↑ ↓", "walk through the tree"], ["Enter", "open the image"], ["Space", "fold a branch"], ["+ − 0", "zoom"], ["[ ]", "previous and next step"]]} />`;
+  return html`<${RecordedPage} state=${state} more=${more} keys=${keys} what="tree">
+    <${Drawing} record=${record.data} run=${run} prompt=${prompt} query=${query} />
+  </${RecordedPage}>`;
 }
 
 function Drawing({record, run, prompt, query}) {
