@@ -97,7 +97,8 @@ class RolloutCollector:
         sigmas = config.sigmas().tolist()
         prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed, sigmas)
         noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
-        scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise)
+        measured = config.watch.action != "off"
+        scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise, measured)
 
         tree, normalization = prompt_tree.repeat(len(prompts)), method.normalization()
         values = {name: scores.values for name, scores in scored.scores.items()}
@@ -164,7 +165,12 @@ class RolloutCollector:
         return method.kernel(self.sigmas) if isinstance(method, PolicyGradient) else ODE()
 
     def score_tree(
-        self, prompt_tree: Tree, prompts: Sequence[Prompt], kernel: Kernel, noise: Noise
+        self,
+        prompt_tree: Tree,
+        prompts: Sequence[Prompt],
+        kernel: Kernel,
+        noise: Noise,
+        measured: bool = False,
     ) -> ScoredTree:
         """Execute a tree for this rank's share of `prompts`, and decode and score its leaves.
 
@@ -176,6 +182,7 @@ class RolloutCollector:
             prompts: prompts of all ranks.
             kernel: transition of the stochastic steps.
             noise: noise source. A prompt number is the position in `prompts`.
+            measured: whether the monitors of the images are measured.
 
         Raises:
             StopRequested: a signal arrived.
@@ -188,7 +195,6 @@ class RolloutCollector:
             cond = self.policy.encode([prompt.text for prompt in mine])
         size = sampling.prompts_per_chunk or len(mine)
         batch_sizes = self.config.reward_batch_sizes
-        measured = self.config.watch.action != "off"
         rollouts, decoded = [], []
         with Scorer(self.rewards, batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
@@ -212,35 +218,31 @@ class RolloutCollector:
         whole = rollouts[0]
         if len(rollouts) > 1:
             whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
-        gathered = self._gather(scores, len(prompts), len(assigned))
-        monitors = self._gather_values(everything.monitors, len(prompts), len(assigned))
+        gathered, monitors = self._gather(scores, everything.monitors, len(prompts), len(assigned))
         return ScoredTree(cond, whole, everything.images, gathered, monitors)
 
-    def _gather(self, scores: Mapping[str, Scores], count: int, assigned: int) -> dict[str, Scores]:
-        """The scores of the images of all `count` prompts. Every rank scored `assigned` prompts."""
+    def _gather(
+        self,
+        scores: Mapping[str, Scores],
+        monitors: Mapping[str, Tensor],
+        count: int,
+        assigned: int,
+    ) -> tuple[dict[str, Scores], dict[str, Tensor]]:
+        """Scores and monitors of the images of all `count` prompts. Every rank has `assigned`."""
         own = {name: of_reward.values for name, of_reward in scores.items()}
-        gathered = self._gather_values(own, count, assigned)
-        reasons = self.world.gather({name: of_reward.reason for name, of_reward in scores.items()})
-        return {
-            name: Scores(
-                values,
-                int(values.isnan().sum()),
-                next((of_rank[name] for of_rank in reasons if of_rank[name]), None),
-            )
-            for name, values in gathered.items()
-        }
+        reasons = {name: of_reward.reason for name, of_reward in scores.items()}
+        ranks = self.world.gather((own, reasons, dict(monitors)))
 
-    def _gather_values(
-        self, own: Mapping[str, Tensor], count: int, assigned: int
-    ) -> dict[str, Tensor]:
-        """Values [I] of the images of all `count` prompts. Every rank has `assigned` prompts."""
-        parts = self.world.gather(dict(own))
-        return {
-            name: self.world.interleave(
-                [part[name].reshape(assigned, -1) for part in parts], count
-            ).flatten()
-            for name in own
-        }
+        def whole(parts: Sequence[Tensor]) -> Tensor:
+            per_prompt = [part.reshape(assigned, -1) for part in parts]
+            return self.world.interleave(per_prompt, count).flatten()
+
+        gathered = {}
+        for name in scores:
+            values = whole([values_of[name] for values_of, _, _ in ranks])
+            reason = next((reason[name] for _, reason, _ in ranks if reason[name]), None)
+            gathered[name] = Scores(values, int(values.isnan().sum()), reason)
+        return gathered, {name: whole([own[name] for _, _, own in ranks]) for name in monitors}
 
 
 @dataclass(frozen=True)

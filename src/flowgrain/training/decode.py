@@ -50,6 +50,7 @@ def decode(policy: Policy, latents: Tensor, batch_size: int, measured: bool = Fa
         if measured:
             norm = part.float().flatten(1).square().mean(1).sqrt()
             monitors = {**pixels.measure(images), "latent_norm": norm}
-        on_cpu = {name: values.cpu() for name, values in monitors.items()}
-        parts.append(Decoded(images.cpu(), on_cpu))
+        # A single transfer from the device.
+        values = torch.stack(list(monitors.values())).cpu().unbind() if monitors else ()
+        parts.append(Decoded(images.cpu(), dict(zip(monitors, values, strict=True))))
     return Decoded.concatenate(parts)
