@@ -64,7 +64,7 @@ export function VirtualGrid({items, cellWidth, aspect = 1, text, render, label})
     style=${{height: `${Math.ceil(count / columns) * height}px`}}
   >
     <div class="rows" style=${{
-      transform: `translateY(${(from / columns) * height}px)`,
+      top: `${(from / columns) * height}px`,
       gridTemplateColumns: `repeat(${columns}, minmax(0, 1fr))`,
       gridAutoRows: `${height - GAP}px`,
     }}>
