@@ -56,7 +56,7 @@ def encode_image(pixels: Pixels, size: int | None = None) -> bytes:
     if size is not None:
         quality = THUMBNAIL_QUALITY
         image.thumbnail((size, size), Image.Resampling.BOX)  # much faster than Lanczos
-    image.save(stream, format="WEBP", quality=quality, method=2)
+    image.save(stream, format="WEBP", quality=quality, method=0)  # twice as fast as 2
     return stream.getvalue()
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 def to_json(values: Any) -> str:
     """`values` as one line of JSON. Numbers that are not finite become null."""
-    return json.dumps(_finite(values), allow_nan=False)
+    try:
+        return json.dumps(values, allow_nan=False)
+    except ValueError:  # rare, and much slower
+        return json.dumps(_finite(values), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
