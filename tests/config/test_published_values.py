@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from flowgrain import load_config
 from flowgrain.config.load import recipe_names
 from flowgrain.models.base import BACKBONES
-from flowgrain.training.sizes import _PUBLISHED
+from flowgrain.models.published import PUBLISHED
 
 TABLE = yaml.safe_load((Path(__file__).parent / "published_values.yaml").read_text())
 CHECKS = [(name, group) for name, groups in TABLE["recipes"].items() for group in groups]
@@ -23,7 +23,7 @@ def lora_layers(path, backbone, target_modules):
     """Number of layers of the published architecture that peft adapts."""
     from peft import LoraConfig
 
-    config = dict(_PUBLISHED[path]["transformer"])
+    config = dict(PUBLISHED[path]["transformer"])
     with torch.device("meta"):
         transformer = getattr(diffusers, config["_class_name"]).from_config(config)
     assert isinstance(transformer, SD3Transformer2DModel | FluxTransformer2DModel)

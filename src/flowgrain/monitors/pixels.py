@@ -87,12 +87,21 @@ def color_entropy(images: Tensor) -> Tensor:
     colors = ((red * LEVELS + green) * LEVELS + blue).flatten(1).int()  # (I, H * W)
     number = torch.arange(len(images), device=images.device, dtype=torch.int32) * LEVELS**3
     found = (colors + number[:, None]).flatten()
-    counts = torch.bincount(found, minlength=len(images) * LEVELS**3).reshape(len(images), -1)
+    counts = _histogram(found, len(images) * LEVELS**3).reshape(len(images), -1)
     pixels = colors.shape[1]
     # The terms of all possible counts, because a logarithm is slower than a lookup.
     terms = torch.special.entr(torch.arange(pixels + 1, device=images.device) / pixels)
     entropy: Tensor = terms[counts].sum(1) / math.log(2)
     return entropy
+
+
+def _histogram(values: Tensor, size: int) -> Tensor:
+    """How often each of 0 .. `size` - 1 occurs in the integers `values`."""
+    if values.device.type == "cpu":
+        return torch.bincount(values, minlength=size)
+    # On a GPU, bincount waits for the largest value.
+    counts = torch.zeros(size, dtype=torch.int64, device=values.device)
+    return counts.scatter_add_(0, values.long(), torch.ones_like(values, dtype=torch.int64))
 
 
 def high_frequency(gray: Tensor) -> Tensor:

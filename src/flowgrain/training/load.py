@@ -55,8 +55,10 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     return _DTYPES[setting]
 
 
-def load_dtypes(config: Config, train: bool = True) -> Dtypes:
-    """The dtypes in which the parts of a model are loaded.
+def load_dtypes(
+    config: Config, train: bool = True, device: torch.device | None = None
+) -> Dtypes:
+    """The dtypes in which the parts of a model are loaded on `device`, by default runtime.device.
 
     A full fine-tune loads float32 master parameters. With LoRA the frozen transformer is loaded in
     the compute dtype. auto is float32 for the VAE, because rounding would be visible, and the
@@ -65,7 +67,7 @@ def load_dtypes(config: Config, train: bool = True) -> Dtypes:
     Raises:
         SettingsError: this machine has no such device.
     """
-    device = compute_device(config.runtime.device)
+    device = device or compute_device(config.runtime.device)
     frozen = config.lora.rank > 0 or not train
     transformer = compute_dtype(config.runtime.dtype, device) if frozen else torch.float32
     vae = torch.bfloat16 if config.model.vae_dtype == "bfloat16" else torch.float32

@@ -19,6 +19,7 @@ from flowgrain.config.schema import Config
 from flowgrain.models import BACKBONES, Backbone, ModelConfig
 from flowgrain.models.acceleration import QuantizedCopy
 from flowgrain.models.pipeline import JOINT_ATTENTION
+from flowgrain.models.published import PUBLISHED
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.models.shapes import WEIGHTS, ShapesBackbone
 from flowgrain.settings import SettingsError
@@ -26,40 +27,6 @@ from flowgrain.training.copies import names_of_blocks
 
 _CLIP_TOKENS = 77
 """Tokens of CLIP, which come before the tokens of T5 in SD3."""
-
-_VAE_16 = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-_PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "black-forest-labs/FLUX.1-dev": {
-        "transformer": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
-        "vae": _VAE_16,
-    },
-    "stabilityai/stable-diffusion-3.5-medium": {
-        "transformer": {
-            "_class_name": "SD3Transformer2DModel",
-            "sample_size": 128,
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-        "vae": _VAE_16,
-    },
-}
-"""Configurations of the parts of published models, by Hub name."""
-
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -144,7 +111,7 @@ def forward_flops(model: ModelConfig) -> float:
     if model.name not in _INPUTS or parts is None:
         raise SettingsError(
             f"model.name={model.name}, model.path={model.path}: the FLOPs of this model are not "
-            f"known. Use flux or sd3 with a local directory, {' or '.join(_PUBLISHED)}."
+            f"known. Use flux or sd3 with a local directory, {' or '.join(PUBLISHED)}."
         )
     transformer, vae = parts
     with torch.device("meta"):
@@ -232,7 +199,7 @@ def _part_config(model: ModelConfig, part: str) -> Mapping[str, Any] | None:
     """Configuration of a part of the pipeline: its config.json, or the published configuration."""
     folder = WEIGHTS if model.name == "shapes" and not model.path else Path(model.path or "")
     if not folder.name or not folder.is_dir():
-        return _PUBLISHED.get(model.path or "", {}).get(part)
+        return PUBLISHED.get(model.path or "", {}).get(part)
     file = folder / part / "config.json"
     if not file.is_file():
         return None

@@ -1,6 +1,7 @@
 """The training step, from prompts to optimizer.step()."""
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,19 +58,38 @@ def update(
     batch: RolloutBatch,
     sigmas: Tensor,
 ) -> Metrics:
-    """Run the optimizer updates of one rollout batch, and return their metrics.
+    """Run the optimizer updates of one rollout batch, and return their metrics."""
+    losses = rollout_loss(config, method, policy, batch, sigmas)
+    return run_updates(losses, policy, optimizer, batch.world)
+
+
+def run_updates(
+    losses: RolloutLoss,
+    policy: Policy,
+    optimizer: PolicyOptimizer,
+    world: World,
+    places: Callable[[int], Sequence[int]] = range,
+) -> Metrics:
+    """Run the optimizer updates of `losses`, and return their metrics.
 
     The only reduction of losses is sum / global count.
+
+    Args:
+        losses: losses of the rollout batch.
+        policy: the trained policy.
+        optimizer: its optimizer.
+        world: ranks.
+        places: the micro-batches to run, of a number of them. A rehearsal leaves some out.
     """
-    losses = rollout_loss(config, method, policy, batch, sigmas)
     losses.prepare()
     record, norms, skipped = TermRecord(), [], 0
     for number, share in enumerate(losses.updates):
         finite_losses = []
         last = len(share.micro_batches) - 1
-        for place, micro_batch in enumerate(share.micro_batches):
+        for place in places(len(share.micro_batches)):
+            micro_batch = share.micro_batches[place]
             if number == 0:  # no parameter has changed
-                check_stop(batch.world)
+                check_stop(world)
             set_gradient_sync(policy.model, place == last)
             terms = losses.terms(number, place)
             loss = terms["loss"].sum() * micro_batch.counts / share.count
@@ -81,7 +101,7 @@ def update(
         norms.append(norm)
         skipped += was_skipped
     losses.finish()
-    means = record.means(batch.world, _TERMS)
+    means = record.means(world, _TERMS)
     return losses.metrics(means, record) | {
         "grad_norm": float(torch.stack(norms).mean()),
         "updates": len(losses.updates),

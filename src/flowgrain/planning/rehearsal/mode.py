@@ -1,0 +1,242 @@
+"""A mode in which tensors on the accelerator are fake, and tensors on the CPU are real."""
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from flowgrain.planning.rehearsal.accelerator import NAME
+from flowgrain.planning.rehearsal.ledger import Ledger
+
+_PACKAGE = Path(__file__).parents[2]
+_aten: Any = torch.ops.aten
+_SMALL = 65_536
+"""Largest number of values of a tensor that has real values on the host."""
+_KNOWN = "_rehearsal_values"
+"""Attribute of a tensor on the device that was copied from the host."""
+_COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "broadcast_")
+
+
+class _FakeMode(FakeTensorMode):
+    """A mode that copies of its tensors share."""
+
+    def __deepcopy__(self, _: Any) -> "_FakeMode":
+        return self
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a model: its result and its cost."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    flops: float
+    moved: dict[str, float]
+    held: list[tuple[int, int]]
+
+
+class RehearsalMode(TorchDispatchMode):
+    """Runs operators on fake tensors, and counts what a device would do.
+
+    Attributes:
+        ledger: memory of the device.
+        flops: FLOPs by phase.
+        moved: bytes that this rank receives over links, by phase and collective.
+        copied: bytes between device and host, by direction.
+        syncs: how often the host waited for the device, by place in the code.
+        rows: rows through the model and the decoder.
+    """
+
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__()
+        self.ledger = Ledger()
+        self.flops: defaultdict[str, float] = defaultdict(float)
+        self.moved: defaultdict[str, float] = defaultdict(float)
+        self.copied: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()
+        self.rows: defaultdict[str, float] = defaultdict(float)
+        self._calls: dict[Hashable, _Call] = {}
+        self._world_size = world_size
+        self._fake = _FakeMode()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **kwargs)  # DTensor computes the shape of a result
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        fake = any(isinstance(t, FakeTensor) for t in tensors)
+        target = kwargs.get("device")
+        to_device = target is not None and torch.device(target).type == NAME
+        if not fake and not to_device:
+            return func(*args, **kwargs)
+        if func is _aten._local_scalar_dense.default:
+            return self._value(args[0]).item()
+        if func is _aten._to_copy.default:
+            self._count_copy(args[0], target)
+            if not fake:  # to the device
+                return self._on_device(args[0], kwargs)
+            if target is not None and not to_device and hasattr(args[0], _KNOWN):
+                return func(getattr(args[0], _KNOWN), **kwargs)
+        args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
+        with self._fake:
+            out = func(*args, **kwargs)
+        self._record(func, args, kwargs, out)
+        return tree_map_only(FakeTensor, _with_values, out)
+
+    def once(self, key: Hashable, call: Callable[[], Tensor]) -> Tensor:
+        """The result of `call`. A call with a known key is counted, but not repeated."""
+        phase, known = self.ledger.phase, self._calls.get(key)
+        if known is None:
+            position, flops, moved = self.ledger.position, self.flops[phase], dict(self.moved)
+            out = call()
+            self._calls[key] = _Call(
+                out.shape,
+                out.dtype,
+                self.flops[phase] - flops,
+                {name: value - moved.get(name, 0.0) for name, value in self.moved.items()},
+                self.ledger.highest(position),
+            )
+            return out
+        self.flops[phase] += known.flops
+        for name, value in known.moved.items():
+            self.moved[name] += value
+        self.ledger.repeat(known.held)
+        return torch.empty(known.shape, dtype=known.dtype, device=torch.device(NAME, 0))
+
+    def forget(self) -> None:
+        """Count from now on. The memory that is held stays known."""
+        for counts in (self.flops, self.moved, self.copied, self.syncs, self.rows):
+            counts.clear()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """This mode, with methods of torch replaced that cannot handle fake tensors."""
+        resize, tolist = torch.UntypedStorage.resize_, Tensor.tolist
+
+        def recorded_resize(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            self.ledger.resized(storage)
+
+        def fake_tolist(tensor: Tensor) -> Any:
+            if not isinstance(tensor, FakeTensor):
+                return tolist(tensor)
+            return tolist(self._value(tensor))
+
+        with (
+            patch.object(torch.UntypedStorage, "resize_", recorded_resize),
+            patch.object(Tensor, "tolist", fake_tolist),
+            patch.object(nn.Module, "_apply", _apply),
+            self,
+        ):
+            # torch.tensor(values, device) makes a tensor on the CPU, and then a copy on the device.
+            torch._C._set_only_lift_cpu_tensors(True)
+            try:
+                yield
+            finally:
+                torch._C._set_only_lift_cpu_tensors(False)
+
+    def _on_device(self, tensor: Tensor, kwargs: Any) -> Tensor:
+        """A copy of a tensor of the host on the device. Small ones are read back unchanged."""
+        with self._fake:
+            shape, dtype = tensor.shape, kwargs.get("dtype") or tensor.dtype
+            out = torch.empty(shape, dtype=dtype, device=kwargs["device"])
+        if tensor.numel() <= _SMALL:
+            setattr(out, _KNOWN, tensor.detach().to(dtype, copy=True))
+        self.ledger.add(out)
+        return out
+
+    def _as_fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        """Values in place of those that a device would return."""
+        if tensor.device.type == NAME:
+            self._count_sync()
+        known: Tensor | None = getattr(tensor, _KNOWN, None)
+        return _plausible(tensor) if known is None else known
+
+    def _count_copy(self, tensor: Tensor, target: Any) -> None:
+        if target is None:
+            return
+        source, to = tensor.device.type, torch.device(target).type
+        if source == to:
+            return
+        self.copied["to host" if to == "cpu" else "to device"] += tensor.nbytes
+        if to == "cpu":
+            self._count_sync()
+
+    def _count_sync(self) -> None:
+        frame = sys._getframe(1)
+        own = Path(__file__).parent
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(_PACKAGE) and not path.is_relative_to(own):
+                self.syncs[f"{path.relative_to(_PACKAGE)}:{frame.f_lineno}"] += 1
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+        self.syncs["elsewhere"] += 1
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.device.type == NAME:
+                self.ledger.add(tensor)
+        counted = flop_registry.get(func._overloadpacket)
+        phase = self.ledger.phase
+        if counted is not None:
+            self.flops[phase] += counted(*args, **kwargs, out_val=out)
+        elif func.namespace == "c10d":
+            self._record_collective(func, args)
+
+    def _record_collective(self, func: Any, args: Any) -> None:
+        """Bytes that this rank receives, in a ring."""
+        name = func._overloadpacket.__name__
+        if name not in _COLLECTIVES:
+            return
+        sizes = [t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor)]
+        share = (self._world_size - 1) / self._world_size
+        rounds = 2 if name == "allreduce_" else 1
+        self.moved[f"{self.ledger.phase} {name.strip('_')}"] += rounds * share * max(sizes)
+
+
+def _plausible(tensor: Tensor) -> Tensor:
+    """True, 1 or 0.5 everywhere, in the shape of `tensor`."""
+    value = 1 if not tensor.is_floating_point() else 0.5
+    return torch.full(tensor.shape, value, dtype=tensor.dtype)
+
+
+def _with_values(tensor: FakeTensor) -> Tensor:
+    """A real tensor in place of a small fake tensor on the host, so that code can depend on it."""
+    return _plausible(tensor) if tensor.device.type == "cpu" and tensor.numel() <= _SMALL else tensor
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply` without swapping, which fake tensors do not support."""
+    if recurse:
+        for child in module.children():
+            child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = change(parameter)
+            if changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module

@@ -1,0 +1,279 @@
+"""One training step on fake tensors: the real rollout, update and optimizer.
+
+Equal model calls are run once and counted as often as they occur: calls without gradient by their
+shape, and micro-batches after the second.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from flowgrain.config.schema import Config
+from flowgrain.distributed import World
+from flowgrain.distributed.sharding import local_tensor
+from flowgrain.methods import Method
+from flowgrain.models import Backbone, Conditioning
+from flowgrain.planning.rehearsal.accelerator import NAME
+from flowgrain.planning.rehearsal.ledger import Peak
+from flowgrain.planning.rehearsal.mode import RehearsalMode
+from flowgrain.planning.rehearsal.stand_ins import prompts_of, rewards_of
+from flowgrain.training.collect import RolloutCollector
+from flowgrain.training.optimizer import PolicyOptimizer
+from flowgrain.training.policy import Policy
+from flowgrain.training.rollout_batch import RolloutBatch
+from flowgrain.training.step import rollout_loss, run_updates
+from flowgrain.training.timer import StageTimer
+
+T = TypeVar("T")
+GPUS_PER_MACHINE = 8
+"""Assumed number of GPUs of a machine. Parameters are sharded within a machine."""
+FIRST, LATER, OPTIMIZER = "first micro-batch", "later micro-batches", "optimizer"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a step needs on one rank.
+
+    Attributes:
+        peaks: peak of the memory by phase.
+        flops: FLOPs by phase.
+        moved: bytes received over links, by phase and collective.
+        copied: bytes between host and device by direction.
+        syncs: waits of the host for the device by place in the code.
+        checkpoint: bytes of this rank's tensors in a checkpoint.
+        counts: rows through the model without and with gradient, and decoded images.
+    """
+
+    peaks: Mapping[str, Peak]
+    flops: Mapping[str, float]
+    moved: Mapping[str, float]
+    copied: Mapping[str, float]
+    syncs: Mapping[str, int]
+    checkpoint: float
+    counts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _FakeWorld(World):
+    """A rank whose other ranks have the same values."""
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank."""
+        return [value] * self.size
+
+
+class _Timer(StageTimer):
+    """Names the phases of the ledger after the stages of a step."""
+
+    def __init__(self, device: torch.device, mode: RehearsalMode) -> None:
+        super().__init__(device)
+        self._ledger = mode.ledger
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Name what runs inside this context."""
+        with self._ledger.during(stage):
+            yield
+
+
+class _Policy(Policy):
+    """A policy that runs a call without gradient once for each shape."""
+
+    mode: RehearsalMode
+
+    def velocity(
+        self, model: Any, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
+    ) -> Tensor:
+        """v [B, *L] of `model` with guidance."""
+        call = super().velocity
+        if torch.is_grad_enabled():
+            self.mode.rows["gradient"] += len(x)
+            return call(model, x, sigma, cond, guidance)
+        self.mode.rows["no gradient"] += len(x)
+        adapted = next((m.disable_adapters for m in model.modules() if _is_adapter(m)), None)
+        autocast = torch.is_autocast_enabled(NAME)
+        key = ("velocity", id(model), x.shape, x.dtype, guidance, adapted, autocast)
+        return self.mode.once(key, lambda: call(model, x, sigma, cond, guidance))
+
+
+def _is_adapter(module: Any) -> bool:
+    return hasattr(module, "disable_adapters") and hasattr(module, "lora_A")
+
+
+class _Optimizer(PolicyOptimizer):
+    """An optimizer that says what its memory is for."""
+
+    mode: RehearsalMode
+    costs: list[tuple[float, dict[str, float]]]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`."""
+        super().backward(loss)
+        self.mode.ledger.tag("gradients", self._gradients())
+        self.mode.ledger.phase = LATER
+        self.costs.append((sum(self.mode.flops.values()), dict(self.mode.moved)))
+
+    def step(self, losses: Any) -> tuple[Tensor, bool]:
+        """Take an optimizer step."""
+        self.mode.ledger.tag("gradients", self._gradients())
+        with self.mode.ledger.during(OPTIMIZER):
+            result = super().step(losses)
+        self.mode.ledger.tag("optimizer", self.tensors().values())
+        return result
+
+    def _gradients(self) -> Iterator[Tensor | None]:
+        for parameter in self.policy.parameters.values():
+            yield parameter.grad
+        for parameter in _fsdp_parameters(self.policy.model):
+            yield parameter.unsharded_accumulated_grad
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            yield None if unsharded is None else unsharded.grad
+
+
+def measure(
+    config: Config, build: Callable[[torch.device], Backbone], gpus: int, device: torch.device
+) -> Measurement:
+    """What the first training step of `config` needs on one of `gpus` ranks.
+
+    Args:
+        config: settings. runtime.dtype and runtime.rollout_weights are not auto.
+        build: builds the backbone on a device.
+        gpus: number of ranks.
+        device: the registered accelerator.
+    """
+    mode = RehearsalMode(gpus)
+    world = _world(gpus)
+    with mode.running():
+        backbone = build(device)
+        _decode_once(backbone, mode)
+        config = config.resolved(backbone)
+        method = config.method.model_copy(deep=True)
+        policy: Any = _Policy.for_training(config, backbone, device, world)
+        policy.mode = mode
+        optimizer: Any = _Optimizer(policy, config, world)
+        optimizer.mode, optimizer.costs = mode, []
+        _tag(mode, policy, backbone)
+        with mode.ledger.during("rewards"):
+            rewards = rewards_of(config, device, mode.ledger)
+        prompts = prompts_of(config, backbone)
+        timer = _Timer(device, mode)
+        collector = RolloutCollector(config, method, policy, rewards, prompts, world, timer)
+        mode.forget()
+        batch = collector.collect(1)
+        mode.ledger.tag("latents", [batch.rollout.latents])
+        mode.ledger.tag("conditioning", [*batch.cond.values(), *policy.unconditional.values()])
+        _tag(mode, policy, backbone)  # FSDP2 makes its unsharded parameters at the first call
+        with mode.ledger.during(FIRST):
+            _update(config, method, policy, optimizer, batch, collector.sigmas)
+        tensors = {**policy.tensors(), **optimizer.tensors()}
+    saved = sum(local_tensor(t).nbytes for t in tensors.values())
+    return Measurement(
+        peaks=mode.ledger.peaks(),
+        flops=dict(mode.flops),
+        moved=dict(mode.moved),
+        copied=dict(mode.copied),
+        syncs=dict(mode.syncs),
+        checkpoint=float(saved),
+        counts=dict(mode.rows),
+    )
+
+
+def _world(gpus: int) -> World:
+    if gpus == 1:
+        return World()
+    if not dist.is_initialized():
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    return _FakeWorld(0, gpus, _mesh(gpus))
+
+
+def _mesh(gpus: int) -> DeviceMesh:
+    """Shards within a machine, replicas across machines, as `init_process_group` makes it."""
+    machines = -(-gpus // GPUS_PER_MACHINE)
+    if machines > 1 and gpus % GPUS_PER_MACHINE == 0:
+        names = ("replicate", "shard")
+        return init_device_mesh(NAME, (machines, GPUS_PER_MACHINE), mesh_dim_names=names)
+    return init_device_mesh(NAME, (gpus,), mesh_dim_names=("shard",))
+
+
+def _decode_once(backbone: Any, mode: RehearsalMode) -> None:
+    """Let the backbone run a decode without gradient once for each shape."""
+    decode = backbone.decode
+
+    def counted(latents: Tensor) -> Tensor:
+        mode.rows["decoded"] += len(latents)
+        if torch.is_grad_enabled() and latents.requires_grad:
+            found: Tensor = decode(latents)
+            return found
+        return mode.once(("decode", latents.shape, latents.dtype), lambda: decode(latents))
+
+    backbone.decode = counted
+
+
+def _tag(mode: RehearsalMode, policy: Policy, backbone: Backbone) -> None:
+    """Say what the parameters are for."""
+    ledger, copies = mode.ledger, policy.copies
+    for kind, module in (
+        ("weights", copies.model),
+        ("sampling copy", copies.sampler),
+        ("reference", copies.reference),
+        ("old policy", copies.old),
+        ("VAE", backbone.vae),
+    ):
+        if module is not None:
+            ledger.tag(kind, [*module.parameters(), *module.buffers()])
+    for module in copies.distinct():
+        for parameter in _fsdp_parameters(module):
+            ledger.tag("unsharded parameters", parameter.all_gather_outputs)
+    if policy.ema is not None:
+        ledger.tag("EMA", policy.ema.shadow_params)
+    pipe: Any = getattr(backbone, "_encoding_pipe", None)
+    if pipe is not None:
+        for name, part in pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                ledger.tag("text encoders", [*part.parameters(), *part.buffers()])
+
+
+def _fsdp_parameters(module: Any) -> Iterator[Any]:
+    """The parameters of FSDP2 in `module`."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            group = part._get_fsdp_state()._fsdp_param_group
+            yield from group.fsdp_params if group is not None else ()
+
+
+def _update(
+    config: Config,
+    method: Method,
+    policy: Policy,
+    optimizer: _Optimizer,
+    batch: RolloutBatch,
+    sigmas: Tensor,
+) -> None:
+    """Run the updates with at most three micro-batches each, and add the cost of the others."""
+    losses, mode = rollout_loss(config, method, policy, batch, sigmas), optimizer.mode
+    run_updates(losses, policy, optimizer, batch.world, _places)
+    place = 0
+    for update in losses.updates:
+        count = len(update.micro_batches)
+        missing = count - len(_places(count))
+        if missing:
+            (before, moved_before), (after, moved_after) = optimizer.costs[place : place + 2]
+            mode.flops[LATER] += missing * (after - before)
+            for name, value in moved_after.items():
+                mode.moved[name] += missing * (value - moved_before.get(name, 0.0))
+            mode.rows["gradient"] += missing * config.micro_batch_size
+        place += len(_places(count))
+
+
+def _places(count: int) -> list[int]:
+    """The first two and the last of `count` micro-batches. The others are equal to the second."""
+    return sorted({*range(min(count, 2)), count - 1}) if count else []

@@ -1,0 +1,91 @@
+"""The process of rehearsals. It reads requests from stdin and writes answers to stdout, as JSON.
+
+A process of its own, because it registers a device and a process group that no other code should
+see.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowgrain.config.load import validate
+from flowgrain.config.schema import Config
+from flowgrain.models.quiet import quiet_libraries
+from flowgrain.planning.rehearsal import accelerator
+from flowgrain.planning.rehearsal.depth import combine, depths
+from flowgrain.planning.rehearsal.model import build_backbone, part_config
+from flowgrain.planning.rehearsal.step import Measurement, measure
+from flowgrain.registry import load_plugin
+from flowgrain.settings import SettingsError
+from flowgrain.training.load import load_dtypes
+
+_PACKAGE = Path(__file__).parents[2]
+
+
+def run(config: Config, gpus: int, full: bool = False) -> Measurement:
+    """Measure the first training step of `config` on one of `gpus` ranks.
+
+    Args:
+        config: settings, see `rehearse.prepared`.
+        gpus: number of ranks.
+        full: measure the model with all its blocks, not lines through smaller models.
+    """
+    device = accelerator.register()
+    dtypes = load_dtypes(config, device=torch.device("cuda"))
+    chosen = depths(part_config(config.model, "transformer"), full)
+    measured = [
+        measure(config, partial(build_backbone, config.model, dtypes, shape), gpus, device)
+        for shape in chosen.configs
+    ]
+    return combine(measured, chosen.factors)
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The measurement for a request, or the error that the step raises."""
+    begin = time.perf_counter()
+    try:
+        for plugin in request["config"]["runtime"]["plugins"]:
+            load_plugin(plugin)
+        config = validate(request["config"])
+        found = run(config, request["gpus"], request.get("full", False))
+    except SettingsError as error:
+        return {"settings_error": str(error)}
+    except Exception as error:  # any error of a first step on a GPU
+        return {"error": _message(error), "traceback": traceback.format_exc()}
+    return {"measurement": asdict(found), "seconds": time.perf_counter() - begin}
+
+
+def _message(error: Exception) -> str:
+    """The error, and the last place in this package or a plugin that leads to it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).is_relative_to(_PACKAGE)]
+    outside = [f for f in own if "rehearsal" not in Path(f.filename).parts]
+    place = (outside or own or frames)[-1]
+    path = Path(place.filename)
+    name = path.relative_to(_PACKAGE) if path.is_relative_to(_PACKAGE) else path
+    return f"{type(error).__name__} in {name}:{place.lineno} ({place.name}): {error}"
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    with redirect_stdout(sys.stderr):
+        quiet_libraries()
+        for line in sys.stdin:
+            answers.write(json.dumps(answer(json.loads(line))) + "\n")
+            answers.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a process with a registered device may abort at a normal exit
+
+
+if __name__ == "__main__":
+    main()
