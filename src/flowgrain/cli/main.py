@@ -9,7 +9,7 @@ from pathlib import Path
 
 # isort: off
 # In the order of the help.
-from flowgrain.cli import train, plan, evaluate, export  # noqa: F401
+from flowgrain.cli import train, plan, rehearse, evaluate, export  # noqa: F401
 from flowgrain.cli import compare, report, view, config, serve  # noqa: F401
 
 # isort: on

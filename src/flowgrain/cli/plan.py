@@ -13,20 +13,24 @@ from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
     from flowgrain.config.schema import Config
-    from flowgrain.planning.forecast import Forecast
     from flowgrain.planning.plan import RunPlan
+    from flowgrain.planning.rehearse import Rehearsal
 
 
 @app.command()
 def plan(
     words: Words = None,
-    gpus: Annotated[int, typer.Option(min=0, help="Forecast a step on this number of GPUs.")] = 0,
-    gpu: Annotated[str, typer.Option(help="GPU of the forecast: a100, h100 or h200.")] = "h200",
+    gpus: Annotated[
+        int, typer.Option(min=0, max=1024, help="Rehearse a step on this number of GPUs.")
+    ] = 0,
+    gpu: Annotated[str, typer.Option(help="Kind of the GPUs: a100, h100 or h200.")] = "h100",
     plugins: Plugins = None,
     preset: Preset = None,
     as_json: Json = False,
 ) -> None:
     """Show the tree of one prompt and its exact cost. Nothing is run.
+
+    With --gpus, the first training step is also rehearsed, see `flowgrain rehearse`.
 
     Examples:
     * `flowgrain plan g2rpo`
@@ -38,29 +42,45 @@ def plan(
 
     run = RunPlan(config_from(words, plugins, preset))
     numbers = run.to_dict()
-    expected: Forecast | None = None
+    found: Rehearsal | None = None
     if gpus:
-        expected = _forecast(run, gpus, gpu)
-        numbers["forecast"] = {**vars(expected), "total": expected.total}
+        found = _rehearsed(run, gpus, gpu)
+        numbers["rehearsal"] = found.to_dict()
+        numbers["forecast"] = _forecast(found, gpu)
     if as_json:
         typer.echo(json.dumps(numbers))
         return
     _show_plan(run, numbers)
-    if expected is not None:
-        from flowgrain.planning.forecast import forecast_rows
+    if found is not None:
+        from flowgrain.cli.rehearse import summary
+        from flowgrain.planning.gpus import gpu_named
 
-        table = Table("forecast", "", title_justify="left")
-        for name, value in forecast_rows(expected, gpus, gpu):
-            table.add_row(name, value)
-        out.print(table)
+        for line in summary(found, gpu, gpu_named(gpu)):
+            say(line)
 
 
-def _forecast(run: "RunPlan", gpus: int, gpu: str) -> "Forecast":
+def _rehearsed(run: "RunPlan", gpus: int, gpu: str) -> "Rehearsal":
     from flowgrain.models.quiet import quiet_libraries
-    from flowgrain.planning.forecast import forecast
+    from flowgrain.planning.gpus import gpu_named
 
+    card = gpu_named(gpu)
     quiet_libraries()
-    return forecast(run.config, gpus, gpu)
+    from flowgrain.planning.rehearse import RehearsalError, rehearse
+
+    try:
+        return rehearse(run.config, gpus, card)
+    except RehearsalError as error:
+        raise SettingsError(
+            f"the training step fails: {error}. `flowgrain rehearse` shows the traceback."
+        ) from error
+
+
+def _forecast(found: "Rehearsal", gpu: str) -> dict[str, Any]:
+    from flowgrain.planning.forecast import forecast
+    from flowgrain.planning.gpus import gpu_named
+
+    expected = forecast(found, gpu_named(gpu), found.compiled)
+    return {**vars(expected), "total": expected.total}
 
 
 def _show_plan(run: "RunPlan", numbers: dict[str, Any]) -> None:
@@ -73,7 +93,7 @@ def _show_plan(run: "RunPlan", numbers: dict[str, Any]) -> None:
     title = escape(f"cost of {config.method.name}")
     table = Table("per prompt", "", title=title, title_justify="left")
     for name, value in numbers.items():
-        if name not in ("method", "forecast"):
+        if name not in ("method", "forecast", "rehearsal"):
             label = _LABELS.get(name, name.replace("_", " "))
             table.add_row(label, f"{value:,.1f}".removesuffix(".0"))
     out.print(table)

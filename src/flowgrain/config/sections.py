@@ -96,6 +96,14 @@ class SamplingConfig(Section):
         le=1000,
     )
     batch_size: int = Setting(128, "Rows in one model call.", unit="rows", ge=1, le=MAX_ROWS)
+    decode_batch_size: int | None = Setting(
+        None,
+        "Images that are decoded together. A large VAE needs more memory than sampling. "
+        "Default: sampling.batch_size.",
+        unit="images",
+        ge=1,
+        le=MAX_ROWS,
+    )
     prompts_per_chunk: int | None = Setting(
         None,
         "Prompts that are sampled together. The rewards of a chunk are computed while the next "
@@ -301,6 +309,11 @@ class RuntimeConfig(Section):
         "auto",
         "With several ranks: sample with a full copy per rank (replica), or with sharded "
         "parameters. auto: replica if it fits into the free memory.",
+    )
+    gradient_reduction: Literal["update", "micro_batch"] = Setting(
+        "update",
+        "With sharded parameters: sum gradients over ranks once per update (update), or after every "
+        "micro-batch (micro_batch), which moves more bytes, but holds no unsharded gradients.",
     )
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Strict(False)] = (
         Setting((), "Trackers that receive copies of the records: tensorboard, wandb, trackio.")

@@ -1,16 +1,17 @@
-"""A rehearsal of the first training step at full size, without GPUs and without weights."""
+"""A rehearsal of the first training step at full size, without GPUs and without weights.
+
+The step runs in another process on fake tensors, see `flowgrain.planning.rehearsal`.
+"""
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flowgrain.config.schema import Config
-from flowgrain.planning.gpus import GPUS, Gpu, gpu_named
+from flowgrain.planning.gpus import Gpu
 from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.step import Measurement
 from flowgrain.settings import SettingsError
@@ -19,3 +20,172 @@ from flowgrain.training.sizes import size_before_loading
 
 _REPLICA_SHARE = 0.4
 """runtime.rollout_weights=auto takes a replica below this share of the free memory."""
+_LEFT_OUT = ("start",)
+"""Phases that a real run does not have: a rehearsal builds all parts on the device."""
+
+
+class RehearsalError(RuntimeError):
+    """The training step raised an error.
+
+    Attributes:
+        details: the traceback.
+    """
+
+    def __init__(self, message: str, details: str) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The first training step on one of several GPUs.
+
+    Attributes:
+        config: settings that were rehearsed.
+        compiled: whether the run compiles its blocks. The rehearsal does not.
+        gpus: number of GPUs.
+        measured: memory, FLOPs and traffic of a rank.
+        seconds: how long the rehearsal took.
+    """
+
+    config: Config
+    compiled: bool
+    gpus: int
+    measured: Measurement
+    seconds: float
+
+    @property
+    def phases(self) -> dict[str, Peak]:
+        """The peak of every phase of the step, in order."""
+        peaks = self.measured.peaks
+        return {name: peaks[name] for name in peaks if name not in _LEFT_OUT}
+
+    @property
+    def peak(self) -> tuple[str, Peak]:
+        """The phase that needs most memory, and its peak."""
+        return max(self.phases.items(), key=lambda item: item[1].total)
+
+    def fits(self, memory: float) -> bool:
+        """Whether the step leaves 10% of `memory` bytes for fragmentation and libraries."""
+        return self.peak[1].total <= USABLE_SHARE * memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, in bytes and FLOPs."""
+        phase, peak = self.peak
+        of_step = asdict(self.measured)
+        return {
+            "gpus": self.gpus,
+            "peak": {"phase": phase, "total": peak.total, "kinds": peak.kinds},
+            "phases": {name: found.kinds for name, found in self.phases.items()},
+            **{name: of_step[name] for name in of_step if name != "peaks"},
+            "seconds": self.seconds,
+        }
+
+
+class Rehearser:
+    """The process of rehearsals. Starting it takes seconds, so that several can share it.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "flowgrain.planning.rehearsal.worker"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> "Rehearser":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def rehearse(
+        self, config: Config, gpus: int, gpu: Gpu, full_depth: bool = False
+    ) -> Rehearsal:
+        """Rehearse the first training step of `config` on `gpus` GPUs.
+
+        Args:
+            config: settings of the run.
+            gpus: number of GPUs.
+            gpu: kind of the GPUs. Only runtime.rollout_weights=auto depends on it.
+            full_depth: run all blocks of the transformer. This takes minutes. By default, smaller
+                transformers are measured, and lines give the full size.
+
+        Raises:
+            SettingsError: this configuration cannot be rehearsed.
+            RehearsalError: the step raised an error.
+        """
+        compiled, config = config.runtime.compile is not None, prepared(config, gpus, gpu)
+        request = {"config": config.to_dict(), "gpus": gpus, "full": full_depth}
+        answer = self._ask(request)
+        if "settings_error" in answer:
+            raise SettingsError(answer["settings_error"])
+        if "error" in answer:
+            raise RehearsalError(answer["error"], answer["traceback"])
+        found = answer["measurement"]
+        peaks = {name: Peak(peak["kinds"]) for name, peak in found.pop("peaks").items()}
+        measured = Measurement(peaks=peaks, **found)
+        return Rehearsal(config, compiled, gpus, measured, answer["seconds"])
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        line = ""
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        except BrokenPipeError:
+            pass
+        if not line:
+            self._errors.seek(0)
+            details = self._errors.read()
+            raise RehearsalError("the process of the rehearsal ended", details)
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+
+
+
+def rehearse(config: Config, gpus: int, gpu: Gpu, full_depth: bool = False) -> Rehearsal:
+    """Rehearse the first training step of `config` on `gpus` GPUs.
+
+    Arguments and errors are those of `Rehearser.rehearse`.
+    """
+    with Rehearser() as process:
+        return process.rehearse(config, gpus, gpu, full_depth)
+
+
+def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
+    """`config` as it is rehearsed: on a GPU, without compilation, prompts or trackers.
+
+    Raises:
+        SettingsError: a setting cannot be rehearsed, or the size of the model is not known.
+    """
+    sampling = config.sampling
+    if sampling.tail_weights != "same":
+        raise SettingsError(
+            f"sampling.tail_weights={sampling.tail_weights}: quantized weights cannot be "
+            "rehearsed. Use sampling.tail_weights=same for the rehearsal."
+        )
+    changes: dict[str, Any] = {"runtime.compile": None, "runtime.trackers": []}
+    if config.runtime.dtype == "auto":
+        changes["runtime.dtype"] = "bfloat16"
+    if config.runtime.rollout_weights == "auto" and gpus > 1:
+        size = size_before_loading(config)
+        if size is None:
+            raise SettingsError(
+                f"model.path={config.model.path}: the size of this model is not known. Give a "
+                "local directory of a diffusers pipeline."
+            )
+        fits = 2.0 * size.transformer < _REPLICA_SHARE * gpu.memory
+        changes["runtime.rollout_weights"] = "replica" if fits else "sharded"
+    return config.with_changes(changes)

@@ -38,12 +38,12 @@ class Decoded:
 
 @torch.no_grad()
 def decode(policy: Policy, latents: Tensor, batch_size: int, measured: bool = False) -> Decoded:
-    """Decode clean latents [I, *L], `batch_size` at a time.
+    """Decode clean latents [I, *L], `batch_size` or sampling.decode_batch_size at a time.
 
     The monitors are measured on the policy's device, before the images are copied to the CPU.
     """
     parts = []
-    for part in torch.split(latents, batch_size):
+    for part in torch.split(latents, policy.decode_batch_size or batch_size):
         check_stop(policy.world)
         images = policy.backbone.decode(part)
         monitors = {}

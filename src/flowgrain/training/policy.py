@@ -49,6 +49,8 @@ class Policy(Velocities):
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.ema: Any = None
         self.ema_every = config.training.ema_every
+        self.reduces_often = config.runtime.gradient_reduction == "micro_batch"
+        self.decode_batch_size = config.sampling.decode_batch_size
         self.updates = 0
         self.version = 0
 

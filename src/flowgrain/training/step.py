@@ -90,7 +90,7 @@ def run_updates(
             micro_batch = share.micro_batches[place]
             if number == 0:  # no parameter has changed
                 check_stop(world)
-            set_gradient_sync(policy.model, place == last)
+            set_gradient_sync(policy.model, place == last or policy.reduces_often)
             terms = losses.terms(number, place)
             loss = terms["loss"].sum() * micro_batch.counts / share.count
             optimizer.backward(loss)

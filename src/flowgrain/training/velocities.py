@@ -111,7 +111,7 @@ class Velocities:
         # Other copies are stored in the compute dtype.
         mixed = model is self.old or (self.lora and model is self.sampler)
         enabled = mixed and self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+        with self._autocast(enabled):
             return self.velocity(model, x.to(self.dtype), sigma, cond, guidance)
 
     def rollout_velocity(
@@ -165,9 +165,14 @@ class Velocities:
         for name in self.copies.block_names:
             module.get_submodule(name).compile(backend=self.compile_backend, dynamic=False)
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+    def _autocast(self, enabled: bool = True) -> torch.autocast:
+        # The cache would keep a copy of all parameters in the compute dtype until the end.
+        return torch.autocast(
+            self.device.type,
+            dtype=self.dtype,
+            enabled=enabled and self.dtype != torch.float32,
+            cache_enabled=False,
+        )
 
     @contextlib.contextmanager
     def _adapter_disabled(self) -> Iterator[None]:

@@ -26,6 +26,8 @@ _SMALL = 65_536
 """Largest number of values of a tensor that has real values on the host."""
 _KNOWN = "_rehearsal_values"
 """Attribute of a tensor on the device that was copied from the host."""
+GPUS_PER_MACHINE = 8
+"""Assumed number of GPUs of a machine. Parameters are sharded within a machine."""
 _COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "broadcast_")
 
 
@@ -209,9 +211,14 @@ class RehearsalMode(TorchDispatchMode):
         if name not in _COLLECTIVES:
             return
         sizes = [t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor)]
-        share = (self._world_size - 1) / self._world_size
-        rounds = 2 if name == "allreduce_" else 1
-        self.moved[f"{self.ledger.phase} {name.strip('_')}"] += rounds * share * max(sizes)
+        received = float(max(sizes) - min(sizes))  # of an all-gather or a reduce-scatter
+        place = "in a machine"
+        if name == "allreduce_":  # of replicas
+            machines = self._world_size // GPUS_PER_MACHINE
+            ranks = machines if machines > 1 else self._world_size
+            received = 2 * max(sizes) * (ranks - 1) / ranks
+            place = "between machines" if machines > 1 else place
+        self.moved[f"{self.ledger.phase}: {name.strip('_')} {place}"] += received
 
 
 def _plausible(tensor: Tensor) -> Tensor:

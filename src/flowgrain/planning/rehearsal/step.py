@@ -22,7 +22,7 @@ from flowgrain.methods import Method
 from flowgrain.models import Backbone, Conditioning
 from flowgrain.planning.rehearsal.accelerator import NAME
 from flowgrain.planning.rehearsal.ledger import Peak
-from flowgrain.planning.rehearsal.mode import RehearsalMode
+from flowgrain.planning.rehearsal.mode import GPUS_PER_MACHINE, RehearsalMode
 from flowgrain.planning.rehearsal.stand_ins import prompts_of, rewards_of
 from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.optimizer import PolicyOptimizer
@@ -32,8 +32,6 @@ from flowgrain.training.step import rollout_loss, run_updates
 from flowgrain.training.timer import StageTimer
 
 T = TypeVar("T")
-GPUS_PER_MACHINE = 8
-"""Assumed number of GPUs of a machine. Parameters are sharded within a machine."""
 FIRST, LATER, OPTIMIZER = "first micro-batch", "later micro-batches", "optimizer"
 
 

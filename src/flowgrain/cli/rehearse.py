@@ -1,0 +1,149 @@
+"""The command `rehearse`: the first training step at full size, without GPUs."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, note, out, say
+
+if TYPE_CHECKING:
+    from flowgrain.planning.gpus import Gpu
+    from flowgrain.planning.rehearse import Rehearsal
+    from flowgrain.planning.search import Proposal
+
+
+@app.command("rehearse")
+def rehearse_command(
+    words: Words = None,
+    gpus: Annotated[int, typer.Option(min=1, max=1024, help="Number of GPUs.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Kind of the GPUs: a100, h100 or h200.")] = "h100",
+    search: Annotated[
+        bool, typer.Option(help="Search the fastest settings that fit on 1, 2, 4, 8 and 16 GPUs.")
+    ] = False,
+    full_depth: Annotated[
+        bool, typer.Option(help="Run all blocks of the transformer. Takes minutes.")
+    ] = False,
+    plugins: Plugins = None,
+    preset: Preset = None,
+    as_json: Json = False,
+) -> None:
+    """Run the first training step at full size on fake tensors: no GPU and no weights are needed.
+
+    Finds errors of shapes, dtypes, devices and shards. Shows the memory of a GPU by kind, FLOPs,
+    traffic, and where the host waits for the GPU. The exit status is 1 if the step raises an error
+    or does not fit.
+
+    Examples:
+    * `flowgrain rehearse flux/g2rpo --gpus 8 --gpu h100`
+    * `flowgrain rehearse sd3/flow_grpo --gpus 4 lora.rank=64 --json`
+    * `flowgrain rehearse flux/g2rpo --search`
+    """
+    from flowgrain.models.quiet import quiet_libraries
+    from flowgrain.planning.gpus import gpu_named
+
+    quiet_libraries()
+    from flowgrain.planning.rehearse import RehearsalError, rehearse
+
+    card, config = gpu_named(gpu), config_from(words, plugins, preset)
+    try:
+        if search:
+            from flowgrain.planning.search import proposals
+
+            found = proposals(config, card, progress=say)
+            if as_json:
+                typer.echo(json.dumps([proposal.to_dict() for proposal in found]))
+            else:
+                _show_proposals(found, gpu)
+            return
+        rehearsal = rehearse(config, gpus, card, full_depth)
+    except RehearsalError as error:
+        if as_json:
+            typer.echo(json.dumps({"error": str(error), "traceback": error.details}))
+        note(f"The training step fails: {error}", "bold red")
+        note(error.details)
+        raise typer.Exit(1) from None
+    if as_json:
+        numbers = rehearsal.to_dict()
+        typer.echo(json.dumps({**numbers, "gpu": gpu, "fits": rehearsal.fits(card.memory)}))
+    else:
+        _show(rehearsal, gpu, card)
+    if not rehearsal.fits(card.memory):
+        raise typer.Exit(1)
+
+
+def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
+    """Memory by phase and kind, cost, and waits of a rehearsal."""
+    phases = found.phases
+    kinds = [k for k in _ORDER if any(peak.kinds.get(k, 0) >= _SHOWN for peak in phases.values())]
+    table = Table(
+        "GB on one GPU", *phases, box=box.SIMPLE, title=f"{found.gpus} x {name}", title_justify="left"
+    )
+    for kind in kinds:
+        table.add_row(kind, *(_gigabytes(peak.kinds.get(kind, 0.0)) for peak in phases.values()))
+    table.add_section()
+    table.add_row("total", *(_gigabytes(peak.total) for peak in phases.values()))
+    out.print(table)
+    for line in summary(found, name, card):
+        say(line)
+
+
+def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
+    """The result of a rehearsal in sentences."""
+    from flowgrain.planning.forecast import forecast
+
+    phase, peak = found.peak
+    measured, usable = found.measured, card.memory
+    fits = "fits" if found.fits(usable) else "does not fit"
+    expected = forecast(found, card, found.compiled)
+    seconds = ", ".join(f"{part} {value:,.1f} s" for part, value in expected.seconds.items())
+    syncs = sum(measured.syncs.values())
+    most = sorted(measured.syncs.items(), key=lambda item: -item[1])[:3]
+    places = ", ".join(f"{place} ({count:,})" for place, count in most)
+    moved = sum(expected.moved.values())
+    counts = measured.counts
+    return [
+        f"Most memory: {_gigabytes(peak.total)} GB in the phase {phase!r}. This {fits} in "
+        f"{usable / 1e9:,.0f} GB of a {name} with 10% left free.",
+        f"Forward passes of this GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
+        f"{counts.get('gradient', 0):,.0f} with gradient. Decoded images: "
+        f"{counts.get('decoded', 0):,.0f}.",
+        f"{sum(measured.flops.values()) / 1e15:,.2f} PFLOP, {moved / 1e9:,.1f} GB received over "
+        f"links, {measured.checkpoint / 1e9:,.1f} GB in a checkpoint, per GPU.",
+        f"Forecast: {expected.total:,.0f} s per step without rewards ({seconds}).",
+        f"The host waits for the GPU {syncs:,} times: {places}." if most else "The host never waits.",
+        f"The rehearsal took {found.seconds:.0f} s.",
+    ]
+
+
+def _show_proposals(found: "list[Proposal]", name: str) -> None:
+    table = Table(
+        f"{name}, GPUs", "settings", "GB", "seconds per step", "images per second", box=box.SIMPLE
+    )
+    for proposal in found:
+        table.add_row(
+            str(proposal.gpus),
+            escape(" ".join(proposal.settings)) if proposal.fits else "nothing fits",
+            _gigabytes(proposal.memory),
+            f"{proposal.seconds:,.0f}" if proposal.fits else "",
+            f"{proposal.images_per_second:,.2f}" if proposal.fits else "",
+        )
+    out.print(table)
+    say("Seconds are a forecast from FLOPs and data sheets, without rewards.")
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f}" if size < 1e10 else f"{size / 1e9:,.1f}"
+
+
+_SHOWN = 1e6
+"""Bytes below which a kind of memory is left out."""
+_ORDER = (
+    *("weights", "unsharded parameters", "gradients", "optimizer", "EMA", "reference"),
+    *("old policy", "sampling copy", "VAE", "text encoders", "rewards", "latents"),
+    *("conditioning", "activations"),
+)
+"""Kinds of memory, in the order of the table."""

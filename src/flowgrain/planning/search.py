@@ -1,0 +1,139 @@
+"""The fastest settings that fit on a number of GPUs: `flowgrain rehearse --search`.
+
+Memory grows with the rows of a call by the same amount for every row. Rehearsals with one and two
+rows give a line, and the line gives the largest number of rows that fits.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flowgrain.config.schema import Config
+from flowgrain.planning.forecast import forecast
+from flowgrain.planning.gpus import Gpu
+from flowgrain.planning.plan import prompt_cost
+from flowgrain.planning.rehearsal.step import FIRST, LATER
+from flowgrain.planning.rehearse import Rehearsal, Rehearser
+from flowgrain.training.memory import USABLE_SHARE
+
+NUMBERS = (1, 2, 4, 8, 16)
+"""Numbers of GPUs that are searched."""
+_LORA = {"lora.rank": 32, "optimizer.learning_rate": 1e-4}
+_MOST_ROWS = 64
+"""Largest batch that is proposed. Larger ones are rarely faster."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings for a number of GPUs.
+
+    Attributes:
+        gpus: number of GPUs.
+        fits: whether anything fits. Otherwise the settings are those that need least memory.
+        settings: overrides "section.key=value".
+        memory: largest need of a GPU in bytes.
+        seconds: forecast of a step, without rewards.
+        images_per_second: images of a step over all GPUs, divided by its seconds.
+    """
+
+    gpus: int
+    fits: bool
+    settings: list[str]
+    memory: float
+    seconds: float
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(vars(self))
+
+
+def proposals(
+    config: Config,
+    gpu: Gpu,
+    numbers: tuple[int, ...] = NUMBERS,
+    progress: Callable[[str], None] | None = None,
+) -> list[Proposal]:
+    """The fastest settings for each number of GPUs.
+
+    A full fine-tune is proposed as LoRA where it does not fit.
+
+    Args:
+        config: settings of the run.
+        gpu: kind of the GPUs.
+        numbers: numbers of GPUs.
+        progress: called with a line of text before every rehearsal.
+    """
+    found = []
+    with Rehearser() as process:
+        for gpus in numbers:
+            tried: list[Proposal] = []
+            for changes in _candidates(config, gpus):
+                if progress is not None:
+                    progress(f"{gpus} GPUs: {' '.join(_written(changes))}")
+                tried.append(_largest(process, config, changes, gpus, gpu))
+                if tried[-1].fits:
+                    break
+            fitting = [proposal for proposal in tried if proposal.fits]
+            found.append(fitting[0] if fitting else min(tried, key=lambda p: p.memory))
+    return found
+
+
+def _candidates(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
+    """Changes of `config`, the fastest first."""
+    lora = [{}] if config.lora.rank else [{}, _LORA]
+    replicas: list[dict[str, Any]] = [{}]
+    if gpus > 1:
+        replicas = [{"runtime.rollout_weights": w} for w in ("replica", "sharded")]
+    for kind, layout, checkpointing in itertools.product(lora, replicas, (False, True)):
+        reduction = {} if config.lora.rank or kind else {"runtime.gradient_reduction": "micro_batch"}
+        yield {**kind, **layout, "model.gradient_checkpointing": checkpointing, **reduction}
+
+
+def _largest(
+    process: Rehearser, config: Config, changes: dict[str, Any], gpus: int, gpu: Gpu
+) -> Proposal:
+    """The proposal with as many rows as fit, for one layout."""
+    one, two = (
+        process.rehearse(config.with_changes(changes | _rows(rows, rows)), gpus, gpu)
+        for rows in (1, 2)
+    )
+    usable = USABLE_SHARE * gpu.memory
+    sampling, decoding = (_most(one, two, (phase,), usable) for phase in ("sample", "decode"))
+    training = _most(one, two, (FIRST, LATER), usable)
+    rows = (max(sampling, 1), max(training, 1), max(decoding, 1))
+    changes = changes | _rows(*rows)
+    final = process.rehearse(config.with_changes(changes), gpus, gpu)
+    seconds = forecast(final, gpu, final.compiled).total
+    prompts = -(-config.training.prompts_per_step // gpus) * gpus
+    images = prompts * prompt_cost(config).decodes
+    fits = final.fits(gpu.memory)
+    memory = final.peak[1].total
+    return Proposal(gpus, fits, _written(changes), memory, seconds, images / max(seconds, 1e-9))
+
+
+def _most(one: Rehearsal, two: Rehearsal, phases: tuple[str, ...], usable: float) -> int:
+    """The largest number of rows with which `phases` fit into `usable` bytes. 0: not even one."""
+    totals = [
+        max((found.phases[p].total for p in phases if p in found.phases), default=0.0)
+        for found in (one, two)
+    ]
+    each = totals[1] - totals[0]
+    if totals[0] > usable:
+        return 0
+    return _MOST_ROWS if each <= 0 else min(_MOST_ROWS, 1 + int((usable - totals[0]) / each))
+
+
+def _rows(sampling: int, training: int, decoding: int | None = None) -> dict[str, int]:
+    return {
+        "sampling.batch_size": sampling,
+        "training.micro_batch_size": training,
+        "sampling.decode_batch_size": decoding or sampling,
+    }
+
+
+def _written(changes: dict[str, Any]) -> list[str]:
+    return [f"{path}={str(value).lower()}" for path, value in changes.items()]
+
+
