@@ -79,11 +79,13 @@ def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
     """Memory by phase and kind, cost, and waits of a rehearsal."""
     phases = found.phases
     kinds = [k for k in _ORDER if any(peak.kinds.get(k, 0) >= _SHOWN for peak in phases.values())]
-    table = Table(
-        "GB on one GPU", *phases, box=box.SIMPLE, title=f"{found.gpus} x {name}", title_justify="left"
-    )
+    title = f"GB on each of {found.gpus} x {name}"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    table.add_column("")
+    for phase in phases:
+        table.add_column(_LABELS.get(phase, phase), justify="right")
     for kind in kinds:
-        table.add_row(kind, *(_gigabytes(peak.kinds.get(kind, 0.0)) for peak in phases.values()))
+        table.add_row(_LABELS.get(kind, kind), *(_gigabytes(peak.kinds.get(kind, 0.0)) for peak in phases.values()))
     table.add_section()
     table.add_row("total", *(_gigabytes(peak.total) for peak in phases.values()))
     out.print(table)
@@ -139,6 +141,17 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f}" if size < 1e10 else f"{size / 1e9:,.1f}"
 
 
+_LABELS = {
+    "rewards": "rewards",
+    "first micro-batch": "update 1",
+    "later micro-batches": "update",
+    "optimizer": "AdamW",
+    "unsharded parameters": "unsharded",
+    "sampling copy": "sampler",
+    "text encoders": "encoders",
+    "conditioning": "embeddings",
+}
+"""Short names for the table. "update 1": the first micro-batch of an update."""
 _SHOWN = 1e6
 """Bytes below which a kind of memory is left out."""
 _ORDER = (

@@ -95,10 +95,12 @@ class RehearsalMode(TorchDispatchMode):
                 return self._on_device(args[0], kwargs)
             if target is not None and not to_device and hasattr(args[0], _KNOWN):
                 return func(getattr(args[0], _KNOWN), **kwargs)
-        args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
+        if not all(isinstance(t, FakeTensor) for t in tensors):
+            args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
         with self._fake:
             out = func(*args, **kwargs)
-        self._record(func, args, kwargs, out)
+        if self._record(func, args, kwargs, out):
+            return out
         return tree_map_only(FakeTensor, _with_values, out)
 
     def once(self, key: Hashable, call: Callable[[], Tensor]) -> Tensor:
@@ -194,16 +196,22 @@ class RehearsalMode(TorchDispatchMode):
             frame = frame.f_back  # type: ignore[assignment]
         self.syncs["elsewhere"] += 1
 
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == NAME:
-                self.ledger.add(tensor)
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        """Count an operator. Returns whether all results are on the device."""
+        all_on_device = True
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                on_device = tensor.device.type == NAME
+                all_on_device &= on_device
+                if on_device:
+                    self.ledger.add(tensor)
         counted = flop_registry.get(func._overloadpacket)
         phase = self.ledger.phase
         if counted is not None:
             self.flops[phase] += counted(*args, **kwargs, out_val=out)
         elif func.namespace == "c10d":
             self._record_collective(func, args)
+        return all_on_device
 
     def _record_collective(self, func: Any, args: Any) -> None:
         """Bytes that this rank receives, in a ring."""

@@ -109,14 +109,16 @@ class _Optimizer(PolicyOptimizer):
     """An optimizer that says what its memory is for."""
 
     mode: RehearsalMode
-    costs: list[tuple[float, dict[str, float]]]
+    costs: list[tuple[float, dict[str, float], dict[str, float]]]
+    """FLOPs, bytes and rows so far, after every micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`."""
         super().backward(loss)
         self.mode.ledger.tag("gradients", self._gradients())
         self.mode.ledger.phase = LATER
-        self.costs.append((sum(self.mode.flops.values()), dict(self.mode.moved)))
+        mode = self.mode
+        self.costs.append((sum(mode.flops.values()), dict(mode.moved), dict(mode.rows)))
 
     def step(self, losses: Any) -> tuple[Tensor, bool]:
         """Take an optimizer step."""
@@ -264,11 +266,14 @@ def _update(
         count = len(update.micro_batches)
         missing = count - len(_places(count))
         if missing:
-            (before, moved_before), (after, moved_after) = optimizer.costs[place : place + 2]
-            mode.flops[LATER] += missing * (after - before)
-            for name, value in moved_after.items():
-                mode.moved[name] += missing * (value - moved_before.get(name, 0.0))
-            mode.rows["gradient"] += missing * config.micro_batch_size
+            before, after = optimizer.costs[place : place + 2]
+            mode.flops[LATER] += missing * (after[0] - before[0])
+            for counts, old, new in (
+                (mode.moved, before[1], after[1]),
+                (mode.rows, before[2], after[2]),
+            ):
+                for name, value in new.items():
+                    counts[name] += missing * (value - old.get(name, 0.0))
         place += len(_places(count))
 
 
