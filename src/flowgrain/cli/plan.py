@@ -171,10 +171,16 @@ def fidelity_command(
 
 
 @app.command()
-def doctor(words: Words = None, plugins: Plugins = None, preset: Preset = None) -> None:
+def doctor(
+    words: Words = None,
+    gpus: Annotated[int, typer.Option(min=1, max=1024, help="Processes of the run.")] = 1,
+    plugins: Plugins = None,
+    preset: Preset = None,
+) -> None:
     """Check a configuration before a long run: memory, disk, prompts, the model and every reward.
 
-    Memory is checked before the weights are loaded. All checks are made, also after one has failed.
+    Memory is checked before the weights are loaded, and the first step of a large model is
+    rehearsed, see `flowgrain rehearse`. All checks are made, also after one has failed.
     Nothing is trained or written. The exit status is 1 if a check fails.
 
     Examples:
@@ -186,7 +192,7 @@ def doctor(words: Words = None, plugins: Plugins = None, preset: Preset = None) 
     quiet_libraries()
     from flowgrain.planning.doctor import examine
 
-    findings = examine(config_from(words, plugins, preset))
+    findings = examine(config_from(words, plugins, preset), gpus=gpus)
     table = Table("check", "result", "found", box=box.SIMPLE)
     for finding in findings:
         result = "[green]ok[/]" if finding.ok else "[bold red]failed[/]"

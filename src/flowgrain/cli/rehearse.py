@@ -85,7 +85,10 @@ def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
     for phase in phases:
         table.add_column(_LABELS.get(phase, phase), justify="right")
     for kind in kinds:
-        table.add_row(_LABELS.get(kind, kind), *(_gigabytes(peak.kinds.get(kind, 0.0)) for peak in phases.values()))
+        table.add_row(
+            _LABELS.get(kind, kind),
+            *(_gigabytes(peak.kinds.get(kind, 0.0)) for peak in phases.values()),
+        )
     table.add_section()
     table.add_row("total", *(_gigabytes(peak.total) for peak in phases.values()))
     out.print(table)
@@ -116,7 +119,9 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
         f"{sum(measured.flops.values()) / 1e15:,.2f} PFLOP, {moved / 1e9:,.1f} GB received over "
         f"links, {measured.checkpoint / 1e9:,.1f} GB in a checkpoint, per GPU.",
         f"Forecast: {expected.total:,.0f} s per step without rewards ({seconds}).",
-        f"The host waits for the GPU {syncs:,} times: {places}." if most else "The host never waits.",
+        f"The host waits for the GPU {syncs:,} times: {places}."
+        if most
+        else "The host never waits.",
         f"The rehearsal took {found.seconds:.0f} s.",
     ]
 

@@ -312,8 +312,9 @@ class RuntimeConfig(Section):
     )
     gradient_reduction: Literal["update", "micro_batch"] = Setting(
         "update",
-        "With sharded parameters: sum gradients over ranks once per update (update), or after every "
-        "micro-batch (micro_batch), which moves more bytes, but holds no unsharded gradients.",
+        "With sharded parameters: sum gradients over ranks once per update (update), or after "
+        "every micro-batch (micro_batch), which moves more bytes, but holds no unsharded "
+        "gradients.",
     )
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Strict(False)] = (
         Setting((), "Trackers that receive copies of the records: tensorboard, wandb, trackio.")

@@ -6,10 +6,9 @@ Memory and disk are checked first, then the prompts, the model and every reward.
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, read_prompts
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.models import Backbone
+from flowgrain.planning.findings import Attempt, Finding, attempt
+from flowgrain.planning.first_step import available_memory, check_first_step
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.trials import (
     Trial,
@@ -31,10 +32,9 @@ from flowgrain.planning.trials import (
     tail_quality,
 )
 from flowgrain.rewards import build_reward
-from flowgrain.settings import SettingsError
 from flowgrain.training import Trainer
 from flowgrain.training.disk import largest_setting, run_bytes
-from flowgrain.training.fit import existing_parent, in_bytes, machine_memory
+from flowgrain.training.fit import existing_parent, in_bytes
 from flowgrain.training.load import (
     check_prompt_files,
     compute_device,
@@ -48,34 +48,19 @@ from flowgrain.units import duration
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of a check.
-
-    Attributes:
-        name: what was checked.
-        ok: whether the run can start.
-        message: what was found, and the fix if `ok` is false.
-    """
-
-    name: str
-    ok: bool
-    message: str
-
-
-def examine(config: Config, out: Path | None = None) -> list[Finding]:
+def examine(config: Config, out: Path | None = None, gpus: int = 1) -> list[Finding]:
     """Check everything that `config` needs. Nothing is trained or written.
 
     Memory is checked before the weights are loaded, if the size of the model is known without
-    loading it. If the memory is too small, the checks that need the model are skipped. All other
-    checks are made, whatever the results of the checks before them.
+    loading it, and a large model's first step is rehearsed. If the memory is too small, or the step
+    fails, the checks that need the model are skipped. All other checks are made, whatever the
+    results of the checks before them.
 
     Args:
         config: configuration of the run.
         out: directory of the run. Default: runs/NAME.
+        gpus: number of processes of the run, of which each needs the memory.
     """
     out = out or Path("runs") / config.name
     on_device = attempt(
@@ -93,9 +78,11 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
     if measured.result is None:
         return [*findings, measured.finding, *check_separately(config, None), cost]
     size, backbone = measured.result
-    enough = check_memory(config, size, device, loaded=backbone is not None)
+    enough = check_memory(config, size, device, loaded=backbone is not None, gpus=gpus)
     findings += [enough, check_disk(config, size, out)]
-    if not enough.ok:
+    if enough.ok and backbone is None:
+        findings += check_first_step(config, size, device, gpus)
+    if not all(finding.ok for finding in findings if finding.name in ("memory", "first step")):
         return [*findings, *check_files(config, None), cost]
     loading = attempt("start", partial(Trainer, config, out, backbone=backbone), lambda _: "")
     if loading.result is not None:
@@ -187,25 +174,6 @@ def check_parts(trainer: Trainer) -> list[Finding]:
     return [*findings, check_cost(config, 2 if guided else 1, rate)]
 
 
-@dataclass(frozen=True)
-class Attempt(Generic[T]):
-    """The finding of a check, and its result. The result is None if the check raised an error."""
-
-    finding: Finding
-    result: T | None
-
-
-def attempt(name: str, check: Callable[[], T], describe: Callable[[T], str]) -> Attempt[T]:
-    """Run a check that returns a result or raises an error. `describe` makes text of a result."""
-    try:
-        result = check()
-    except SettingsError as error:
-        return Attempt(Finding(name, False, str(error)), None)
-    except Exception as error:  # a check runs code of models and rewards, which may raise anything
-        return Attempt(Finding(name, False, f"{type(error).__name__}: {error}"), None)
-    return Attempt(Finding(name, True, describe(result)), result)
-
-
 def check_versions() -> Finding:
     """The versions of the most important packages."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
@@ -219,7 +187,7 @@ def check_device(config: Config, device: torch.device) -> Finding:
 
 
 def check_memory(
-    config: Config, size: ModelSize, device: torch.device, loaded: bool = False
+    config: Config, size: ModelSize, device: torch.device, loaded: bool = False, gpus: int = 1
 ) -> Finding:
     """Whether the parts of the run fit into the memory of the device.
 
@@ -228,10 +196,10 @@ def check_memory(
         size: size of the model.
         device: compute device.
         loaded: whether the model was loaded to measure its size.
+        gpus: number of processes of the run.
     """
-    needed = memory(config, size, compute_dtype(config.runtime.dtype, device))
-    on_gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info()[1] if on_gpu else machine_memory()
+    needed = memory(config, size, compute_dtype(config.runtime.dtype, device), gpus)
+    available = available_memory(device)
     parts = ", ".join(f"{name} {in_bytes(part)}" for name, part in needed.parts.items())
     message = f"{in_bytes(needed.total)} of {in_bytes(available)}, without activations: {parts}."
     if needed.fits(available):

@@ -89,7 +89,7 @@ class Rehearser:
     """
 
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         command = [sys.executable, "-m", "flowgrain.planning.rehearsal.worker"]
         self._process = subprocess.Popen(
             command,
@@ -107,9 +107,7 @@ class Rehearser:
         self._process.communicate()
         self._errors.close()
 
-    def rehearse(
-        self, config: Config, gpus: int, gpu: Gpu, full_depth: bool = False
-    ) -> Rehearsal:
+    def rehearse(self, config: Config, gpus: int, gpu: Gpu, full_depth: bool = False) -> Rehearsal:
         """Rehearse the first training step of `config` on `gpus` GPUs.
 
         Args:
@@ -137,7 +135,8 @@ class Rehearser:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         line = ""
         try:
             stdin.write(json.dumps(request) + "\n")
@@ -151,8 +150,6 @@ class Rehearser:
             raise RehearsalError("the process of the rehearsal ended", details)
         found: dict[str, Any] = json.loads(line)
         return found
-
-
 
 
 def rehearse(config: Config, gpus: int, gpu: Gpu, full_depth: bool = False) -> Rehearsal:

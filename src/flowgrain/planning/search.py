@@ -87,7 +87,9 @@ def _candidates(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
     if gpus > 1:
         replicas = [{"runtime.rollout_weights": w} for w in ("replica", "sharded")]
     for kind, layout, checkpointing in itertools.product(lora, replicas, (False, True)):
-        reduction = {} if config.lora.rank or kind else {"runtime.gradient_reduction": "micro_batch"}
+        reduction = (
+            {} if config.lora.rank or kind else {"runtime.gradient_reduction": "micro_batch"}
+        )
         yield {**kind, **layout, "model.gradient_checkpointing": checkpointing, **reduction}
 
 
@@ -135,5 +137,3 @@ def _rows(sampling: int, training: int, decoding: int | None = None) -> dict[str
 
 def _written(changes: dict[str, Any]) -> list[str]:
     return [f"{path}={str(value).lower()}" for path, value in changes.items()]
-
-

@@ -55,9 +55,7 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     return _DTYPES[setting]
 
 
-def load_dtypes(
-    config: Config, train: bool = True, device: torch.device | None = None
-) -> Dtypes:
+def load_dtypes(config: Config, train: bool = True, device: torch.device | None = None) -> Dtypes:
     """The dtypes in which the parts of a model are loaded on `device`, by default runtime.device.
 
     A full fine-tune loads float32 master parameters. With LoRA the frozen transformer is loaded in

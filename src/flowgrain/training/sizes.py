@@ -28,6 +28,7 @@ from flowgrain.training.copies import names_of_blocks
 _CLIP_TOKENS = 77
 """Tokens of CLIP, which come before the tokens of T5 in SD3."""
 
+
 @dataclass(frozen=True)
 class ModelSize:
     """Numbers of parameters of a backbone.

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "fakegpu"
 DEVICE_COUNT = 1
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+_AUTOCAST = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("AutocastPrivateUse1"))
 _aten: Any = torch.ops.aten
 
 # The lists of torch's documentation, "Autocast Op Reference" for CUDA, as far as models use them.
@@ -91,7 +90,8 @@ def _device_module() -> types.SimpleNamespace:
     )
 
 
-_libraries: list[torch.library.Library] = []
+_Library: Any = torch.library.Library
+_libraries: list[Any] = []
 """Registered operators. A library that is collected removes its operators."""
 
 
@@ -105,9 +105,9 @@ def register() -> torch.device:
 
 
 def _register_autocast() -> None:
-    every = torch.library.Library("_", "IMPL")
+    every = _Library("_", "IMPL")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    aten = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+    aten = _Library("aten", "IMPL", "AutocastPrivateUse1")
     casts = _Casts()
     for names, dtype in ((_LOWER, None), (_FLOAT32, torch.float32)):
         for name in names:
@@ -162,7 +162,7 @@ class _Casts:
 def _register_attention() -> None:
     """Attention as CUDA runs it: flash attention, which keeps no matrix of scores."""
     # Both keys: with and without a graph.
-    library = torch.library.Library("aten", "IMPL")
+    library = _Library("aten", "IMPL")
     for key in ("AutogradPrivateUse1", "PrivateUse1"):
         library.impl("scaled_dot_product_attention", _attention, key)
     _libraries.append(library)
@@ -194,11 +194,7 @@ def _attention(
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, float("-inf"))
         bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    out = _aten._scaled_dot_product_efficient_attention(
+    found: Tensor = _aten._scaled_dot_product_efficient_attention(
         query, key, value, bias, needs_grad, dropout_p, is_causal, scale=scale
     )[0]
-    return out
-
-
-BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-"""The kernels of `_attention`."""
+    return found

@@ -15,8 +15,9 @@ from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.step import Measurement
 
 SHALLOW, MORE = 2, 2
-"""Blocks of each kind in the smallest model, and blocks that are added. FSDP2 gathers the parameters
-of a block while the one before it runs, so that a single block is not enough."""
+"""Blocks of each kind in the smallest model, and blocks that are added. FSDP2 gathers the
+parameters of a block while the one before it runs, so that a single block is not enough.
+"""
 
 _COUNTS: Mapping[str, tuple[str, ...]] = {
     "FluxTransformer2DModel": ("num_layers", "num_single_layers"),

@@ -72,8 +72,7 @@ class Ledger:
         self.resized(storage)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Record the new size of a known storage. FSDP2 frees and allocates parameters like this.
-        """
+        """Record the new size of a known storage. FSDP2 frees and allocates like this."""
         key = id(storage)
         if key not in self._numbers:
             return

@@ -31,7 +31,7 @@ GPUS_PER_MACHINE = 8
 _COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "broadcast_")
 
 
-class _FakeMode(FakeTensorMode):
+class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """A mode that copies of its tensors share."""
 
     def __deepcopy__(self, _: Any) -> "_FakeMode":
@@ -49,7 +49,7 @@ class _Call:
     held: list[tuple[int, int]]
 
 
-class RehearsalMode(TorchDispatchMode):
+class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operators on fake tensors, and counts what a device would do.
 
     Attributes:
@@ -62,7 +62,7 @@ class RehearsalMode(TorchDispatchMode):
     """
 
     def __init__(self, world_size: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.flops: defaultdict[str, float] = defaultdict(float)
         self.moved: defaultdict[str, float] = defaultdict(float)
@@ -237,14 +237,18 @@ def _plausible(tensor: Tensor) -> Tensor:
 
 def _with_values(tensor: FakeTensor) -> Tensor:
     """A real tensor in place of a small fake tensor on the host, so that code can depend on it."""
-    return _plausible(tensor) if tensor.device.type == "cpu" and tensor.numel() <= _SMALL else tensor
+    return (
+        _plausible(tensor) if tensor.device.type == "cpu" and tensor.numel() <= _SMALL else tensor
+    )
 
 
-def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def _apply(
+    module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
     """`Module._apply` without swapping, which fake tensors do not support."""
     if recurse:
         for child in module.children():
-            child._apply(change)
+            child._apply(change)  # type: ignore[no-untyped-call]
     for name, parameter in module._parameters.items():
         if parameter is not None:
             with torch.no_grad():

@@ -19,6 +19,7 @@ from flowgrain.models.published import PUBLISHED
 from flowgrain.models.shapes import WEIGHTS, ShapesBackbone, WordTable
 from flowgrain.settings import SettingsError
 
+_Scheduler: Any = FlowMatchEulerDiscreteScheduler
 _ENCODER_LIMIT = 77
 """Tokens that CLIP reads."""
 
@@ -48,10 +49,8 @@ def build_backbone(
                 f"model.name={model.name}: only backbones that are built on diffusers pipelines "
                 "can be rehearsed. Measure one step on the target machine instead."
             )
-        parts = {
-            name: _encoder(model, name, dtypes.encoders) for name in backbone_class.encoders
-        }
-    scheduler = FlowMatchEulerDiscreteScheduler(**_scheduler_config(model))
+        parts = {name: _encoder(model, name, dtypes.encoders) for name in backbone_class.encoders}
+    scheduler = _Scheduler(**_scheduler_config(model))
     pipe = backbone_class.pipeline(
         scheduler=scheduler, transformer=network, vae=vae, **parts, **_extra(backbone_class)
     )
@@ -127,11 +126,13 @@ class _Tokenizer:
         self._limit = model.max_prompt_tokens
         self.added_tokens_encoder: dict[str, int] = {}
 
-    def __call__(self, text: Any, padding: Any = None, max_length: int | None = None, **_: Any) -> Any:
+    def __call__(self, text: Any, max_length: int | None = None, **_: Any) -> Any:
         count = 1 if isinstance(text, str) else len(text)
         length = max_length or (self._limit if self._long else _ENCODER_LIMIT)
         ids = torch.ones(count, length, dtype=torch.long)
-        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return transformers.BatchEncoding(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        )
 
     def tokenize(self, _: str) -> list[str]:
         """No token with a meaning of its own."""
