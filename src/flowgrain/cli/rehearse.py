@@ -59,7 +59,7 @@ def rehearse_command(
             else:
                 _show_proposals(found, gpu)
             return
-        rehearsal = rehearse(config, gpus, card, full_depth)
+        rehearsal = rehearse(config, gpus, card, "full" if full_depth else "lines")
     except RehearsalError as error:
         if as_json:
             typer.echo(json.dumps({"error": str(error), "traceback": error.details}))
@@ -78,8 +78,9 @@ def rehearse_command(
 def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
     """Memory by phase and kind, cost, and waits of a rehearsal."""
     phases = found.phases
-    kinds = [k for k in _ORDER if any(peak.kinds.get(k, 0) >= _SHOWN for peak in phases.values())]
-    title = f"GB on each of {found.gpus} x {name}"
+    unit = 1e9 if found.peak[1].total >= 1e9 else 1e6
+    kinds = [k for k in _ORDER if any(p.kinds.get(k, 0) >= 1e-3 * unit for p in phases.values())]
+    title = f"{'GB' if unit == 1e9 else 'MB'} on each of {found.gpus} x {name}"
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
     table.add_column("")
     for phase in phases:
@@ -87,10 +88,10 @@ def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
     for kind in kinds:
         table.add_row(
             _LABELS.get(kind, kind),
-            *(_gigabytes(peak.kinds.get(kind, 0.0)) for peak in phases.values()),
+            *(_number(peak.kinds.get(kind, 0.0) / unit) for peak in phases.values()),
         )
     table.add_section()
-    table.add_row("total", *(_gigabytes(peak.total) for peak in phases.values()))
+    table.add_row("total", *(_number(peak.total / unit) for peak in phases.values()))
     out.print(table)
     for line in summary(found, name, card):
         say(line)
@@ -99,26 +100,28 @@ def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
 def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     """The result of a rehearsal in sentences."""
     from flowgrain.planning.forecast import forecast
+    from flowgrain.training.fit import in_bytes
+    from flowgrain.units import duration
 
     phase, peak = found.peak
     measured, usable = found.measured, card.memory
     fits = "fits" if found.fits(usable) else "does not fit"
     expected = forecast(found, card, found.compiled)
-    seconds = ", ".join(f"{part} {value:,.1f} s" for part, value in expected.seconds.items())
+    seconds = ", ".join(f"{part} {duration(value)}" for part, value in expected.seconds.items())
     syncs = sum(measured.syncs.values())
     most = sorted(measured.syncs.items(), key=lambda item: -item[1])[:3]
     places = ", ".join(f"{place} ({count:,})" for place, count in most)
     moved = sum(expected.moved.values())
     counts = measured.counts
     return [
-        f"Most memory: {_gigabytes(peak.total)} GB in the phase {phase!r}. This {fits} in "
+        f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}. This {fits} in "
         f"{usable / 1e9:,.0f} GB of a {name} with 10% left free.",
         f"Forward passes of this GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
         f"{counts.get('gradient', 0):,.0f} with gradient. Decoded images: "
         f"{counts.get('decoded', 0):,.0f}.",
-        f"{sum(measured.flops.values()) / 1e15:,.2f} PFLOP, {moved / 1e9:,.1f} GB received over "
-        f"links, {measured.checkpoint / 1e9:,.1f} GB in a checkpoint, per GPU.",
-        f"Forecast: {expected.total:,.0f} s per step without rewards ({seconds}).",
+        f"{sum(measured.flops.values()) / 1e12:,.0f} TFLOP, {in_bytes(moved)} received over links, "
+        f"{in_bytes(measured.checkpoint)} in a checkpoint, per GPU.",
+        f"Forecast: {duration(expected.total)} per step without rewards ({seconds}).",
         f"The host waits for the GPU {syncs:,} times: {places}."
         if most
         else "The host never waits.",
@@ -134,7 +137,7 @@ def _show_proposals(found: "list[Proposal]", name: str) -> None:
         table.add_row(
             str(proposal.gpus),
             escape(" ".join(proposal.settings)) if proposal.fits else "nothing fits",
-            _gigabytes(proposal.memory),
+            f"{proposal.memory / 1e9:,.1f}",
             f"{proposal.seconds:,.0f}" if proposal.fits else "",
             f"{proposal.images_per_second:,.2f}" if proposal.fits else "",
         )
@@ -142,8 +145,8 @@ def _show_proposals(found: "list[Proposal]", name: str) -> None:
     say("Seconds are a forecast from FLOPs and data sheets, without rewards.")
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f}" if size < 1e10 else f"{size / 1e9:,.1f}"
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
 
 
 _LABELS = {
@@ -157,8 +160,6 @@ _LABELS = {
     "conditioning": "embeddings",
 }
 """Short names for the table. "update 1": the first micro-batch of an update."""
-_SHOWN = 1e6
-"""Bytes below which a kind of memory is left out."""
 _ORDER = (
     *("weights", "unsharded parameters", "gradients", "optimizer", "EMA", "reference"),
     *("old policy", "sampling copy", "VAE", "text encoders", "rewards", "latents"),

@@ -12,16 +12,17 @@ from typing import Any
 
 from flowgrain.config.schema import Config
 from flowgrain.planning.gpus import Gpu
+from flowgrain.planning.rehearsal.depth import Depth
 from flowgrain.planning.rehearsal.ledger import Peak
-from flowgrain.planning.rehearsal.step import Measurement
+from flowgrain.planning.rehearsal.step import FIRST, LATER, OPTIMIZER, Measurement
 from flowgrain.settings import SettingsError
 from flowgrain.training.memory import USABLE_SHARE
 from flowgrain.training.sizes import size_before_loading
 
 _REPLICA_SHARE = 0.4
 """runtime.rollout_weights=auto takes a replica below this share of the free memory."""
-_LEFT_OUT = ("start",)
-"""Phases that a real run does not have: a rehearsal builds all parts on the device."""
+PHASES = ("rewards", "encode", "sample", "decode", "score", "update", FIRST, LATER, OPTIMIZER)
+"""Phases of a step, in order. A rehearsal also has a start, in which it builds all parts."""
 
 
 class RehearsalError(RuntimeError):
@@ -58,7 +59,8 @@ class Rehearsal:
     def phases(self) -> dict[str, Peak]:
         """The peak of every phase of the step, in order."""
         peaks = self.measured.peaks
-        return {name: peaks[name] for name in peaks if name not in _LEFT_OUT}
+        names = sorted(set(peaks) - {"start"}, key=PHASES.index)
+        return {name: peaks[name] for name in names}
 
     @property
     def peak(self) -> tuple[str, Peak]:
@@ -107,22 +109,21 @@ class Rehearser:
         self._process.communicate()
         self._errors.close()
 
-    def rehearse(self, config: Config, gpus: int, gpu: Gpu, full_depth: bool = False) -> Rehearsal:
+    def rehearse(self, config: Config, gpus: int, gpu: Gpu, depth: Depth = "lines") -> Rehearsal:
         """Rehearse the first training step of `config` on `gpus` GPUs.
 
         Args:
             config: settings of the run.
             gpus: number of GPUs.
             gpu: kind of the GPUs. Only runtime.rollout_weights=auto depends on it.
-            full_depth: run all blocks of the transformer. This takes minutes. By default, smaller
-                transformers are measured, and lines give the full size.
+            depth: which transformers are measured. All blocks ("full") take minutes.
 
         Raises:
             SettingsError: this configuration cannot be rehearsed.
             RehearsalError: the step raised an error.
         """
         compiled, config = config.runtime.compile is not None, prepared(config, gpus, gpu)
-        request = {"config": config.to_dict(), "gpus": gpus, "full": full_depth}
+        request = {"config": config.to_dict(), "gpus": gpus, "depth": depth}
         answer = self._ask(request)
         if "settings_error" in answer:
             raise SettingsError(answer["settings_error"])
@@ -152,13 +153,13 @@ class Rehearser:
         return found
 
 
-def rehearse(config: Config, gpus: int, gpu: Gpu, full_depth: bool = False) -> Rehearsal:
+def rehearse(config: Config, gpus: int, gpu: Gpu, depth: Depth = "lines") -> Rehearsal:
     """Rehearse the first training step of `config` on `gpus` GPUs.
 
     Arguments and errors are those of `Rehearser.rehearse`.
     """
     with Rehearser() as process:
-        return process.rehearse(config, gpus, gpu, full_depth)
+        return process.rehearse(config, gpus, gpu, depth)
 
 
 def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:

@@ -7,7 +7,7 @@ each of them.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 
@@ -45,20 +45,28 @@ class Depths:
     factors: list[float]
 
 
-def depths(config: Configuration, full: bool = False) -> Depths:
+Depth = Literal["lines", "full", "shallow"]
+"""lines: smaller transformers, and lines through their measurements. full: all blocks. shallow: a
+small transformer alone, which finds errors, but no sizes.
+"""
+
+
+def depths(config: Configuration, depth: Depth = "lines") -> Depths:
     """The transformers to measure in place of the one with configuration `config`.
 
     Args:
         config: configuration of the full transformer.
-        full: measure the full transformer.
+        depth: see `Depth`.
     """
-    counts = {} if full else _blocks(config)
+    counts = {} if depth == "full" else _blocks(config)
     base = {kind: min(count, SHALLOW) for kind, count in counts.items()}
     longer = {kind: count for kind, count in counts.items() if count > SHALLOW + MORE}
     for kind in set(counts) - set(longer):
         base[kind] = counts[kind]
     if not longer:
         return Depths([config], [1.0])
+    if depth == "shallow":
+        return Depths([_with_blocks(config, base)], [1.0])
     slopes = {kind: (count - base[kind]) / MORE for kind, count in longer.items()}
     configs = [_with_blocks(config, base)]
     configs += [_with_blocks(config, base | {kind: base[kind] + MORE}) for kind in longer]

@@ -188,6 +188,8 @@ def measure(
 def _world(gpus: int) -> World:
     if gpus == 1:
         return World()
+    if dist.is_initialized() and dist.get_world_size() != gpus:
+        dist.destroy_process_group()
     if not dist.is_initialized():
         from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -7,6 +7,7 @@ see.
 import json
 import os
 import sys
+import sysconfig
 import time
 import traceback
 from contextlib import redirect_stdout
@@ -21,7 +22,7 @@ from flowgrain.config.load import validate
 from flowgrain.config.schema import Config
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.planning.rehearsal import accelerator
-from flowgrain.planning.rehearsal.depth import combine, depths
+from flowgrain.planning.rehearsal.depth import Depth, combine, depths
 from flowgrain.planning.rehearsal.model import build_backbone, part_config
 from flowgrain.planning.rehearsal.step import Measurement, measure
 from flowgrain.registry import load_plugin
@@ -31,17 +32,17 @@ from flowgrain.training.load import load_dtypes
 _PACKAGE = Path(__file__).parents[2]
 
 
-def run(config: Config, gpus: int, full: bool = False) -> Measurement:
+def run(config: Config, gpus: int, depth: Depth = "lines") -> Measurement:
     """Measure the first training step of `config` on one of `gpus` ranks.
 
     Args:
         config: settings, see `rehearse.prepared`.
         gpus: number of ranks.
-        full: measure the model with all its blocks, not lines through smaller models.
+        depth: which transformers are measured, see `Depth`.
     """
     device = accelerator.register()
     dtypes = load_dtypes(config, device=torch.device("cuda"))
-    chosen = depths(part_config(config.model, "transformer"), full)
+    chosen = depths(part_config(config.model, "transformer"), depth)
     measured = [
         measure(config, partial(build_backbone, config.model, dtypes, shape), gpus, device)
         for shape in chosen.configs
@@ -56,7 +57,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         for plugin in request["config"]["runtime"]["plugins"]:
             load_plugin(plugin)
         config = validate(request["config"])
-        found = run(config, request["gpus"], request.get("full", False))
+        found = run(config, request["gpus"], request["depth"])
     except SettingsError as error:
         return {"settings_error": str(error)}
     except Exception as error:  # any error of a first step on a GPU
@@ -65,14 +66,21 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _message(error: Exception) -> str:
-    """The error, and the last place in this package or a plugin that leads to it."""
+    """The error, and the last place that leads to it, outside of libraries and rehearsals."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if Path(f.filename).is_relative_to(_PACKAGE)]
-    outside = [f for f in own if "rehearsal" not in Path(f.filename).parts]
-    place = (outside or own or frames)[-1]
+    own = [frame for frame in frames if _is_own(Path(frame.filename))]
+    place = (own or frames)[-1]
     path = Path(place.filename)
     name = path.relative_to(_PACKAGE) if path.is_relative_to(_PACKAGE) else path
     return f"{type(error).__name__} in {name}:{place.lineno} ({place.name}): {error}"
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file belongs to this package or to a plugin."""
+    if path.is_relative_to(_PACKAGE):
+        return not path.is_relative_to(Path(__file__).parent)
+    libraries = (Path(folder) for folder in sysconfig.get_paths().values())
+    return path.is_file() and not any(path.is_relative_to(folder) for folder in libraries)
 
 
 def main() -> None:

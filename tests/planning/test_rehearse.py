@@ -1,0 +1,185 @@
+"""Rehearsals: what they count, and which errors of a first GPU run they find."""
+
+import json
+
+import pytest
+
+from flowgrain import SettingsError
+from flowgrain.config import load_config
+from flowgrain.config.load import recipe_names
+from flowgrain.planning.forecast import forecast
+from flowgrain.planning.gpus import EAGER, GPUS, gpu_named
+from flowgrain.planning.plan import prompt_cost
+from flowgrain.planning.rehearse import Rehearser, RehearsalError, prepared, rehearse
+from flowgrain.training.memory import memory
+from flowgrain.training.sizes import model_size
+
+H100 = GPUS["h100"]
+SMALL = {
+    "sampling.num_steps": 4,
+    "training.prompts_per_step": 4,
+    "method.group_size": 4,
+    "sampling.batch_size": 8,
+    "evaluation.rewards": [],
+    "training.micro_batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def process():
+    with Rehearser() as found:
+        yield found
+
+
+@pytest.mark.parametrize("method", ["flow_grpo", "g2rpo", "diffusionnft", "densegrpo"])
+def test_the_rows_are_those_of_the_plan(process, method):
+    config = load_config(method, SMALL)
+    cost, prompts = prompt_cost(config), config.training.prompts_per_step
+    counts = process.rehearse(config, 1, H100).measured.counts
+    assert counts["gradient"] == prompts * cost.train_forward_passes
+    without = prompts * (cost.forward_passes + cost.frozen_forward_passes)
+    assert counts["no gradient"] == without
+    assert counts["decoded"] == prompts * cost.decodes
+    halved = process.rehearse(config, 2, H100).measured.counts
+    assert {name: 2 * count for name, count in halved.items()} == counts
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "gpus"),
+    [
+        ("flow_grpo", {"training.ema_decay": 0.9, "method.kl_weight": 0.1}, 1),
+        ("flow_grpo", {"lora.rank": 4, "method.kl_weight": 0.1}, 1),
+        ("diffusionnft", {}, 1),
+        ("g2rpo", {"runtime.rollout_weights": "replica"}, 4),
+        ("g2rpo", {"runtime.rollout_weights": "sharded", "method.kl_weight": 0.1}, 4),
+    ],
+)
+def test_what_a_run_holds(process, method, changes, gpus):
+    """Kinds that stay for the whole run, against sums of parameters (`training.memory`)."""
+    config = prepared(load_config(method, {**SMALL, **changes}), gpus, H100)
+    expected = memory(config, model_size(config.model), dtype_of(config), gpus).parts
+    found = process.rehearse(config, gpus, H100).phases["optimizer"].kinds
+    names = {"weights", "optimizer", "EMA", "reference", "old policy", "sampling copy", "VAE"}
+    for name in names:
+        formula = expected.get("AdamW" if name == "optimizer" else name, 0.0)
+        # The allocator rounds every tensor up to 512 bytes, which is visible in a small model.
+        assert found.get(name, 0.0) == pytest.approx(formula, rel=0.05, abs=2e5), name
+
+
+def dtype_of(config):
+    import torch
+
+    return getattr(torch, config.runtime.dtype)
+
+
+def test_less_memory_without_unsharded_gradients(process):
+    changes = {**SMALL, "runtime.rollout_weights": "sharded"}
+    update, often = (
+        process.rehearse(
+            load_config("flow_grpo", {**changes, "runtime.gradient_reduction": reduction}), 4, H100
+        )
+        for reduction in ("update", "micro_batch")
+    )
+    gradients = [found.phases["later micro-batches"].kinds["gradients"] for found in (update, often)]
+    assert gradients[1] < 0.5 * gradients[0]
+    moved = [sum(found.measured.moved.values()) for found in (update, often)]
+    assert moved[1] > moved[0]
+
+
+def test_activations_of_the_update_grow_with_its_rows(process):
+    def update(**changes):
+        config = load_config("flow_grpo", {**SMALL, **changes})
+        return process.rehearse(config, 1, H100).phases["first micro-batch"].kinds["activations"]
+
+    half, whole = (update(**{"training.micro_batch_size": rows}) for rows in (24, 48))
+    assert 1.8 * half < whole < 2.2 * half
+
+
+PLUGIN = """
+import torch
+from flowgrain.methods import register
+from flowgrain.methods.flow_grpo import FlowGRPO
+
+
+@register
+class {class_name}(FlowGRPO):
+    '''A method with a mistake that only a GPU shows.'''
+
+    name = "{name}"
+
+    def objective(self, sigmas):
+        inner = super().objective(sigmas)
+
+        def loss(edges):
+            {mistake}
+            return inner(edges)
+
+        return loss
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "message"),
+    [
+        ("on_cpu", "edges.advantage + torch.ones(3).mean(0, keepdim=True)", "at least two devices"),
+        ("wrong_shape", "edges.x_next @ edges.x_next.flatten(1)", "RuntimeError"),
+    ],
+)
+def test_mistakes_of_a_method(process, tmp_path, name, mistake, message):
+    plugin = tmp_path / f"{name}.py"
+    title = name.title().replace("_", "")
+    plugin.write_text(PLUGIN.format(class_name=title, name=name, mistake=mistake))
+    config = load_config(name, SMALL, plugins=[plugin])
+    with pytest.raises(RehearsalError, match=message) as raised:
+        process.rehearse(config, 1, H100)
+    assert name in str(raised.value)
+    assert "Traceback" in raised.value.details
+
+
+def test_waits_for_the_device_are_counted(process, tmp_path):
+    plugin = tmp_path / "asking.py"
+    text = PLUGIN.format(class_name="Asking", name="asking", mistake="float(edges.advantage.sum())")
+    plugin.write_text(text)
+    config = load_config("asking", SMALL, plugins=[plugin])
+    asking = process.rehearse(config, 1, H100).measured.syncs
+    usual = process.rehearse(load_config("flow_grpo", SMALL), 1, H100).measured.syncs
+    assert sum(asking.values()) > sum(usual.values())
+
+
+def test_the_forecast_divides_flops_by_the_rate_of_the_gpu(process):
+    found = process.rehearse(load_config("flow_grpo", SMALL), 1, H100)
+    expected = forecast(found, H100)
+    flops = found.measured.flops["sample"]
+    assert expected.seconds["sampling"] == flops / (EAGER * 989e12)
+    assert expected.total == sum(expected.seconds.values())
+    assert forecast(found, H100, compiled=True).total < expected.total
+    assert expected.moved == {}
+
+
+def test_settings_that_cannot_be_rehearsed():
+    with pytest.raises(SettingsError, match=r"--gpu h10: there is no such GPU.*'h100'"):
+        gpu_named("h10")
+    quantized = load_config("flow_grpo", {**SMALL, "sampling.tail_weights": "int8"})
+    with pytest.raises(SettingsError, match="cannot be rehearsed. Use sampling.tail_weights=same"):
+        rehearse(quantized, 1, H100)
+    unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
+    with pytest.raises(SettingsError, match="configuration of transformer is not known"):
+        rehearse(unknown, 1, H100)
+
+
+def test_numbers_as_json(process):
+    found = process.rehearse(load_config("flow_grpo", SMALL), 1, H100).to_dict()
+    assert json.loads(json.dumps(found))["peak"]["total"] == found["peak"]["total"]
+    assert found["peak"]["total"] == pytest.approx(sum(found["peak"]["kinds"].values()))
+    assert found["peak"]["phase"] in found["phases"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe(process, recipe):
+    """The first step of every recipe, at full width, on eight GPUs."""
+    config = load_config(recipe, {"model.gradient_checkpointing": True} if recipe != "demo" else {})
+    found = process.rehearse(config, 8, H100, depth="shallow")
+    cost, prompts = prompt_cost(config), -(-config.training.prompts_per_step // 8)
+    assert found.measured.counts["decoded"] >= prompts * cost.decodes
+    assert found.measured.checkpoint > 0
