@@ -91,8 +91,8 @@ def test_activations_of_the_update_grow_with_its_rows(process):
         config = load_config("flow_grpo", {**SMALL, **changes})
         return process.rehearse(config, 1, H100).phases["first micro-batch"].kinds["activations"]
 
-    half, whole = (update(**{"training.micro_batch_size": rows}) for rows in (24, 48))
-    assert 1.8 * half < whole < 2.2 * half
+    six, twelve, all_rows = (update(**{"training.micro_batch_size": n}) for n in (6, 12, 24))
+    assert all_rows - twelve == pytest.approx(2 * (twelve - six), rel=0.02)
 
 
 PLUGIN = """
