@@ -78,9 +78,11 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
     keeps_reference = config.method.needs_reference and not layout.lora
     keeps_old = _keeps_old(config)
     shares_frozen = layout.lora and shards == 1
+    often = config.runtime.gradient_reduction == "micro_batch"
     parts = {
         "weights": weights,
-        "gradients": 4.0 * trained,  # not sharded until the last micro-batch of an update
+        # By default not sharded until the last micro-batch of an update.
+        "gradients": 4.0 * trained / (shards if often else 1),
         "AdamW": 8.0 * trained / shards,
         "EMA": 4.0 * trained / shards if config.training.ema_decay else 0.0,
         "reference": weights if keeps_reference else 0.0,

@@ -1,0 +1,71 @@
+"""Rehearse every recipe at full size, and write a table.
+
+    python benchmarks/recipes_at_full_size.py [--gpus 8] [--gpu h100] [--out recipes.json]
+
+The results are saved after every recipe. A recipe with a result is not rehearsed again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from flowgrain.config import load_config
+from flowgrain.config.load import recipe_names
+from flowgrain.models.quiet import quiet_libraries
+from flowgrain.planning.forecast import forecast
+from flowgrain.planning.gpus import gpu_named
+from flowgrain.planning.rehearse import Rehearser, RehearsalError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--out", type=Path, default=Path("recipes.json"))
+    args = parser.parse_args()
+    quiet_libraries()
+    card = gpu_named(args.gpu)
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    with Rehearser() as process:
+        for recipe in recipe_names():
+            if recipe in found:
+                continue
+            config = load_config(recipe)
+            try:
+                rehearsal = process.rehearse(config, args.gpus, card)
+            except RehearsalError as error:
+                found[recipe] = {"error": str(error)}
+            else:
+                phase, peak = rehearsal.peak
+                expected = forecast(rehearsal, card)
+                found[recipe] = {
+                    "lora": config.lora.rank,
+                    "peak": peak.total,
+                    "phase": phase,
+                    "fits": rehearsal.fits(card.memory),
+                    "forecast": expected.total,
+                    "moved": sum(expected.moved.values()),
+                    "checkpoint": rehearsal.measured.checkpoint,
+                    "syncs": sum(rehearsal.measured.syncs.values()),
+                    "seconds": rehearsal.seconds,
+                }
+            args.out.write_text(json.dumps(found, indent=1))
+            print(recipe, found[recipe], flush=True)
+    print(f"| Recipe, on {args.gpus} x {args.gpu} | Trains | GB | in phase | Fits | Forecast |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for recipe, values in found.items():
+        if "error" in values:
+            print(f"| {recipe} | {values['error']} | | | | |")
+            continue
+        kind = f"LoRA {values['lora']}" if values["lora"] else "full"
+        fits = "yes" if values["fits"] else "no"
+        print(
+            f"| {recipe} | {kind} | {values['peak'] / 1e9:.1f} | {values['phase']} | {fits} | "
+            f"{values['forecast']:.0f} s |"
+        )
+
+
+if __name__ == "__main__":
+    main()
