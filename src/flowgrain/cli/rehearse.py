@@ -105,6 +105,8 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
 
     phase, peak = found.peak
     measured, usable = found.measured, card.memory
+    setting = found.batch_of_peak
+    batch = f" ({setting[0]}={setting[1]})" if setting else ""
     fits = "fits" if found.fits(usable) else "does not fit"
     expected = forecast(found, card, found.compiled)
     seconds = ", ".join(f"{part} {duration(value)}" for part, value in expected.seconds.items())
@@ -114,7 +116,7 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     moved = sum(expected.moved.values())
     counts = measured.counts
     return [
-        f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}. This {fits} in "
+        f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}{batch}. This {fits} in "
         f"{usable / 1e9:,.0f} GB of a {name} with 10% left free.",
         f"Forward passes of this GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
         f"{counts.get('gradient', 0):,.0f} with gradient. Decoded images: "

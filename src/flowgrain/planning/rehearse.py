@@ -67,6 +67,22 @@ class Rehearsal:
         """The phase that needs most memory, and its peak."""
         return max(self.phases.items(), key=lambda item: item[1].total)
 
+    @property
+    def batch_of_peak(self) -> tuple[str, int] | None:
+        """The setting that determines the batch of the peak, and its value. None if none does."""
+        config, sampling = self.config, self.config.sampling
+        rows = ("training.micro_batch_size", config.micro_batch_size)
+        batches = {
+            "sample": ("sampling.batch_size", sampling.batch_size),
+            "decode": (
+                "sampling.decode_batch_size",
+                sampling.decode_batch_size or sampling.batch_size,
+            ),
+            FIRST: rows,
+            LATER: rows,
+        }
+        return batches.get(self.peak[0])
+
     def fits(self, memory: float) -> bool:
         """Whether the step leaves 10% of `memory` bytes for fragmentation and libraries."""
         return self.peak[1].total <= USABLE_SHARE * memory
@@ -74,10 +90,16 @@ class Rehearsal:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, in bytes and FLOPs."""
         phase, peak = self.peak
+        batch = self.batch_of_peak
         of_step = asdict(self.measured)
         return {
             "gpus": self.gpus,
-            "peak": {"phase": phase, "total": peak.total, "kinds": peak.kinds},
+            "peak": {
+                "phase": phase,
+                "batch": dict([batch]) if batch else {},
+                "total": peak.total,
+                "kinds": peak.kinds,
+            },
             "phases": {name: found.kinds for name, found in self.phases.items()},
             **{name: of_step[name] for name in of_step if name != "peaks"},
             "seconds": self.seconds,
