@@ -33,15 +33,41 @@ def test_plan_of_a_recipe():
     assert lora["forward_passes"] == numbers["forward_passes"]
 
 
-def test_forecast():
-    words = ("plan", "flux/g2rpo", "--gpus", "16", "--gpu", "h200")
-    forecast = json.loads(succeeded(*words, "--json"))["forecast"]
-    assert {"seconds", "moved", "held", "flops_of_pass", "total"} == set(forecast)
-    assert forecast["total"] == sum(forecast["seconds"].values())
-    output = succeeded(*words)
-    assert "seconds per step on 16 x h200" in output
-    assert "--gpu b300" in refused("plan", "flux/g2rpo", "--gpus", "16", "--gpu", "b300")
-    assert "Use flux or sd3" in refused("plan", "demo", "--gpus", "16")
+def test_plan_for_several_gpus():
+    words = ("plan", "g2rpo", *SMALL, "--gpus", "2", "--gpu", "h200")
+    numbers = json.loads(succeeded(*words, "--json"))
+    assert {"seconds", "moved", "total"} == set(numbers["forecast"])
+    assert numbers["forecast"]["total"] == sum(numbers["forecast"]["seconds"].values())
+    assert numbers["rehearsal"]["peak"]["total"] > 0
+    assert "--gpu b300" in refused("plan", "demo", "--gpus", "16", "--gpu", "b300")
+
+
+def test_rehearse():
+    output = succeeded("rehearse", "g2rpo", *SMALL, "--gpus", "2")
+    assert "MB on each of 2 x h100" in output
+    assert "weights" in output
+    assert "Most memory:" in output
+    numbers = json.loads(succeeded("rehearse", "g2rpo", *SMALL, "--gpus", "1", "--json"))
+    assert numbers["fits"]
+    assert numbers["peak"]["phase"] in numbers["phases"]
+    assert "--gpu b300" in refused("rehearse", "demo", "--gpu", "b300")
+
+
+def test_rehearse_a_step_that_fails(directory):
+    (directory / "wrong.py").write_text(
+        "import torch\n"
+        "from flowgrain.methods import register\n"
+        "from flowgrain.methods.flow_grpo import FlowGRPO\n\n\n"
+        "@register\n"
+        "class Wrong(FlowGRPO):\n"
+        "    name = 'wrong'\n\n"
+        "    def objective(self, sigmas):\n"
+        "        return lambda edges: edges.advantage + torch.ones(1)\n"
+    )
+    result = flowgrain("rehearse", "wrong", "--plugin", "wrong.py", *SMALL, "--gpus", "1")
+    assert result.status == 1
+    assert "The training step fails: FakeTensorDeviceMismatchError" in result.stderr
+    assert "wrong.py:11" in " ".join(result.stderr.split())
 
 
 def test_fidelity():

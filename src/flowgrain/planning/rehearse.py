@@ -4,10 +4,12 @@ The step runs in another process on fake tensors, see `flowgrain.planning.rehear
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from flowgrain.config.schema import Config
@@ -114,6 +116,8 @@ class Rehearser:
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
+        # The same package as in this process, whatever the working directory.
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         command = [sys.executable, "-m", "flowgrain.planning.rehearsal.worker"]
         self._process = subprocess.Popen(
             command,
@@ -121,6 +125,7 @@ class Rehearser:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
 
     def __enter__(self) -> "Rehearser":
