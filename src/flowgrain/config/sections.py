@@ -302,6 +302,14 @@ class RuntimeConfig(Section):
         "With several ranks: sample with a full copy per rank (replica), or with sharded "
         "parameters. auto: replica if it fits into the free memory.",
     )
+    context_parallel: int = Setting(
+        1,
+        "Ranks that divide the tokens of every row (context parallelism). 1: a rank computes whole "
+        "rows.",
+        unit="ranks",
+        ge=1,
+        le=64,
+    )
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Strict(False)] = (
         Setting((), "Trackers that receive copies of the records: tensorboard, wandb, trackio.")
     )

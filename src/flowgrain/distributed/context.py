@@ -30,11 +30,13 @@ def split_tokens(models: Iterable[nn.Module], world: World, device: torch.device
     if world.context_mesh is None:
         return
     from diffusers import ContextParallelConfig, ParallelConfig  # takes seconds to import
-    from diffusers.hooks import apply_context_parallel
+    from diffusers.hooks.context_parallel import apply_context_parallel
 
     mesh = world.context_mesh["ring", "ulysses"]
-    config: Any = ContextParallelConfig(ulysses_degree=world.context, mesh=mesh)
-    parallel = ParallelConfig(context_parallel_config=config)
+    config: Any = ContextParallelConfig(  # type: ignore[no-untyped-call]
+        ulysses_degree=world.context, mesh=mesh
+    )
+    parallel: Any = ParallelConfig(context_parallel_config=config)  # type: ignore[no-untyped-call]
     parallel.setup(world.rank, world.size, device, mesh=mesh)
     # Not model.enable_parallelism: it divides by the number of accelerators, 0 on a CPU.
     for model in models:
@@ -54,7 +56,9 @@ def sum_input_gradient(x: Tensor, world: World) -> Tensor:
     """
     if world.context_mesh is None or not x.requires_grad:
         return x
-    result: Tensor = _SumGradient.apply(x, world.context_mesh.get_group("ulysses"))
+    result: Tensor = _SumGradient.apply(  # type: ignore[no-untyped-call]
+        x, world.context_mesh.get_group("ulysses")
+    )
     return result
 
 

@@ -159,9 +159,9 @@ def init_process_group(device: torch.device, context: int = 1) -> World:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     context_mesh = None
     if context > 1:
-        names = ("data", "ring", "ulysses")  # the names that diffusers uses
         shape = (size // context, 1, context)
-        context_mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        dims = ("data", "ring", "ulysses")  # the last two are names of diffusers
+        context_mesh = init_device_mesh(device.type, shape, mesh_dim_names=dims)
     return World(dist.get_rank(), size, mesh, context, context_mesh)
 
 
