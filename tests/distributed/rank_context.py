@@ -6,7 +6,7 @@ import diffusers  # noqa: F401  imported once before the fork, not after each
 import torch
 import twins
 
-from flowgrain import SettingsError, Trainer, load_config
+from flowgrain import Trainer, load_config
 from flowgrain.config import Config
 from flowgrain.distributed.sharding import full_tensor
 from flowgrain.models import take
@@ -26,7 +26,7 @@ SETTINGS = {
     "training.prompts_per_step": 3,
     "training.micro_batch_size": 3,
     "training.max_steps": 2,
-    "optimizer.learning_rate": 1e-3,
+    "optimizer.learning_rate": 1e-4,
     "rewards": ["brightness"],
     "evaluation.rewards": [],
     "evaluation.num_prompts": 3,
@@ -124,15 +124,6 @@ def train(folder, twin, changes, method="g2rpo"):
     weights = {n: full_tensor(p.detach()) for n, p in trainer.policy.parameters.items()}
     rewards = [line["reward/brightness"] for line in lines if "reward/brightness" in line]
     return {"rewards": rewards, "weights": weights, "steps": [line["step"] for line in lines]}
-
-
-def refused(folder, twin, changes):
-    """The message of a run that cannot start."""
-    try:
-        make(Path(folder), twin, changes)
-    except SettingsError as error:
-        return str(error)
-    return None
 
 
 def groups(context):

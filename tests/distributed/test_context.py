@@ -1,15 +1,21 @@
 """Context parallelism: the ranks of a group that divide the tokens are one process."""
 
+import math
+
 import pytest
 import rank_context
 import torch
 import twins
+from diffusers.models.attention_dispatch import attention_backend
 from rank_pool import PYTHONPATH, RankPool
+
+from flowgrain import SettingsError, load_config
+from flowgrain.models import Dtypes, load_backbone
+from flowgrain.training.context import SUPPORTED, check_context, check_ranks
 
 TWO = {"runtime.context_parallel": 2}
 LORA = {"lora.rank": 2}
 SHARDED = {"runtime.rollout_weights": "sharded"}
-SUPPORTED = ["flux", "flux2", "qwen_image"]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +41,25 @@ def folder_of(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-@pytest.mark.parametrize("changes", [{}, LORA, {"model.gradient_checkpointing": True}])
+SLOW = pytest.mark.slow
+CHECKPOINTING = {"model.gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        pytest.param("flux", {}, id="flux"),
+        pytest.param("flux2", LORA, id="flux2 lora"),
+        pytest.param("qwen_image", {}, id="qwen_image"),
+        pytest.param("flux", CHECKPOINTING, id="flux checkpointing", marks=SLOW),
+        pytest.param("flux2", CHECKPOINTING, id="flux2 checkpointing", marks=SLOW),
+        pytest.param("qwen_image", {**LORA, **CHECKPOINTING}, id="qwen_image lora", marks=SLOW),
+    ],
+)
 def test_velocities_and_gradients_are_those_of_one_process(
     tmp_path, pool, folder_of, name, changes
 ):
+    """Of the parameters, summed over the ranks, and of the latents on every rank."""
     one = rank_context.velocity_and_gradients(tmp_path / "one", folder_of(name), changes)[0]
     arguments = (tmp_path / "two", folder_of(name), {**TWO, **changes})
     two = pool.run(2, rank_context.velocity_and_gradients, *arguments)
@@ -63,31 +83,36 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory, folder_of):
-    """The results of one process by case."""
-    return rank_context.every_case(tmp_path_factory.mktemp("one"), with_folders(folder_of))
+FEW = ("flux full",)
 
 
-def with_folders(folder_of, changes=()):
-    return {
-        name: (folder_of(twin), {**of_case, **dict(changes)}, method)
-        for name, (twin, of_case, method) in CASES.items()
-    }
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        pytest.param(2, FEW, id="2 of some cases"),
+        pytest.param(2, tuple(CASES), marks=SLOW, id="2"),
+        pytest.param(4, tuple(CASES), marks=SLOW, id="4"),
+    ],
+)
+def test_a_run_is_that_of_one_process(tmp_path, pool, folder_of, size, names):
+    """Images, advantages, metrics and parameters, with one or two groups."""
 
+    def cases(changes):
+        for name in names:
+            twin, of_case, method = CASES[name]
+            yield name, (folder_of(twin), {**of_case, **changes}, method)
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_is_that_of_one_process(tmp_path, pool, single, folder_of, size):
-    """Images, advantages, metrics and parameters within 1e-5, with one or two groups."""
-    cases = with_folders(folder_of, TWO)
-    several = pool.run(size, rank_context.every_case, tmp_path, cases)
-    for name in cases:
+    single = rank_context.every_case(tmp_path / "one", dict(cases({})))
+    arguments = (tmp_path / "several", dict(cases(TWO)))
+    several = pool.run(size, rank_context.every_case, *arguments, timeout=200)
+    for name in names:
         one, many = single[name], several[name]
         assert many["equal"], name
         assert many["sharded"] == ("lora" not in name and "old policy" not in name), name
-        # The first rank of a group scores its images.
-        of_groups = many["scored"][::2]
-        assert many["scored"] == [n for scored in of_groups for n in (scored, 0)], name
+        if "gradient" not in name:  # the first rank of a group scores its images
+            scored = many["scored"]
+            assert all(scored[::2]), name
+            assert not any(scored[1::2]), name
         for step in range(2):
             for kind in ("images", "advantage"):
                 mine, expected = many[kind][step], one[kind][step]
@@ -106,3 +131,109 @@ def test_a_run_is_that_of_one_process(tmp_path, pool, single, folder_of, size):
                 rtol=0,
                 msg=lambda m, p=(name, key): f"{p} {m}",
             )
+
+
+@pytest.mark.slow
+def test_resume_with_another_number_of_ranks_per_group(tmp_path, pool, folder_of):
+    """Two ranks of one group, then one process. The curve is that of one process."""
+    flux, first = folder_of("flux"), {"training.max_steps": 1, "evaluation.every": 0}
+    rest = {**first, "training.max_steps": 2}
+    expected = rank_context.train(tmp_path / "one", flux, rest)
+    pool.run(2, rank_context.train, tmp_path / "several", flux, {**first, **TWO})
+    found = rank_context.train(tmp_path / "several", flux, rest)
+    assert found["steps"] == expected["steps"]
+    assert found["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][key], value, atol=1e-5, rtol=0, msg=key)
+
+
+def test_groups_of_ranks(pool):
+    found = pool.run(4, rank_context.groups, 2)
+    firsts = [(0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False)]
+    assert [rank["data"] for rank in found] == firsts
+    assert [rank["assigned"] for rank in found] == [[0, 2, 4]] * 2 + [[1, 3, 5]] * 2
+    assert all(rank["values"] == [0, 2] for rank in found)
+    assert [rank["main"] for rank in found] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("processes", "degree", "fix"),
+    [
+        (1, 2, "but there is 1. Start it with torchrun --nproc-per-node 2, or use "),
+        (6, 4, "but there are 6. Use 1 or 2 or 3 or 6."),
+    ],
+)
+def test_a_degree_that_does_not_divide_the_processes(monkeypatch, processes, degree, fix):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(SettingsError) as error:
+        check_ranks(degree)
+    message = str(error.value)
+    assert message.startswith(f"runtime.context_parallel={degree}: needs a multiple of {degree} p")
+    assert fix in message
+    check_ranks(1)
+    check_ranks(processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sd3", {}, "SD3Transformer2DModel. Use runtime.context_parallel=1, or model.name=flux or"),
+        ("zimage", {}, "no plan that divides the tokens of ZImageTransformer2DModel"),
+        ("flux", {"runtime.context_parallel": 4}, "the 2 attention heads of FluxTransformer2D"),
+        ("flux", {"runtime.context_parallel": 4}, "Use 1 or 2."),
+        ("flux", {"model.height": 36, "model.width": 36}, "the 81 image tokens of model.height=36"),
+        ("flux", {"model.height": 36, "model.width": 36}, "Use model.height=32 or 40."),
+        ("flux", {"model.height": 4, "model.width": 36}, "Use model.height=8."),
+        ("flux2", {"model.max_prompt_tokens": 41}, "max_prompt_tokens=41. Use 40 or 42."),
+    ],
+)
+def test_a_model_that_cannot_divide_its_tokens(folder_of, name, changes, message):
+    config = rank_context.config_of(folder_of(name), {**TWO, **changes})
+    backbone = load_backbone(config.model, Dtypes())
+    with pytest.raises(SettingsError) as error:
+        check_context(config, backbone)
+    assert str(error.value).startswith("runtime.context_parallel=")
+    assert message in str(error.value)
+    check_context(config.with_changes({"runtime.context_parallel": 1}), backbone)
+
+
+def test_an_attention_backend_that_cannot_divide_the_tokens(folder_of):
+    config = rank_context.config_of(folder_of("flux"), TWO)
+    config = config.with_changes({"model.attention_backend": "_native_math"})
+    with attention_backend("native"):  # it restores the backend of this process
+        backbone = load_backbone(config.model, Dtypes())
+        with pytest.raises(SettingsError, match=r"_native_math cannot divide .* native, "):
+            check_context(config, backbone)
+
+
+@pytest.mark.parametrize("name", ["sd3", "zimage", *SUPPORTED])
+def test_the_supported_models_have_a_plan_in_diffusers(folder_of, name):
+    config = rank_context.config_of(folder_of(name), TWO)
+    backbone = load_backbone(config.model, Dtypes())
+    assert (backbone.transformer._cp_plan is not None) == (name in SUPPORTED)
+    if name in SUPPORTED:
+        check_context(config, backbone)
+        assert math.prod(backbone.token_grid) % 2 == 0
+
+
+def test_the_bundled_model_is_refused(tiny):
+    config = tiny.with_changes(TWO)
+    with pytest.raises(SettingsError, match="no plan that divides the tokens"):
+        check_context(config, load_backbone(config.model, Dtypes()))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("g2rpo", {"runtime.compile": "inductor"}, "combined with runtime.compile=inductor"),
+        ("g2rpo", {"sampling.tail_cache": "taylorseer:3"}, "sampling.tail_cache=taylorseer:3"),
+        ("g2rpo", {"sampling.tail_weights": "int8"}, "combined with sampling.tail_weights=int8"),
+        ("mend", {}, "method 'mend' scores candidates"),
+    ],
+)
+def test_settings_that_exclude_context_parallelism(method, changes, message):
+    load_config(method, changes)
+    with pytest.raises(SettingsError) as error:
+        load_config(method, {**changes, **TWO})
+    assert "runtime.context_parallel=2: " in str(error.value)
+    assert message in str(error.value)

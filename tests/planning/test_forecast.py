@@ -62,3 +62,9 @@ def test_unknown_gpus_and_models():
         forecast(load_config("flux/g2rpo"), 8, "h10")
     with pytest.raises(SettingsError, match="Use flux or sd3"):
         forecast(load_config("demo"), 8, "h200")
+
+
+def test_context_parallelism_has_no_forecast():
+    config = load_config("flux/g2rpo", {"runtime.context_parallel": 2})
+    with pytest.raises(SettingsError, match=r"^runtime\.context_parallel=2: the forecast cannot"):
+        forecast(config, 8, "h200")

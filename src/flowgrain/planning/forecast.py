@@ -80,8 +80,13 @@ def forecast(config: Config, gpus: int, gpu: str, utilization: float = UTILIZATI
         utilization: share of the GPU's FLOP/s that is reached.
 
     Raises:
-        SettingsError: the GPU or the model is not known.
+        SettingsError: the GPU or the model is not known, or the run uses context parallelism.
     """
+    if config.runtime.context_parallel > 1:
+        raise SettingsError(
+            f"runtime.context_parallel={config.runtime.context_parallel}: the forecast cannot "
+            "compute this traffic. Use runtime.context_parallel=1."
+        )
     if gpu not in GPUS:
         raise SettingsError(f"--gpu {gpu}: there is no such GPU. {did_you_mean(gpu, GPUS)}")
     flops = forward_flops(config.model)
