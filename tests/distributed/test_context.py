@@ -6,12 +6,14 @@ import pytest
 import rank_context
 import torch
 import twins
+from hypothesis import given
+from hypothesis.strategies import integers
 from diffusers.models.attention_dispatch import attention_backend
 from rank_pool import PYTHONPATH, RankPool
 
 from flowgrain import SettingsError, load_config
 from flowgrain.models import Dtypes, load_backbone
-from flowgrain.training.context import SUPPORTED, check_context, check_ranks
+from flowgrain.training.context import SUPPORTED, check_context, check_ranks, nearest_rows
 
 TWO = {"runtime.context_parallel": 2}
 LORA = {"lora.rank": 2}
@@ -183,7 +185,6 @@ def test_a_degree_that_does_not_divide_the_processes(monkeypatch, processes, deg
         ("flux", {"runtime.context_parallel": 4}, "Use 1 or 2."),
         ("flux", {"model.height": 36, "model.width": 36}, "the 81 image tokens of model.height=36"),
         ("flux", {"model.height": 36, "model.width": 36}, "Use model.height=32 or 40."),
-        ("flux", {"model.height": 4, "model.width": 36}, "Use model.height=8."),
         ("flux2", {"model.max_prompt_tokens": 41}, "max_prompt_tokens=41. Use 40 or 42."),
     ],
 )
@@ -195,6 +196,15 @@ def test_a_model_that_cannot_divide_its_tokens(folder_of, name, changes, message
     assert str(error.value).startswith("runtime.context_parallel=")
     assert message in str(error.value)
     check_context(config.with_changes({"runtime.context_parallel": 1}), backbone)
+
+
+@given(integers(1, 300), integers(1, 300), integers(2, 64))
+def test_the_nearest_numbers_of_rows(rows, columns, degree):
+    found = nearest_rows(rows, columns, degree)
+    assert found == sorted(set(found))
+    assert all(n >= 1 and n * columns % degree == 0 for n in found)
+    assert all(n in found for n in range(found[0], found[-1] + 1) if n * columns % degree == 0)
+    assert found[0] <= rows <= found[-1] or len(found) == 1
 
 
 def test_an_attention_backend_that_cannot_divide_the_tokens(folder_of):

@@ -66,7 +66,7 @@ def check_context(config: Config, backbone: Backbone) -> None:
     rows, columns = backbone.token_grid
     if rows * columns % degree:
         side = model.height // rows
-        sizes = [n * side for n in _nearest(rows, columns, degree)]
+        sizes = [n * side for n in nearest_rows(rows, columns, degree)]
         raise SettingsError(
             f"{setting}: must divide the {rows * columns} image tokens of model.height="
             f"{model.height} and model.width={model.width}. Use model.height="
@@ -82,11 +82,11 @@ def check_context(config: Config, backbone: Backbone) -> None:
     _check_attention(setting, transformer)
 
 
-def _nearest(rows: int, columns: int, degree: int) -> list[int]:
+def nearest_rows(rows: int, columns: int, degree: int) -> list[int]:
     """The numbers of rows next to `rows` with which `degree` divides all tokens."""
     below = next((n for n in range(rows, 0, -1) if n * columns % degree == 0), None)
     above = next(n for n in range(rows, rows + degree + 1) if n * columns % degree == 0)
-    return [above] if below is None else [below, above]
+    return [above] if below is None else sorted({below, above})
 
 
 def _check_attention(setting: str, transformer: Any) -> None:
