@@ -4,6 +4,7 @@ The hooks and the attention come from diffusers (Ulysses: every rank has a part 
 in the attention a part of the heads; Jacobs et al. 2023, arXiv:2309.14509).
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,8 @@ def split_tokens(models: Iterable[nn.Module], world: World, device: torch.device
     from diffusers import ContextParallelConfig, ParallelConfig  # takes seconds to import
     from diffusers.hooks.context_parallel import apply_context_parallel
 
+    # The hooks of diffusers use a function that torch is about to rename.
+    warnings.filterwarnings("ignore", message=".*all_gather_tensor. is deprecated")
     mesh = world.context_mesh["ring", "ulysses"]
     config: Any = ContextParallelConfig(  # type: ignore[no-untyped-call]
         ulysses_degree=world.context, mesh=mesh
