@@ -6,13 +6,14 @@ import pytest
 import rank_context
 import torch
 import twins
+from diffusers.models.attention_dispatch import attention_backend
 from hypothesis import given
 from hypothesis.strategies import integers
-from diffusers.models.attention_dispatch import attention_backend
 from rank_pool import PYTHONPATH, RankPool
 
 from flowgrain import SettingsError, load_config
 from flowgrain.models import Dtypes, load_backbone
+from flowgrain.planning.doctor import examine
 from flowgrain.training.context import SUPPORTED, check_context, check_ranks, nearest_rows
 
 TWO = {"runtime.context_parallel": 2}
@@ -230,6 +231,16 @@ def test_the_bundled_model_is_refused(tiny):
     config = tiny.with_changes(TWO)
     with pytest.raises(SettingsError, match="no plan that divides the tokens"):
         check_context(config, load_backbone(config.model, Dtypes()))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_doctor_checks_the_model_in_one_process(tmp_path, folder_of, name):
+    changes = {**TWO, "rewards": ["oracle"], "data.prompts": str(tmp_path / "prompts.txt")}
+    (tmp_path / "prompts.txt").write_text("\n".join(twins.PROMPTS))
+    changes["data.eval_prompts"] = changes["data.prompts"]
+    config = rank_context.config_of(folder_of(name), changes)
+    findings = {finding.name: finding for finding in examine(config, tmp_path / "run")}
+    assert findings["context parallelism"].ok == (name == "flux"), findings
 
 
 @pytest.mark.parametrize(
