@@ -75,6 +75,20 @@ def test_velocities_and_gradients_are_those_of_one_process(
             torch.testing.assert_close(of_rank[3][key], gradient, atol=atol, rtol=1e-5, msg=key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_gradients_in_bfloat16(tmp_path, pool, folder_of, name):
+    """Under autocast. Rounding is 2^-8 of a value, and a part of the gradients nearly cancels."""
+    changes = {"runtime.dtype": "bfloat16"}
+    one = rank_context.velocity_and_gradients(tmp_path / "one", folder_of(name), changes)[0]
+    arguments = (tmp_path / "two", folder_of(name), {**TWO, **changes})
+    for of_rank in pool.run(2, rank_context.velocity_and_gradients, *arguments):
+        for mine, expected in zip(of_rank[:3], one[:3], strict=True):
+            assert (mine - expected).norm() < 0.02 * expected.norm()
+        whole, expected = (torch.cat([g.flatten() for g in r[3].values()]) for r in (of_rank, one))
+        assert (whole - expected).norm() < 0.02 * expected.norm()
+
+
 CASES = {
     "flux full": ("flux", {}, "g2rpo"),
     "flux sharded": ("flux", SHARDED, "g2rpo"),
