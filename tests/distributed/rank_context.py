@@ -26,7 +26,7 @@ SETTINGS = {
     "training.prompts_per_step": 3,
     "training.micro_batch_size": 3,
     "training.max_steps": 2,
-    "optimizer.learning_rate": 1e-4,
+    "optimizer.learning_rate": 5e-5,
     "rewards": ["brightness"],
     "evaluation.rewards": [],
     "evaluation.num_prompts": 3,
