@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from flowgrain.distributed.world import World
 
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+"""Normalizations of queries and keys in the attention of diffusers."""
+
 
 def split_tokens(models: Iterable[nn.Module], world: World, device: torch.device) -> None:
     """Divide the tokens of every forward pass of `models` among the ranks of a context group.
@@ -46,9 +49,25 @@ def split_tokens(models: Iterable[nn.Module], world: World, device: torch.device
         plan: Any = model._cp_plan
         for module in model.modules():
             processor = getattr(module, "processor", None)
-            if hasattr(processor, "_parallel_config"):
-                processor._parallel_config = parallel  # type: ignore[union-attr]
+            if not hasattr(processor, "_parallel_config"):
+                continue
+            processor._parallel_config = parallel  # type: ignore[union-attr]
+            for norm in (getattr(module, name, None) for name in _NORMS):
+                if norm is not None:
+                    norm.register_forward_hook(_in_autocast_dtype)
         apply_context_parallel(model, config, plan)
+
+
+def _in_autocast_dtype(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    """The output of a normalization in the dtype of autocast, if it is enabled.
+
+    Queries and keys can be float32 while values are bfloat16. The fused attention casts them under
+    autocast, but diffusers repeats it in the backward pass, without autocast.
+    """
+    device = output.device.type
+    if not torch.is_autocast_enabled(device):
+        return output
+    return output.to(torch.get_autocast_dtype(device))
 
 
 def sum_input_gradient(x: Tensor, world: World) -> Tensor:
