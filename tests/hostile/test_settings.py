@@ -83,6 +83,7 @@ REFUSED = [
     *(f"runtime.trackers={n}" for n in ("wandb", "[x]", "[nothing]")),
     "runtime.compile=yes",
     "runtime.rollout_weights=1",
+    *(f"runtime.context_parallel={n}" for n in ("0", "65", "ring")),
     *(f"sampling.tail_cache={n}" for n in ("taylorseer:1", "first_block:2", "x" * 5000)),
     "sampling.tail_weights=int4",
     "sampling.grid=wavy",

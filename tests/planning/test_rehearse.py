@@ -80,7 +80,9 @@ def test_less_memory_without_unsharded_gradients(process):
         )
         for reduction in ("update", "micro_batch")
     )
-    gradients = [found.phases["later micro-batches"].kinds["gradients"] for found in (update, often)]
+    gradients = [
+        found.phases["later micro-batches"].kinds["gradients"] for found in (update, often)
+    ]
     assert gradients[1] < 0.5 * gradients[0]
     moved = [sum(found.measured.moved.values()) for found in (update, often)]
     assert moved[1] > moved[0]

@@ -76,6 +76,7 @@ MAY_CHANGE = {
     "runtime.device": "cpu",
     "runtime.threads": 2,
     "runtime.rollout_weights": "replica",
+    "runtime.context_parallel": 2,
     "runtime.trackers": ["tensorboard"],
     "method.group_size": 4,
     "method.clip_range": 1e-3,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowgrain.config.data import DataConfig
 from flowgrain.config.noise import check_noise
+from flowgrain.config.runtime import check_runtime
 from flowgrain.config.sections import (
     EvaluationConfig,
     LoraConfig,
@@ -204,19 +205,10 @@ class Config(Section):
             _ = self.learning_rate
         except ValueError as error:
             raise ValueError(f"optimizer.learning_rate: {error}") from error
-        compile_, cache = self.runtime.compile, self.sampling.tail_cache
-        if compile_ and self.model.name == "zimage":
-            raise ValueError(
-                f"runtime.compile={compile_}: prompts of model.name=zimage have different lengths, "
-                "and every length would be compiled. Remove runtime.compile."
-            )
-        if compile_ and cache != "none":
-            raise ValueError(
-                f"runtime.compile={compile_}: sampling.tail_cache={cache} changes the compiled "
-                "blocks. Remove one of the two settings."
-            )
+        check_runtime(self.runtime, self.sampling, self.method, self.model.name)
         if isinstance(self.method, ForwardProcess):
             self.sampling.check_exact(self.method.name)
+        cache = self.sampling.tail_cache
         if cache != "none":
             needed = 3 if cache.startswith("taylorseer") else 2
             length = tail_length(self.tree())

@@ -316,6 +316,14 @@ class RuntimeConfig(Section):
         "every micro-batch (micro_batch), which moves more bytes, but holds no unsharded "
         "gradients.",
     )
+    context_parallel: int = Setting(
+        1,
+        "Ranks that divide the tokens of every row (context parallelism). 1: a rank computes whole "
+        "rows.",
+        unit="ranks",
+        ge=1,
+        le=64,
+    )
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Strict(False)] = (
         Setting((), "Trackers that receive copies of the records: tensorboard, wandb, trackio.")
     )

@@ -1,7 +1,8 @@
 """The ranks of a run. A single process is a world of size 1 and runs the same code.
 
-Prompts are assigned to ranks. Ranks exchange gradients and parameters as tensors, and scores and
-metrics as small objects on the CPU, a few times per step.
+Prompts are assigned to ranks, or with context parallelism to groups of ranks. Ranks exchange
+gradients and parameters as tensors, and scores and metrics as small objects on the CPU, a few times
+per step.
 """
 
 import os
@@ -33,24 +34,50 @@ class World:
         rank: number of this process.
         size: number of processes.
         mesh: device mesh on which parameters are sharded. None for a single process.
+        context: number of consecutive ranks that compute the same rows together. Each of them
+            computes a part of the tokens.
+        context_mesh: device mesh [size / context, 1, context] with the dimensions data, ring and
+            ulysses. None if `context` is 1.
     """
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    context: int = 1
+    context_mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
-    def assign(self, count: int) -> Ints:
-        """Numbers of the items, out of `count`, that belong to this rank: every `size`-th item.
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's context group. Without context parallelism, `rank`."""
+        return self.rank // self.context
 
-        All ranks get the same number of items, so that they do the same work at the same time. The
+    @property
+    def data_size(self) -> int:
+        """Number of context groups. Without context parallelism, `size`."""
+        return self.size // self.context
+
+    @property
+    def is_first_of_group(self) -> bool:
+        """Whether this rank is the first of its context group. It scores the group's images."""
+        return self.rank % self.context == 0
+
+    def assign(self, count: int) -> Ints:
+        """Numbers of the items, out of `count`, of this context group: every `data_size`-th item.
+
+        All groups get the same number of items, so that they do the same work at the same time. The
         last number may therefore be `count` or larger. The result of such an item is discarded.
         """
-        return np.arange(-(-count // self.size), dtype=np.int64) * self.size + self.rank
+        groups = self.data_size
+        return np.arange(-(-count // groups), dtype=np.int64) * groups + self.data_rank
+
+    def gather_data(self, value: T) -> list[T]:
+        """The values of the first rank of every context group. All ranks must call it together."""
+        return self.gather(value)[:: self.context]
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in order of rank. Values are pickled and should be small."""
@@ -74,7 +101,7 @@ class World:
         return result  # type: ignore[return-value]
 
     def interleave(self, parts: Sequence[Tensor], count: int) -> Tensor:
-        """Results [count, ...] of all items, from the results parts[r] of each rank r."""
+        """Results [count, ...] of all items, from the results parts[g] of each context group g."""
         return torch.stack(list(parts), 1).flatten(0, 1)[:count]
 
     def any(self, flag: bool) -> bool:
@@ -84,7 +111,8 @@ class World:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of replicated parameters over the ranks.
 
-        FSDP already sums the gradients of sharded parameters.
+        FSDP already sums the gradients of sharded parameters. In a context group, every rank has
+        the gradient of its tokens, so that the sum over all ranks is the gradient of all rows.
         """
         grads = [
             p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
@@ -102,11 +130,15 @@ SINGLE = World()
 """The world of a single process."""
 
 
-def init_process_group(device: torch.device) -> World:
+def init_process_group(device: torch.device, context: int = 1) -> World:
     """Initialize the process group of the processes that torchrun started.
 
     With several machines the mesh is hybrid: parameters are sharded within a machine and replicated
-    across machines.
+    across machines. Context groups do not change this mesh.
+
+    Args:
+        device: compute device.
+        context: number of ranks in a context group. It divides the number of processes.
 
     Returns:
         The world of these processes. Without torchrun, the world of a single process.
@@ -125,7 +157,12 @@ def init_process_group(device: torch.device) -> World:
         mesh = init_device_mesh(device.type, (size // local, local), mesh_dim_names=names)
     else:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    return World(dist.get_rank(), size, mesh)
+    context_mesh = None
+    if context > 1:
+        shape = (size // context, 1, context)
+        dims = ("data", "ring", "ulysses")  # the last two are names of diffusers
+        context_mesh = init_device_mesh(device.type, shape, mesh_dim_names=dims)
+    return World(dist.get_rank(), size, mesh, context, context_mesh)
 
 
 def destroy_process_group() -> None:

@@ -56,8 +56,8 @@ class Flux2Backbone(PipelineBackbone):
             hidden_states=self.pipe._pack_latents(x),
             timestep=sigma,
             encoder_hidden_states=cond["embeds"].to(x.dtype),
-            txt_ids=self.pipe._prepare_text_ids(cond["embeds"][:1])[0].to(x.device),
-            img_ids=self.pipe._prepare_latent_ids(x[:1])[0].to(x.device),
+            txt_ids=self.pipe._prepare_text_ids(cond["embeds"][:1]).to(x.device),
+            img_ids=self.pipe._prepare_latent_ids(x[:1]).to(x.device),
             return_dict=False,
         )[0]  # (B, tokens, 128)
         return packed.mT.reshape(x.shape)

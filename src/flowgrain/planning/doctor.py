@@ -33,6 +33,7 @@ from flowgrain.planning.trials import (
 )
 from flowgrain.rewards import build_reward
 from flowgrain.training import Trainer
+from flowgrain.training.context import check_context
 from flowgrain.training.disk import largest_setting, run_bytes
 from flowgrain.training.fit import existing_parent, in_bytes
 from flowgrain.training.load import (
@@ -73,6 +74,7 @@ def examine(config: Config, out: Path | None = None, gpus: int = 1) -> list[Find
         runtime = config.runtime.model_copy(update={"device": "cpu"})
         config = config.model_copy(update={"runtime": runtime})
     device = on_device.result or torch.device("cpu")
+    asked, config = config, _of_one_process(config)
     cost = check_cost(config, rows_per_row=None, rate=None)
     measured = attempt("model", partial(_measure, config), lambda _: "")
     if measured.result is None:
@@ -86,11 +88,28 @@ def examine(config: Config, out: Path | None = None, gpus: int = 1) -> list[Find
         return [*findings, *check_files(config, None), cost]
     loading = attempt("start", partial(Trainer, config, out, backbone=backbone), lambda _: "")
     if loading.result is not None:
+        findings += check_context_parallel(asked, loading.result.backbone)
         return [*findings, *check_parts(loading.result)]
     parts = check_separately(config, backbone)
     if all(part.ok for part in parts):  # the parts do not fit together
         parts.append(loading.finding)
     return [*findings, *parts, cost]
+
+
+def _of_one_process(config: Config) -> Config:
+    """`config` without context parallelism, because the doctor runs in one process."""
+    runtime = config.runtime.model_copy(update={"context_parallel": 1})
+    return config.model_copy(update={"runtime": runtime})
+
+
+def check_context_parallel(config: Config, backbone: Backbone) -> list[Finding]:
+    """Whether the model can divide its tokens. Nothing, if the run does not divide them."""
+    degree = config.runtime.context_parallel
+    if degree == 1:
+        return []
+    text = f"{degree} ranks divide the tokens of a row"
+    check = partial(check_context, config, backbone)
+    return [attempt("context parallelism", check, lambda _: text).finding]
 
 
 def _measure(config: Config) -> tuple[ModelSize, Backbone | None]:

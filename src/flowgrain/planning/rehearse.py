@@ -201,6 +201,11 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
             f"sampling.tail_weights={sampling.tail_weights}: quantized weights cannot be "
             "rehearsed. Use sampling.tail_weights=same for the rehearsal."
         )
+    if config.runtime.context_parallel > 1:
+        raise SettingsError(
+            f"runtime.context_parallel={config.runtime.context_parallel}: context parallelism "
+            "cannot be rehearsed. Use runtime.context_parallel=1 for the rehearsal."
+        )
     changes: dict[str, Any] = {"runtime.compile": None, "runtime.trackers": []}
     if config.runtime.dtype == "auto":
         changes["runtime.dtype"] = "bfloat16"

@@ -195,8 +195,9 @@ class RolloutCollector:
             cond = self.policy.encode([prompt.text for prompt in mine])
         size = sampling.prompts_per_chunk or len(mine)
         batch_sizes = self.config.reward_batch_sizes
+        rewards = self.rewards if self.world.is_first_of_group else {}
         rollouts, decoded = [], []
-        with Scorer(self.rewards, batch_sizes, background=size < len(mine)) as scorer:
+        with Scorer(rewards, batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
                 chunk = _Chunk(self, cond, noise, assigned, first)
                 tree = prompt_tree.repeat(len(mine[first : first + size]))
@@ -231,14 +232,14 @@ class RolloutCollector:
         """Scores and monitors of the images of all `count` prompts. Every rank has `assigned`."""
         own = {name: of_reward.values for name, of_reward in scores.items()}
         reasons = {name: of_reward.reason for name, of_reward in scores.items()}
-        ranks = self.world.gather((own, reasons, dict(monitors)))
+        ranks = self.world.gather_data((own, reasons, dict(monitors)))
 
         def whole(parts: Sequence[Tensor]) -> Tensor:
             per_prompt = [part.reshape(assigned, -1) for part in parts]
             return self.world.interleave(per_prompt, count).flatten()
 
         gathered = {}
-        for name in scores:
+        for name in ranks[0][0]:
             values = whole([values_of[name] for values_of, _, _ in ranks])
             reason = next((reason[name] for _, reason, _ in ranks if reason[name]), None)
             gathered[name] = Scores(values, int(values.isnan().sum()), reason)

@@ -63,7 +63,7 @@ def check_failed_gradients(
         RunStopped: on all ranks.
     """
     stop_all(world, failure)
-    ranks = world.gather(failed)
+    ranks = world.gather_data(failed)
     total = sum(number for number, _ in ranks)
     if total > allowed * count:
         reason = next((text for _, text in ranks if text), "they are not finite")

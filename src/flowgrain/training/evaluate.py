@@ -199,7 +199,7 @@ def evaluate_on_ranks(
     evaluation = evaluate(
         policy,
         [chosen[i % len(chosen)] for i in assigned],
-        rewards,
+        rewards if world.is_first_of_group else {},
         sigmas=config.sigmas(num_steps),
         guidance=config.eval_guidance,
         batch_size=config.sampling.batch_size,
@@ -213,8 +213,8 @@ def evaluate_on_ranks(
     if world.size == 1:
         return evaluation
     # Ranks exchange only a few images, because all images can take gigabytes.
-    first = replace(evaluation, images=evaluation.images[: -(-num_images // world.size)])
-    return interleave(world.gather(first), chosen)
+    first = replace(evaluation, images=evaluation.images[: -(-num_images // world.data_size)])
+    return interleave(world.gather_data(first), chosen)
 
 
 def evaluation_noise(shape: Sequence[int], seed: int, places: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from flowgrain.methods.calibration import calibration_tree
 from flowgrain.models import Backbone
 from flowgrain.settings import SettingsError, SettingsWarning
 from flowgrain.training.checkpoint import checkpoints
+from flowgrain.training.context import check_context, check_ranks
 from flowgrain.training.disk import image_size, largest_setting, run_bytes
 from flowgrain.training.load import check_encoder, check_prompt_files, compute_dtype
 from flowgrain.training.memory import memory
@@ -56,8 +57,10 @@ def check_start(config: Config) -> None:
     """Check prompt files, trackers and the embedding cache, and issue the warnings about settings.
 
     Raises:
-        SettingsError: a file or a library is missing, or the cache cannot be written.
+        SettingsError: a file or a library is missing, the cache cannot be written, or the number of
+            processes does not fit runtime.context_parallel.
     """
+    check_ranks(config.runtime.context_parallel)
     check_prompt_files(config)
     for message in config.warnings() if env_rank()[0] == 0 else ():
         warnings.warn(message, SettingsWarning, stacklevel=3)
@@ -89,7 +92,8 @@ def check_memory(config: Config, size: ModelSize | None, device: torch.device) -
     if size is None:
         return
     ranks = env_rank()[1]
-    on_device, on_host = _of_device(config, size, device, ranks), _of_host(config, size, ranks)
+    groups = max(ranks // config.runtime.context_parallel, 1)
+    on_device, on_host = _of_device(config, size, device, ranks), _of_host(config, size, groups)
     if device.type == "cuda":
         available = float(torch.cuda.mem_get_info(device)[1])
         _refuse(on_device, available, "of memory, but the GPU has")
@@ -100,11 +104,13 @@ def check_memory(config: Config, size: ModelSize | None, device: torch.device) -
 
 
 def check_loaded(config: Config, backbone: Backbone, device: torch.device) -> ModelSize:
-    """The size of a loaded backbone, after `check_memory`.
+    """The size of a loaded backbone, after `check_context` and `check_memory`.
 
     Raises:
-        SettingsError: the run does not fit, or the backbone does not encode images and must.
+        SettingsError: the run does not fit, the backbone does not encode images and must, or it
+            does not support runtime.context_parallel.
     """
+    check_context(config, backbone)
     check_encoder(config, backbone)
     size = size_of_loaded(backbone, config.lora.target_modules)
     check_memory(config, size, device)
@@ -183,6 +189,7 @@ def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int
         parameters = Need(sum(parts.values()), "the adapters", "lora.rank", rank)
     else:
         parameters = Need(sum(parts.values()), "the parameters", "model.name", model.name, False)
+    latents *= config.runtime.context_parallel  # the ranks of a group have the same latents
     needs = [parameters, _of_step(config, latents, "the latents of a step")]
     if activations and isinstance(config.method, DifferentiableReward):
         images = config.method.decode_batch_size
@@ -193,19 +200,22 @@ def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int
     return needs
 
 
-def _of_host(config: Config, size: ModelSize, ranks: int) -> list[Need]:
-    """What a rank holds in the memory of the machine: the tree, and images as float32."""
+def _of_host(config: Config, size: ModelSize, groups: int) -> list[Need]:
+    """What a rank holds in the memory of the machine: the tree, and images as float32.
+
+    `groups`: number of context groups, see `World.data_size`.
+    """
     tree, training = config.tree(), config.training
     height, width = image_size(config)
     image = 2 * 4.0 * 3 * height * width  # the parts, and all of them in one tensor
-    images = image * len(tree.leaves) * training.prompts_per_step / ranks
+    images = image * len(tree.leaves) * training.prompts_per_step / groups
     rows = float(_ROW_BYTES * len(tree) * training.prompts_per_step)
     evaluation = config.evaluation
     evaluated = 0 if evaluation.every == 0 else evaluation.images_of_run
     needs = [
         _of_step(config, images + rows, "the images of a step"),
         Need(
-            image * evaluated / ranks,
+            image * evaluated / groups,
             "the images of an evaluation",
             "evaluation.num_prompts",
             evaluated,
@@ -216,10 +226,10 @@ def _of_host(config: Config, size: ModelSize, ranks: int) -> list[Need]:
             calibration_tree(config.method, config.sampling.num_steps),
             config.method.calibration.samples,
         )
-        per_sample = _ROW_BYTES * len(of_round) + image * len(of_round.leaves) / ranks
+        per_sample = _ROW_BYTES * len(of_round) + image * len(of_round.leaves) / groups
         needs.append(
             Need(
-                (per_sample + 4.0 * size.latent * len(of_round) / ranks) * samples,
+                (per_sample + 4.0 * size.latent * len(of_round) / groups) * samples,
                 "the images of a calibration round",
                 "method.calibration.samples",
                 samples,

@@ -40,7 +40,7 @@ def given_batch(
         policy: encodes prompts and images.
         prompts: P prompts of the step, over all ranks, with their images.
         step: training step.
-        world: ranks. A rank loads and encodes the images of every `world.size`-th prompt.
+        world: ranks. A rank loads and encodes the images of its prompts, see `World.assign`.
         timer: measures the stages.
 
     Raises:

@@ -117,7 +117,7 @@ def group_of(
     rewards = {name: _by_prompt(scores.values, count) for name, scores in batch.scores.items()}
     monitors = {name: _by_prompt(values, count) for name, values in batch.monitors.items()}
     advantage = _by_prompt(batch.advantage, count)
-    recorded = range(0, count, batch.world.size)[: settings.prompts]
+    recorded = range(0, count, batch.world.data_size)[: settings.prompts]
     height, width = batch.images.shape[-2:]
     group = GroupRecord(
         step=batch.step,

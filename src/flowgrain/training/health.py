@@ -55,7 +55,7 @@ def check_images(images: Tensor, allowed: float, world: World) -> None:
     Raises:
         Diverged: too many images of all ranks contain NaN or infinity.
     """
-    counts = world.gather((_broken(images), len(images)))
+    counts = world.gather_data((_broken(images), len(images)))
     broken, count = (sum(column) for column in zip(*counts, strict=True))
     excess = _excess(broken, count, allowed)
     if excess:

@@ -73,7 +73,7 @@ class TermRecord:
             )
             for name in names
         }
-        ranks = world.gather(sums)
+        ranks = world.gather_data(sums)
         return {
             name: sum(rank[name][0] for rank in ranks)
             / max(sum(rank[name][1] for rank in ranks), 1)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from flowgrain.config.schema import Config
 from flowgrain.distributed import SINGLE, World
+from flowgrain.distributed.context import split_tokens, sum_input_gradient
 from flowgrain.distributed.sharding import copy_into
-from flowgrain.models import Backbone, check_training
+from flowgrain.models import Backbone, Conditioning, check_training
 from flowgrain.settings import SettingsError
 from flowgrain.training import checkpoint
 from flowgrain.training.copies import Copies, add_adapter, make_copies, names_of_blocks
@@ -68,9 +69,9 @@ class Policy(Velocities):
         except ValueError as error:
             raise SettingsError(str(error)) from error
         dtype = compute_dtype(config.runtime.dtype, device)
-        policy = cls(
-            config, backbone, make_copies(config, backbone, device, dtype, world), device, world
-        )
+        copies = make_copies(config, backbone, device, dtype, world)
+        split_tokens(copies.distinct(), world, device)
+        policy = cls(config, backbone, copies, device, world)
         if config.training.ema_decay:
             from diffusers.training_utils import EMAModel  # takes seconds to import
 
@@ -106,6 +107,12 @@ class Policy(Velocities):
         """The parameters of a copy that are trained in the model, in the same order."""
         of_copy = dict(module.named_parameters())
         return [of_copy[name] for name in self.parameters]
+
+    def train_velocity(
+        self, x: Tensor, sigma: Tensor, cond: Conditioning, guidance: float
+    ) -> Tensor:
+        """v [B, *L] in float32, with gradient if grad mode is enabled."""
+        return super().train_velocity(sum_input_gradient(x, self.world), sigma, cond, guidance)
 
     def after_update(self) -> None:
         """Update the EMA and the sampler after an optimizer step."""

@@ -106,7 +106,7 @@ class Probe:
         return count, self.policy.world.assign(count) % count
 
     def _gathered(self, of_rank: Features, count: int) -> Features:
-        return interleave_rows(self.policy.world.gather(of_rank), count)
+        return interleave_rows(self.policy.world.gather_data(of_rank), count)
 
     def _encode(self, places: Ints) -> Conditioning:
         return self.policy.encode([self.evaluation.prompts[i].text for i in places])

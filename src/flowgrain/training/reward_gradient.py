@@ -195,7 +195,7 @@ class RewardGradientLoss:
         metrics: Metrics = {
             "loss": means["loss"],
             "clip_fraction": means["clipped"],
-            "failed/gradient": sum(self.batch.world.gather(self.failed)),
+            "failed/gradient": sum(self.batch.world.gather_data(self.failed)),
             "train_forward_passes": passes,
             "frozen_forward_passes": passes if weighted else 0,
         }

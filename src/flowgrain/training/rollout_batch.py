@@ -43,7 +43,7 @@ class RolloutBatch:
         step: training step.
         prompts: P prompts of the step, over all ranks.
         tree: tree of all prompts, without latents. The same on every rank.
-        world: ranks. A rank holds every `world.size`-th prompt.
+        world: ranks. A rank holds every `world.data_size`-th prompt.
         cond: conditioning of this rank's prompts.
         rollout: latents of this rank's prompts.
         images: images of this rank's leaves.
@@ -81,19 +81,21 @@ class RolloutBatch:
     def local_rows(self, rows: Ints) -> Ints:
         """The rows of the whole tree among `rows` that belong to this rank, as rows of its tree."""
         prompt, offset = np.divmod(rows, self._rows_per_prompt)
-        mine = prompt % self.world.size == self.world.rank
-        rows_here: Ints = (prompt[mine] // self.world.size) * self._rows_per_prompt + offset[mine]
+        world = self.world
+        mine = prompt % world.data_size == world.data_rank
+        rows_here: Ints = (prompt[mine] // world.data_size) * self._rows_per_prompt + offset[mine]
         return rows_here
 
     def global_rows(self, rows: Ints) -> Ints:
         """Rows of this rank's tree as rows of the whole tree."""
         prompt, offset = np.divmod(rows, self._rows_per_prompt)
-        whole: Ints = (prompt * self.world.size + self.world.rank) * self._rows_per_prompt + offset
+        prompt = prompt * self.world.data_size + self.world.data_rank
+        whole: Ints = prompt * self._rows_per_prompt + offset
         return whole
 
     def prompts_of(self, rows: Ints) -> list[Prompt]:
         """The prompt of each row of this rank's tree."""
-        number = self.rollout.tree.prompt[rows] * self.world.size + self.world.rank
+        number = self.rollout.tree.prompt[rows] * self.world.data_size + self.world.data_rank
         return [self.prompts[i % len(self.prompts)] for i in number]
 
     def micro_batches(self, rows: Ints, size: int) -> list[MicroBatch]:
@@ -112,5 +114,5 @@ class RolloutBatch:
 
     def _most_rows(self, rows: Ints) -> int:
         """The largest number of rows among `rows` that belong to the same rank."""
-        rank = rows // self._rows_per_prompt % self.world.size
+        rank = rows // self._rows_per_prompt % self.world.data_size
         return int(np.bincount(rank, minlength=1).max(initial=0))

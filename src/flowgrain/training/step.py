@@ -150,6 +150,6 @@ def rollout_metrics(batch: RolloutBatch, more_decodes: int = 0) -> Metrics:
     return metrics | {
         "advantage/std": float(batch.advantage.std()) if len(batch.advantage) > 1 else 0.0,
         "advantage/zero": float((batch.advantage == 0).float().mean()),
-        "forward_passes": batch.rollout.forward_passes * world.size,
+        "forward_passes": batch.rollout.forward_passes * world.data_size,
         "decodes": cost(batch.tree).decodes + more_decodes,
     }

@@ -86,7 +86,7 @@ class Trainer:
         check_start(config)
         set_threads(config.runtime.threads)
         self.device = compute_device(config.runtime.device)
-        self.world = init_process_group(self.device)
+        self.world = init_process_group(self.device, config.runtime.context_parallel)
         self.out = Path(out) if out is not None else Path("runs") / config.name
         check_memory(config, None if backbone else size_before_loading(config), self.device)
         try:
