@@ -14,7 +14,7 @@ from flowgrain.config.load import recipe_names
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.planning.forecast import forecast
 from flowgrain.planning.gpus import gpu_named
-from flowgrain.planning.rehearse import Rehearser, RehearsalError
+from flowgrain.planning.rehearse import RehearsalError, Rehearser
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from flowgrain.config.load import recipe_names
 from flowgrain.planning.forecast import forecast
 from flowgrain.planning.gpus import EAGER, GPUS, gpu_named
 from flowgrain.planning.plan import prompt_cost
-from flowgrain.planning.rehearse import Rehearser, RehearsalError, prepared, rehearse
+from flowgrain.planning.rehearse import RehearsalError, Rehearser, prepared, rehearse
 from flowgrain.training.memory import memory
 from flowgrain.training.sizes import model_size
 
@@ -162,7 +162,7 @@ def test_settings_that_cannot_be_rehearsed():
     with pytest.raises(SettingsError, match=r"--gpu h10: there is no such GPU.*'h100'"):
         gpu_named("h10")
     quantized = load_config("flow_grpo", {**SMALL, "sampling.tail_weights": "int8"})
-    with pytest.raises(SettingsError, match="cannot be rehearsed. Use sampling.tail_weights=same"):
+    with pytest.raises(SettingsError, match=r"cannot be rehearsed\. Use sampling.tail_weights=same"):
         rehearse(quantized, 1, H100)
     unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
     with pytest.raises(SettingsError, match="configuration of transformer is not known"):
