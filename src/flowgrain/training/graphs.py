@@ -5,7 +5,6 @@ of a trained parent can then keep its graph while sampling, and the update only 
 pass.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from flowgrain.settings import SettingsError
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import MicroBatch, RolloutBatch
 
-GIGABYTE = 1e9
+GIGABYTE = 10**9
 """Bytes in the unit of training.graph_memory."""
 
 
@@ -30,16 +29,14 @@ GIGABYTE = 1e9
 class GraphSize:
     """Bytes of the graph of a model call with n rows: of_call + n * of_row."""
 
-    of_call: float
-    of_row: float
+    of_call: int
+    of_row: int
 
-    def rows_in(self, size: float, limit: int) -> int:
+    def rows_in(self, size: int, limit: int) -> int:
         """The largest number of rows up to `limit` whose graph takes at most `size` bytes."""
         if self.of_call + limit * self.of_row <= size:
             return limit
-        if self.of_row <= 0:
-            return 0
-        return min(limit, max(0, math.floor((size - self.of_call) / self.of_row)))
+        return max(0, (size - self.of_call) // self.of_row) if self.of_row else 0
 
 
 @dataclass
@@ -50,13 +47,11 @@ class GraphBudget:
         size: memory of a graph. None: the budget is not limited.
         micro_batch_size: largest number of rows in a call.
         left: bytes that are not reserved.
-        reserved: bytes that are reserved.
     """
 
     size: GraphSize | None
     micro_batch_size: int
-    left: float
-    reserved: float = 0
+    left: int = 0
 
     def take_room(self, rows: int) -> int:
         """Reserve memory for the next call with at most `rows` rows. Returns their number."""
@@ -65,9 +60,7 @@ class GraphBudget:
             return rows
         rows = self.size.rows_in(self.left, rows)
         if rows:
-            needed = self.size.of_call + rows * self.size.of_row
-            self.left -= needed
-            self.reserved += needed
+            self.left -= self.size.of_call + rows * self.size.of_row
         return rows
 
 
@@ -100,9 +93,9 @@ class GraphReuse:
         if not self.memory:
             return None
         if self.memory == "all":
-            return GraphBudget(None, rows, math.inf)
+            return GraphBudget(None, rows)
         self._size = self._size or self._measure()
-        return GraphBudget(self._size, rows, self.memory * GIGABYTE)
+        return GraphBudget(self._size, rows, int(self.memory * GIGABYTE))
 
     def _measure(self) -> GraphSize:
         """Measure the graphs of one and two rows with the conditioning of the empty prompt.
