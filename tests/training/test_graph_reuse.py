@@ -122,11 +122,13 @@ def test_gradient_is_that_of_a_second_forward_pass(tmp_path, case):
     again = losses_of(trainer, batch)
     again.updates[0].micro_batches[:] = [MicroBatch(part, True) for part in rows]
     found = gradient(trainer, again)
-    # A call of the model evaluates the rows in the order of the rollout, the update in rising
-    # order. Sums over rows round differently.
-    tolerance = 2e-2 if "bfloat16" in case else 2e-6
-    assert (reused - found).norm() <= tolerance * found.norm()
-    other = gradient(trainer, losses_of(trainer, batch))  # micro-batches of 128 rows
+    # In chunks of 7 rows, a call has rows of several noise levels in the order of the rollout. The
+    # update sorts them, and sums over rows round differently. Measured: 1.3e-7.
+    assert torch.equal(reused, found) or case == "chunks"
+    assert (reused - found).norm() <= 1e-6 * found.norm()
+    # Micro-batches of 128 rows. Measured: 1.3e-6 in float32.
+    other = gradient(trainer, losses_of(trainer, batch))
+    tolerance = 2e-2 if "bfloat16" in case else 4e-6
     assert (reused - other).norm() <= tolerance * other.norm()
 
 

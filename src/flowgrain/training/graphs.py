@@ -80,9 +80,10 @@ class GraphReuse:
         self.config, self.policy = config, policy
         self._size: GraphSize | None = None
         if self.memory and policy.copies.sharded:
+            shown = self.memory if self.memory == "all" else f"{self.memory:g}"
             fix = "runtime.rollout_weights=replica, or " if config.lora.rank else ""
             raise SettingsError(
-                f"training.graph_memory={self.memory}: the trained parameters are sharded over "
+                f"training.graph_memory={shown}: the trained parameters are sharded over "
                 f"ranks, and a graph would keep gathered parameters. Use {fix}"
                 "training.graph_memory=0."
             )
