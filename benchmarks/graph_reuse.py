@@ -1,6 +1,6 @@
 """Measure a training step with and without training.graph_memory=all.
 
-    python benchmarks/graph_reuse.py [--rounds 7] [--methods flow_grpo,g2rpo] [--device cuda]
+    python benchmarks/graph_reuse.py [--rounds 7] [--methods flow_grpo] [--prompts 4]
 
 Both sides run in turn in one process, and the first side alternates. For a full fine-tune and a
 LoRA, the script prints median seconds of the rollout (with decoding and rewards), of the update and
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from flowgrain.config import load_config
+from flowgrain.heap import retain_freed_memory
 from flowgrain.training import Trainer
 from flowgrain.training.graphs import graph_bytes
 from flowgrain.training.policy_gradient import PolicyGradientLoss
@@ -27,7 +28,6 @@ from flowgrain.training.step import update
 
 SETTINGS = {
     "method.updates_per_rollout": 1,
-    "training.prompts_per_step": 4,
     "rewards": ["oracle"],
     "evaluation.rewards": [],
     "watch.action": "off",
@@ -79,6 +79,7 @@ def saved_bytes(trainer: Trainer) -> int:
 def compare(method: str, rank: int, args: argparse.Namespace) -> dict[str, Any]:
     """Both sides of a method, with full fine-tuning (rank 0) or a LoRA."""
     settings = {**SETTINGS, "lora.rank": rank, "runtime.device": args.device}
+    settings["training.prompts_per_step"] = args.prompts
     sides = {
         memory: Trainer(
             load_config(method, {**settings, "training.graph_memory": memory}), tempfile.mkdtemp()
@@ -120,8 +121,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--methods", default="flow_grpo,mixgrpo,g2rpo")
     parser.add_argument("--ranks", default="0,32", help="ranks of the LoRA. 0: full fine-tune")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a step")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    retain_freed_memory()  # as in `flowgrain train`
     for method in args.methods.split(","):
         for rank in map(int, args.ranks.split(",")):
             print(json.dumps(compare(method, rank, args)), flush=True)
