@@ -45,7 +45,7 @@ class PolicyGradientLoss:
         self.kl_weight, self.guidance = method.kl_weight, config.sampling.guidance_scale
         self.kernel, self.objective = method.kernel(sigmas), method.objective(sigmas)
         self._reuses = bool(config.training.graph_memory)
-        self._velocities: dict[int, Tensor] = {}
+        self._velocities: dict[int, Tensor] = {}  # of the rollout, by place of the micro-batch
         parent_of_edge, updates = batch.tree.parent[batch.tree.edges], []
         for rows in split_updates(batch.tree, method.updates_per_rollout):
             micro_batches = batch.micro_batches(rows, config.micro_batch_size)
@@ -79,11 +79,8 @@ class PolicyGradientLoss:
         """Loss, ratio, clip and KL [E] of the trained edges below the rows of a micro-batch."""
         batch = self.batch
         rows = self.updates[number].micro_batches[place].rows
-        velocity: Callable[..., Tensor] = self.policy.train_velocity
         kept = self._velocities.pop(place, None)
-        if kept is not None:
-            velocity = lambda *_: kept  # noqa: E731
-        transition, edges, step = self._transition(rows, velocity)
+        transition, edges, step = self._transition(rows, self.policy.train_velocity, kept)
         x_next = batch.rollout.at(edges)
         reference = None
         if self.kl_weight:
@@ -105,9 +102,12 @@ class PolicyGradientLoss:
         }
 
     def _transition(
-        self, parents: Ints, velocity: Callable[..., Tensor]
+        self, parents: Ints, velocity: Callable[..., Tensor], v: Tensor | None = None
     ) -> tuple[Gaussian, Ints, Step]:
-        """Transitions of the trained edges below `parents`, the edges [E], and their grid steps."""
+        """Transitions of the trained edges below `parents`, the edges [E], and their grid steps.
+
+        v [B, *L]: the velocity, if it is known. Otherwise `velocity` computes it.
+        """
         rollout, device = self.batch.rollout, self.policy.device
         tree = rollout.tree
         edges = tree.edges[np.isin(tree.parent[tree.edges], parents)]
@@ -115,7 +115,8 @@ class PolicyGradientLoss:
         x = rollout.at(parents)  # (B, *L)
         prompt = torch.from_numpy(tree.prompt[parents]).to(device)
         sigma = self.sigmas[torch.from_numpy(tree.grid_index[parents]).to(device)]
-        v = velocity(x, sigma, take(self.batch.cond, prompt), self.guidance)
+        if v is None:
+            v = velocity(x, sigma, take(self.batch.cond, prompt), self.guidance)
         start = torch.from_numpy(tree.grid_index[tree.parent[edges]]).to(device)
         end = torch.from_numpy(tree.grid_index[edges]).to(device)
         step = Step.on(self.sigmas, start, end)
