@@ -233,6 +233,28 @@ def approximate_tails(folder, torchao):
     return found
 
 
+def reused_graphs(folder, memory):
+    """Three steps of a LoRA with `memory` GB for graphs.
+
+    Returns:
+        Reused and other forward passes of every step, the trained parameters, and from several
+        ranks the messages for sharded parameters.
+    """
+    changes = {"lora.rank": 2, "method.updates_per_rollout": 1, "training.graph_memory": memory}
+    trainer = make(folder, {**changes, "runtime.rollout_weights": "replica"}, "flow_grpo")
+    lines = [trainer.step(step) for step in (1, 2, 3)]
+    names = ("reused_forward_passes", "train_forward_passes")
+    passes = [tuple(line.get(name, 0) for name in names) for line in lines]
+    refused = []
+    sharded = {**changes, "training.graph_memory": 1, "runtime.rollout_weights": "sharded"}
+    for more in ({"lora.rank": 0}, {}) if trainer.world.size > 1 else ():
+        try:
+            make(folder, {**sharded, **more}, "flow_grpo")
+        except SettingsError as error:
+            refused.append(str(error))
+    return passes, weights_of(trainer), refused
+
+
 def export_shapes(folder):
     """A step of the bundled model and its export. Returns the whole parameters."""
     changes = {

@@ -46,6 +46,15 @@ MORE = {
     "given pairs": ("diffusion_dpo", {"data.pairs": ""}),
     "given images": ("sft", {"data.images": "", "training.prompts_per_step": 6}),
     "pairwise": ("g2rpo", {"sampling.prompts_per_chunk": 2, "rewards": [PAIRWISE]}),
+    "reused graphs, lora": (
+        "flow_grpo",
+        {
+            "lora.rank": 2,
+            "training.graph_memory": "all",
+            "method.updates_per_rollout": 1,
+            "sampling.prompts_per_chunk": 2,
+        },
+    ),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),
 }
 CASES = {**FULL, **LORA, **MORE}
@@ -110,6 +119,20 @@ def test_every_method_is_the_same_run(tmp_path, pool, single, size, machines, ca
                 rtol=0,
                 msg=lambda message, place=f"{name} {key}": f"{place} {message}",
             )
+
+
+def test_graphs_within_a_budget_of_every_rank(tmp_path, pool):
+    """Each rank reuses its own rows. Sharded parameters are refused."""
+    passes, expected, _ = rank_work.reused_graphs(tmp_path / "one", 0.0)
+    assert passes == [(0, 54)] * 3
+    passes, weights, refused = pool.run(2, rank_work.reused_graphs, tmp_path / "two", 1.5e-6)
+    assert passes == [(22, 32)] * 3  # of 136 bytes each
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=1e-6, rtol=0)
+    full, adapter = refused
+    assert full.startswith("training.graph_memory=1: the trained parameters are sharded")
+    assert full.endswith("Use training.graph_memory=0.")
+    assert adapter.endswith("Use runtime.rollout_weights=replica, or training.graph_memory=0.")
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=SLOW)])

@@ -45,6 +45,10 @@ REFUSED = [
     *(f"training.max_steps={n}" for n in ("0", "-1", HUGE, "1e3", "[1]")),
     *(f"training.max_seconds={n}" for n in ("0", "-1", ".inf", ".nan", "1e300")),
     *(f"training.micro_batch_size={n}" for n in ("0", HUGE)),
+    *(
+        f"training.graph_memory={n}"
+        for n in ("-1", "1e6", ".nan", ".inf", HUGE, "any", "true", "null")
+    ),
     *(f"training.ema_decay={n}" for n in ("1", "-0.1", "1.5", ".nan")),
     *(f"training.ema_every={n}" for n in ("0", HUGE)),
     *(f"training.max_failed_rewards={n}" for n in ("-0.1", "1.1", ".nan")),

@@ -50,6 +50,7 @@ MAY_CHANGE = {
     "training.max_seconds": 60.0,
     "training.prompts_per_step": 3,
     "training.micro_batch_size": 2,
+    "training.graph_memory": 1.0,
     "training.ema_every": 2,
     "training.checkpoint_every": 1,
     "training.keep_checkpoints": 5,

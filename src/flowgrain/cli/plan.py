@@ -119,6 +119,7 @@ _LABELS = {
     "forward_passes": "sampling forward passes",
     "train_forward_passes": "forward passes with gradient",
     "frozen_forward_passes": "forward passes of the old policy and the reference",
+    "reused_forward_passes": "sampling forward passes whose graphs the update uses",
     "published_forward_passes": "sampling forward passes, the same settings in the published code",
     "peak_latents": "latents held at once",
     "mean_forward_passes": "sampling forward passes, mean over the steps",

@@ -7,6 +7,7 @@ from pydantic import field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from flowgrain.config.data import DataConfig
+from flowgrain.config.graphs import check_graph_memory
 from flowgrain.config.noise import check_noise
 from flowgrain.config.runtime import check_runtime
 from flowgrain.config.sections import (
@@ -103,9 +104,8 @@ class Config(Section):
         Raises:
             ValueError: none was published for this kind of training.
         """
-        if self.optimizer.learning_rate is not None:
-            return self.optimizer.learning_rate
-        return self.method.published_learning_rate(lora=self.lora.rank > 0)
+        own, lora = self.optimizer.learning_rate, self.lora.rank > 0
+        return self.method.published_learning_rate(lora=lora) if own is None else own
 
     def tree(self, step: int = 1) -> Tree:
         """The tree of one prompt at training step `step`."""
@@ -197,6 +197,7 @@ class Config(Section):
             check_name(name)
         self.lora.check()
         self.sampling.check()
+        check_graph_memory(self.training, self.method, self.model.name)
         kind = self.data.kind
         known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
         self.data.check(self.method.name, self.method.trains_on, known)

@@ -15,6 +15,7 @@ from flowgrain.settings import Section, Setting, StrTuple
 SHORT = 64
 """Images of an evaluation if evaluation.every is not set."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Gigabytes = Annotated[float, Field(ge=0, le=1e5)]
 Rewards = Annotated[tuple[RewardConfig, ...], Strict(False)]
 
 
@@ -204,6 +205,12 @@ class TrainingConfig(Section):
         unit="rows",
         ge=1,
         le=MAX_ROWS,
+    )
+    graph_memory: Gigabytes | Literal["all"] = Setting(
+        0.0,
+        "Memory per rank for autograd graphs of the rollout, which replace forward passes of the "
+        "update. all: no limit. 0: no graph is kept. Needs method.updates_per_rollout=1.",
+        unit="GB",
     )
     ema_decay: float = Setting(
         0.0,

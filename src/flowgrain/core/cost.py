@@ -21,6 +21,8 @@ class Cost:
         trained_edges: edges with a loss.
         frozen_forward_passes: forward passes of the old policy and the reference during the
             update, without gradient. They depend on the method, see `methods.cost.price`.
+        reused_forward_passes: forward passes of sampling whose graphs the update uses. They replace
+            forward passes with gradient.
     """
 
     forward_passes: int
@@ -29,11 +31,13 @@ class Cost:
     reward_calls: int
     trained_edges: int
     frozen_forward_passes: float = 0
+    reused_forward_passes: int = 0
 
     @property
     def passes(self) -> float:
-        """All forward passes. A pass with gradient counts as three because of its backward pass."""
-        return self.forward_passes + 3 * self.train_forward_passes + self.frozen_forward_passes
+        """All forward passes. A backward pass counts as two."""
+        update = 3 * self.train_forward_passes + 2 * self.reused_forward_passes
+        return self.forward_passes + update + self.frozen_forward_passes
 
     @property
     def units(self) -> float:

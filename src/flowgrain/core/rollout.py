@@ -5,12 +5,13 @@ Shapes: N rows of the tree, B rows of a batch, K children, S slots, *L latent.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowgrain.core.graphs import Graph, GraphKeeper
 from flowgrain.core.schedule import Batch, Schedule, TailSchedule, schedule
 from flowgrain.core.sde import ODE, Kernel, Step, multistep, per_row
 from flowgrain.core.tree import ROOT, Ints, Tree
@@ -40,6 +41,8 @@ class Rollout:
         slot: [N] slot of each row's latent.
         forward_passes: rows that went through the model.
         batches: model calls.
+        graphs: autograd graphs of trained parents, see `GraphKeeper`. The update removes the graphs
+            that it uses.
     """
 
     tree: Tree
@@ -47,6 +50,7 @@ class Rollout:
     slot: Ints
     forward_passes: int
     batches: int
+    graphs: list[Graph] = field(default_factory=list)
 
     def at(self, rows: Ints) -> Tensor:
         """Latents [len(rows), *L] of leaves, trained edges, their parents, or kept rows."""
@@ -60,12 +64,19 @@ def concatenate(tree: Tree, parts: Sequence[Rollout]) -> Rollout:
     """
     starts = np.cumsum([0, *(len(part.latents) for part in parts)])
     slots = [part.slot + start for part, start in zip(parts, starts, strict=False)]
+    rows = np.cumsum([0, *(len(part.tree) for part in parts)])
+    graphs = [
+        Graph(graph.rows + start, graph.velocity)
+        for part, start in zip(parts, rows, strict=False)
+        for graph in part.graphs
+    ]
     return Rollout(
         tree,
         torch.cat([part.latents for part in parts]),
         np.concatenate(slots),
         sum(part.forward_passes for part in parts),
         sum(part.batches for part in parts),
+        graphs,
     )
 
 
@@ -80,6 +91,7 @@ def rollout(
     dtype: torch.dtype = torch.float32,
     tail: Callable[[], AbstractContextManager[TailVelocity]] | None = None,
     tail_schedule: TailSchedule = "interleaved",
+    keeper: GraphKeeper | None = None,
 ) -> Rollout:
     """Execute `tree`. Every row with children goes through the model exactly once.
 
@@ -95,6 +107,7 @@ def rollout(
         tail: returns a context manager that yields approximate velocities for tail rows. Not used
             with `tail_schedule` "interleaved".
         tail_schedule: when tail rows are evaluated, see `TailSchedule`.
+        keeper: evaluates rows that are not tail rows, and keeps graphs. Default: no graph is kept.
 
     Raises:
         ValueError: `sigmas` and `tree` have different numbers of steps.
@@ -118,11 +131,14 @@ def rollout(
             if batch.tail and tail is not None:
                 tail_velocity = tail_velocity or stack.enter_context(tail())
                 v = tail_velocity(x, sigma, prompt, batch.continues)
+            elif keeper is not None:
+                v = keeper.evaluate(batch.rows, x, sigma, prompt, velocity)
             else:
                 v = velocity(x, sigma, prompt)
             state.add_children(batch, x, sigma, v)
     passes = sum(len(batch.rows) for batch in plan.batches)
-    return Rollout(tree, latents, plan.slot, passes, len(plan.batches))
+    calls = len(plan.batches) + (keeper.more_calls if keeper else 0)
+    return Rollout(tree, latents, plan.slot, passes, calls, keeper.graphs if keeper else [])
 
 
 def _index(values: Ints, device: torch.device) -> Tensor:

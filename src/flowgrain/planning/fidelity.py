@@ -134,7 +134,8 @@ def _collectors(full: Config, cheap: Config) -> Sequence[RolloutCollector]:
     backbone = load_model(full, train=False)
     prompts = load_prompts(full, backbone, "train")
     policy = Policy.for_sampling(full, backbone, compute_device(full.runtime.device))
-    configs = [config.with_grid_of(backbone) for config in (full, cheap)]
+    without = {"training.graph_memory": 0.0}  # no update follows
+    configs = [c.with_grid_of(backbone).with_changes(without) for c in (full, cheap)]
     return [RolloutCollector(c, c.method, policy, rewards, prompts) for c in configs]
 
 

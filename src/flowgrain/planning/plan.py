@@ -1,6 +1,6 @@
 """The cost of a configuration per prompt, by counting its tree: `flowgrain plan`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -84,6 +84,8 @@ class RunPlan:
     def to_dict(self) -> dict[str, Any]:
         """The numbers by name, per prompt. Numbers that do not apply are left out."""
         numbers: dict[str, Any] = {"method": self.config.method.name, **vars(self.cost)}
+        if not self.cost.reused_forward_passes:
+            del numbers["reused_forward_passes"]
         if self.published_forward_passes:
             numbers["published_forward_passes"] = self.published_forward_passes
         numbers["peak_latents"] = self.peak_latents
@@ -95,8 +97,12 @@ class RunPlan:
 
 
 def prompt_cost(config: Config, step: int = 1) -> Cost:
-    """The cost of one prompt at training step `step`."""
-    return price(
+    """The cost of one prompt at training step `step`.
+
+    With training.graph_memory in GB, no forward pass counts as reused: the memory of a graph is
+    measured when the run starts.
+    """
+    counted = price(
         config.method,
         config.sampling.num_steps,
         num_rewards=len(config.rewards),
@@ -105,3 +111,7 @@ def prompt_cost(config: Config, step: int = 1) -> Cost:
         seed=config.runtime.seed,
         tree=config.tree(step),
     )
+    if config.training.graph_memory != "all":
+        return counted
+    reused = counted.train_forward_passes
+    return replace(counted, train_forward_passes=0, reused_forward_passes=reused)

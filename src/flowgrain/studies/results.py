@@ -103,5 +103,6 @@ def units_of_step(metrics: Mapping[str, Any], num_rewards: int) -> float:
     """The cost of a training step in `Cost.units`, from its line in metrics.jsonl."""
     names = ("forward_passes", "train_forward_passes", "decodes", "frozen_forward_passes")
     counted = {name: metrics[name] for name in names}
+    counted["reused_forward_passes"] = metrics.get("reused_forward_passes", 0)
     reward_calls = metrics["decodes"] * num_rewards
     return float(Cost(**counted, reward_calls=reward_calls, trained_edges=0).units)

@@ -3,16 +3,18 @@
 Shapes: P prompts, N rows of a tree, I images, *L latent.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
 from flowgrain.core import credit
+from flowgrain.core.graphs import GraphKeeper
 from flowgrain.core.rollout import Noise, Rollout, TailVelocity, concatenate, rollout
 from flowgrain.core.sde import ODE, Kernel
 from flowgrain.core.tree import Ints, Tree
@@ -32,6 +34,7 @@ from flowgrain.rewards import Reward, Scorer, Scores
 from flowgrain.training.decode import Decoded, decode
 from flowgrain.training.errors import RunStopped
 from flowgrain.training.given import given_batch
+from flowgrain.training.graphs import GraphBudget, GraphReuse
 from flowgrain.training.health import check_images
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
@@ -83,6 +86,7 @@ class RolloutCollector:
         self.timer = timer or StageTimer(policy.device)
         self.sigmas = config.sigmas().to(policy.device)
         self.tails = Tails(policy, config.sampling)
+        self.graph_reuse = GraphReuse(config, policy)
         weights = config.reward_weights
         self.reward_weights = method.mix_weights({name: weights.get(name, 1.0) for name in rewards})
 
@@ -98,7 +102,7 @@ class RolloutCollector:
         prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed, sigmas)
         noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
         measured = config.watch.action != "off"
-        scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise, measured)
+        scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise, measured, True)
 
         tree, normalization = prompt_tree.repeat(len(prompts)), method.normalization()
         values = {name: scores.values for name, scores in scored.scores.items()}
@@ -171,6 +175,7 @@ class RolloutCollector:
         kernel: Kernel,
         noise: Noise,
         measured: bool = False,
+        trains: bool = False,
     ) -> ScoredTree:
         """Execute a tree for this rank's share of `prompts`, and decode and score its leaves.
 
@@ -183,6 +188,7 @@ class RolloutCollector:
             kernel: transition of the stochastic steps.
             noise: noise source. A prompt number is the position in `prompts`.
             measured: whether the monitors of the images are measured.
+            trains: whether an update follows, which may use the graphs of the rollout.
 
         Raises:
             StopRequested: a signal arrived.
@@ -193,13 +199,14 @@ class RolloutCollector:
         mine = [prompts[i % len(prompts)] for i in assigned]
         with timer.measure("encode"):
             cond = self.policy.encode([prompt.text for prompt in mine])
+        budget = self.graph_reuse.budget() if trains else None
         size = sampling.prompts_per_chunk or len(mine)
         batch_sizes = self.config.reward_batch_sizes
         rewards = self.rewards if self.world.is_first_of_group else {}
         rollouts, decoded = [], []
         with Scorer(rewards, batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
-                chunk = _Chunk(self, cond, noise, assigned, first)
+                chunk = _Chunk(self, cond, noise, assigned, first, len(prompts), budget)
                 tree = prompt_tree.repeat(len(mine[first : first + size]))
                 with timer.measure("sample"):
                     rollouts.append(chunk.rollout(tree, kernel))
@@ -248,13 +255,18 @@ class RolloutCollector:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Prompts of this rank that are sampled together. `first`: number of the first prompt."""
+    """Prompts of this rank that are sampled together.
+
+    first: number of the first prompt. count: prompts of all ranks. budget: memory for graphs.
+    """
 
     collector: RolloutCollector
     cond: Conditioning
     of_assigned: Noise
     assigned: Ints
     first: int
+    count: int
+    budget: GraphBudget | None
 
     def rollout(self, tree: Tree, kernel: Kernel) -> Rollout:
         collector = self.collector
@@ -267,13 +279,26 @@ class _Chunk:
             collector.config.sampling.batch_size,
             tail=self.tail,
             tail_schedule=collector.config.tail_schedule,
+            keeper=self.keeper(tree),
         )
 
-    def velocity(self, x: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+    def keeper(self, tree: Tree) -> GraphKeeper | None:
+        if self.budget is None:
+            return None
+        wanted = np.zeros(len(tree), dtype=np.bool_)
+        wanted[tree.trained_parents] = True
+        wanted &= self.assigned[self.first + tree.prompt] < self.count  # not of a repeated prompt
+        train = partial(self.velocity, of=self.collector.policy.train_velocity)
+        return GraphKeeper(train, wanted, self.budget.take_room)
+
+    def velocity(
+        self, x: Tensor, sigma: Tensor, prompt: Tensor, of: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         cond = take(self.cond, self.first + prompt)
         guidance = self.collector.config.sampling.guidance_scale
         check_stop(self.collector.world)
-        return self.collector.policy.rollout_velocity(x, sigma, cond, guidance)
+        of = of or self.collector.policy.rollout_velocity
+        return of(x, sigma, cond, guidance)
 
     def noise(self, prompt: Ints, draw: Ints) -> Tensor:
         return self.of_assigned(self.assigned[self.first + prompt], draw)

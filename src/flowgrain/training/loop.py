@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from functools import partial
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 from flowgrain.training import checkpoint, state
@@ -97,6 +98,7 @@ def _unless_stopped(trainer: Trainer, work: Callable[[], Metrics]) -> Metrics:
         return work()
     except StopRequested as request:
         trainer.optimizer.adamw.zero_grad(set_to_none=True)
+        clear_frames(request.__traceback__)  # the latents and graphs of the abandoned step
         saved = state.ensure_saved(trainer)
         raise Interrupted(
             f"{request}: stopped after step {trainer.steps_done}; {saved}. "

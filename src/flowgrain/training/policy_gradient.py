@@ -20,6 +20,7 @@ from flowgrain.core.sde import Gaussian, Step
 from flowgrain.core.tree import Ints
 from flowgrain.methods import PolicyGradient
 from flowgrain.models import take
+from flowgrain.training.graphs import reused_micro_batches
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch
@@ -43,15 +44,18 @@ class PolicyGradientLoss:
         self.policy, self.batch, self.sigmas = policy, batch, sigmas
         self.kl_weight, self.guidance = method.kl_weight, config.sampling.guidance_scale
         self.kernel, self.objective = method.kernel(sigmas), method.objective(sigmas)
-        parent_of_edge = batch.tree.parent[batch.tree.edges]
-        self.updates: Sequence[Update] = [
-            Update(
-                rows,
-                batch.micro_batches(rows, config.micro_batch_size),
-                int(np.isin(parent_of_edge, rows).sum()),
-            )
-            for rows in split_updates(batch.tree, method.updates_per_rollout)
-        ]
+        self._reuses = bool(config.training.graph_memory)
+        self._velocities: dict[int, Tensor] = {}  # of the rollout, by place of the micro-batch
+        parent_of_edge, updates = batch.tree.parent[batch.tree.edges], []
+        for rows in split_updates(batch.tree, method.updates_per_rollout):
+            micro_batches = batch.micro_batches(rows, config.micro_batch_size)
+            if self._reuses:  # there is one update
+                micro_batches, self._velocities = reused_micro_batches(
+                    batch, rows, config.micro_batch_size
+                )
+            updates.append(Update(rows, micro_batches, int(np.isin(parent_of_edge, rows).sum())))
+        self.updates: Sequence[Update] = updates
+        self._reused_rows = sum(map(len, self._velocities.values()))
         self._old: list[list[Gaussian]] = []
 
     @torch.no_grad()
@@ -75,7 +79,8 @@ class PolicyGradientLoss:
         """Loss, ratio, clip and KL [E] of the trained edges below the rows of a micro-batch."""
         batch = self.batch
         rows = self.updates[number].micro_batches[place].rows
-        transition, edges, step = self._transition(rows, self.policy.train_velocity)
+        kept = self._velocities.pop(place, None)
+        transition, edges, step = self._transition(rows, self.policy.train_velocity, kept)
         x_next = batch.rollout.at(edges)
         reference = None
         if self.kl_weight:
@@ -97,9 +102,12 @@ class PolicyGradientLoss:
         }
 
     def _transition(
-        self, parents: Ints, velocity: Callable[..., Tensor]
+        self, parents: Ints, velocity: Callable[..., Tensor], v: Tensor | None = None
     ) -> tuple[Gaussian, Ints, Step]:
-        """Transitions of the trained edges below `parents`, the edges [E], and their grid steps."""
+        """Transitions of the trained edges below `parents`, the edges [E], and their grid steps.
+
+        v [B, *L]: the velocity, if it is known. Otherwise `velocity` computes it.
+        """
         rollout, device = self.batch.rollout, self.policy.device
         tree = rollout.tree
         edges = tree.edges[np.isin(tree.parent[tree.edges], parents)]
@@ -107,7 +115,8 @@ class PolicyGradientLoss:
         x = rollout.at(parents)  # (B, *L)
         prompt = torch.from_numpy(tree.prompt[parents]).to(device)
         sigma = self.sigmas[torch.from_numpy(tree.grid_index[parents]).to(device)]
-        v = velocity(x, sigma, take(self.batch.cond, prompt), self.guidance)
+        if v is None:
+            v = velocity(x, sigma, take(self.batch.cond, prompt), self.guidance)
         start = torch.from_numpy(tree.grid_index[tree.parent[edges]]).to(device)
         end = torch.from_numpy(tree.grid_index[edges]).to(device)
         step = Step.on(self.sigmas, start, end)
@@ -119,17 +128,20 @@ class PolicyGradientLoss:
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:
         """Ratio, clip fraction, KL and forward passes of the step."""
         passes = sum(len(update.rows) for update in self.updates)
+        reused = sum(self.batch.world.gather(self._reused_rows)) if self._reuses else 0
         largest = max((float(r.max()) for r in record.values["ratio"]), default=-math.inf)
         metrics: Metrics = {
             "loss": means["loss"],
             "ratio/mean": means["ratio"],
             "ratio/max": max(self.batch.world.gather(largest)),
             "clip_fraction": means["clipped"],
-            "train_forward_passes": passes,
+            "train_forward_passes": passes - reused,
             "frozen_forward_passes": passes
             - len(self.updates[0].rows)
             + (passes if self.kl_weight else 0),
         }
+        if self._reuses:
+            metrics["reused_forward_passes"] = reused
         if len(self.updates) > 1:  # only later updates can be clipped
             metrics["clip_fraction/later_updates"] = means["clipped/later_updates"]
         if self.kl_weight:
