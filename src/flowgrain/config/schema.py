@@ -7,6 +7,7 @@ from pydantic import field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from flowgrain.config.data import DataConfig
+from flowgrain.config.economy import check_economy
 from flowgrain.config.noise import check_noise
 from flowgrain.config.sections import (
     EvaluationConfig,
@@ -200,6 +201,7 @@ class Config(Section):
         known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
         self.data.check(self.method.name, self.method.trains_on, known)
         check_noise(self.method, self.sigmas(), self.sampling)
+        check_economy(self)
         try:
             _ = self.learning_rate
         except ValueError as error:
