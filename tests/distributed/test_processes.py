@@ -46,6 +46,13 @@ MORE = {
     "given pairs": ("diffusion_dpo", {"data.pairs": ""}),
     "given images": ("sft", {"data.images": "", "training.prompts_per_step": 6}),
     "pairwise": ("g2rpo", {"sampling.prompts_per_chunk": 2, "rewards": [PAIRWISE]}),
+    "explored": ("flow_grpo", {"sampling.explore": {"candidates": 7, "num_steps": 2}}),
+    "explored branches": ("g2rpo", {"sampling.explore": {"candidates": 7, "num_steps": 2}}),
+    "adaptive": ("flow_grpo", {"training.adaptive_groups": {"probe": 2, "min_spread": 0.03}}),
+    "adaptive shards": (
+        "diffusionnft",
+        {**SHARDED, "training.adaptive_groups": {"probe": 2, "min_spread": 0.03}},
+    ),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),
 }
 CASES = {**FULL, **LORA, **MORE}

@@ -171,7 +171,7 @@ def test_prompts_to_try(count, used, step):
     chosen = prompts[: min(used, count)]
     first = list(itertools.islice(replacements(prompts, chosen, step, 0), 2 * count))
     new = count - len(chosen)
-    assert not set(p.text for p in first[:new]) & set(p.text for p in chosen)
+    assert not {p.text for p in first[:new]} & {p.text for p in chosen}
     assert sorted(p.text for p in first[:count]) == sorted(p.text for p in prompts)
     again = list(itertools.islice(replacements(prompts, chosen, step, 0), 2 * count))
     assert first == again
