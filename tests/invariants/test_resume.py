@@ -121,7 +121,7 @@ def test_every_method_is_killed_in_an_update_and_resumed(tmp_path, processes, me
     "changes",
     [
         {"sampling.explore.candidates": 8, "sampling.explore.num_steps": 2},
-        {"training.adaptive_groups.probe": 2, "training.adaptive_groups.min_spread": 0.05},
+        {"training.adaptive_groups.probe": 2, "training.adaptive_groups.min_spread": 0.12},
     ],
     ids=["explore", "adaptive groups"],
 )
