@@ -225,8 +225,7 @@ class Config(Section):
             if length < needed:
                 raise ValueError(
                     f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
-                    f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
-                    "steps follow."
+                    f"Remove it, or end the stochastic steps earlier: {needed} steps must follow."
                 )
 
     @model_validator(mode="after")

@@ -103,31 +103,10 @@ def candidates_of(plan: Tree, count: int, steps: int) -> Candidates:
     largest = max(map(len, groups))
     if count < largest:
         raise ValueError(f"a group has {largest} members")
-    planner, draws, copy = Planner(size), list[int](), dict[int, int]()
-
-    def add(row: int) -> int:
-        """The copy of a row of the plan, after the copies of the rows above it."""
-        if row in copy:
-            return copy[row]
-        parent = int(plan.parent[row])
-        if parent == ROOT:
-            node = planner.root()
-        elif plan.stochastic[row]:
-            length = int(plan.grid_index[row] - plan.grid_index[parent])
-            node = planner.sde(add(parent), train=False, length=length)[0]
-        else:
-            order = 2 if plan.multistep[row] else 1
-            node = planner.ode(add(parent), via=[int(plan.grid_index[row])], order=order)
-        copy[row] = node
-        if plan.draw[row] >= 0:
-            draws.append(int(plan.draw[row]))
-        return node
-
+    planner, draws = Planner(size), list[int]()
+    # Rows above all groups go first, so that leaves are sorted by group.
+    copy = _copy_above(plan, groups, planner, draws)
     of_group, unused = [], int(plan.draw.max()) + 1
-    for group in groups:  # rows above all groups go first, so that leaves are sorted by group
-        parent = int(plan.parent[group[0]])
-        if parent != ROOT:
-            add(parent)
     for number, group in enumerate(groups):
         own = plan.draw[group]
         unused_here = np.arange(count - len(own), dtype=np.int64) + unused
@@ -148,6 +127,36 @@ def candidates_of(plan: Tree, count: int, steps: int) -> Candidates:
     draw = tree.draw.copy()
     draw[draw >= 0] = draws
     return Candidates(replace(tree, draw=draw), groups, np.stack(of_group))
+
+
+def _copy_above(
+    plan: Tree, groups: Sequence[Ints], planner: Planner, draws: list[int]
+) -> dict[int, int]:
+    """Copy the rows of `plan` above `groups`, and append the draws of the copies to `draws`.
+
+    Returns:
+        The row of every copy, by row of the plan.
+    """
+    above = set[int]()
+    for group in groups:
+        row = int(plan.parent[group[0]])
+        while row != ROOT:
+            above.add(row)
+            row = int(plan.parent[row])
+    copy = dict[int, int]()
+    for row in sorted(above):  # parents come before their children
+        parent, index = int(plan.parent[row]), int(plan.grid_index[row])
+        if parent == ROOT:
+            copy[row] = planner.root()
+        elif plan.stochastic[row]:
+            length = index - int(plan.grid_index[parent])
+            copy[row] = planner.sde(copy[parent], train=False, length=length)[0]
+        else:
+            order = 2 if plan.multistep[row] else 1
+            copy[row] = planner.ode(copy[parent], via=[index], order=order)
+        if plan.draw[row] >= 0:
+            draws.append(int(plan.draw[row]))
+    return copy
 
 
 def extremes(score: Sequence[float], keep: int) -> Ints:
