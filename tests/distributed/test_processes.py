@@ -55,6 +55,13 @@ MORE = {
             "sampling.prompts_per_chunk": 2,
         },
     ),
+    "explored": ("flow_grpo", {"sampling.explore": {"candidates": 7, "num_steps": 2}}),
+    "explored branches": ("g2rpo", {"sampling.explore": {"candidates": 7, "num_steps": 2}}),
+    "adaptive": ("flow_grpo", {"training.adaptive_groups": {"probe": 2, "min_spread": 0.1}}),
+    "adaptive shards": (
+        "diffusionnft",
+        {**SHARDED, "training.adaptive_groups": {"probe": 2, "min_spread": 0.1}},
+    ),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),
 }
 CASES = {**FULL, **LORA, **MORE}

@@ -117,6 +117,44 @@ def test_every_method_is_killed_in_an_update_and_resumed(tmp_path, processes, me
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling.explore.candidates": 8, "sampling.explore.num_steps": 2},
+        {"training.adaptive_groups.probe": 2, "training.adaptive_groups.min_spread": 0.12},
+    ],
+    ids=["explore", "adaptive groups"],
+)
+def test_chosen_samples_and_replaced_prompts_after_a_resume(tmp_path, changes):
+    settings = {
+        "sampling.num_steps": 4,
+        "method.group_size": 3,
+        "optimizer.learning_rate": 1e-2,
+        "training.prompts_per_step": 2,
+        "training.max_steps": 3,
+        "training.checkpoint_every": 1,
+        "evaluation.every": 0,
+        "evaluation.rewards": [],
+        **changes,
+    }
+    config = load_config("flow_grpo", settings)
+    toy(config, tmp_path / "whole").train()
+
+    def stop(metrics):
+        if metrics["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy(config, tmp_path / "cut").train(stop)
+    again = toy(config, tmp_path / "cut")
+    again.resume()
+    again.train()
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    names = ("explore/spearman", "adaptive/replaced_prompts")
+    found = [line[name] for line in lines(tmp_path / "cut") for name in names if name in line]
+    assert any(found)
+
+
 def test_resumed_equals_uninterrupted_with_a_damaged_checkpoint(long, tmp_path):
     toy(long, tmp_path / "whole").train()
     first = toy(long, tmp_path / "cut")

@@ -162,7 +162,9 @@ def test_settings_that_cannot_be_rehearsed():
     with pytest.raises(SettingsError, match=r"--gpu h10: there is no such GPU.*'h100'"):
         gpu_named("h10")
     quantized = load_config("flow_grpo", {**SMALL, "sampling.tail_weights": "int8"})
-    with pytest.raises(SettingsError, match=r"cannot be rehearsed\. Use sampling.tail_weights=same"):
+    with pytest.raises(
+        SettingsError, match=r"cannot be rehearsed\. Use sampling.tail_weights=same"
+    ):
         rehearse(quantized, 1, H100)
     unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
     with pytest.raises(SettingsError, match="configuration of transformer is not known"):

@@ -7,6 +7,7 @@ from pydantic import field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from flowgrain.config.data import DataConfig
+from flowgrain.config.economy import check_economy
 from flowgrain.config.graphs import check_graph_memory
 from flowgrain.config.noise import check_noise
 from flowgrain.config.runtime import check_runtime
@@ -202,6 +203,7 @@ class Config(Section):
         known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
         self.data.check(self.method.name, self.method.trains_on, known)
         check_noise(self.method, self.sigmas(), self.sampling)
+        check_economy(self)
         try:
             _ = self.learning_rate
         except ValueError as error:
@@ -216,8 +218,7 @@ class Config(Section):
             if length < needed:
                 raise ValueError(
                     f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
-                    f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
-                    "steps follow."
+                    f"Remove it, or end the stochastic steps earlier: {needed} steps must follow."
                 )
 
     @model_validator(mode="after")

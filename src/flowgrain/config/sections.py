@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
+from flowgrain.config.economy import TAIL_CACHE, AdaptiveGroupsConfig, ExploreConfig
 from flowgrain.config.limits import MAX_PROMPTS, MAX_ROWS, MAX_STEPS
 from flowgrain.config.record import RecordConfig
 from flowgrain.rewards.base import RewardConfig
@@ -117,12 +118,13 @@ class SamplingConfig(Section):
         "none",
         "Feature cache for the tail, the steps after the last stochastic step: none, "
         "first_block:THRESHOLD or taylorseer:INTERVAL.",
-        pattern=r"^(none|first_block:0?\.\d+|taylorseer:[2-9])$",
+        pattern=TAIL_CACHE,
     )
     tail_weights: Literal["same", "int8", "float8"] = Setting(
         "same",
         "Model weights for the tail: the same as for other steps, or a copy quantized by torchao.",
     )
+    explore: ExploreConfig = Setting(ExploreConfig(), "Cheap candidates of every group.")
 
     def check_exact(self, method: str) -> None:
         """Check that images are exact samples, because `method` trains on them.
@@ -242,6 +244,9 @@ class TrainingConfig(Section):
         le=MAX_STEPS,
     )
     record: RecordConfig = Setting(RecordConfig(), "Recorded groups of training steps.")
+    adaptive_groups: AdaptiveGroupsConfig = Setting(
+        AdaptiveGroupsConfig(), "Replacement of prompts whose rewards have no spread."
+    )
 
 
 class EvaluationConfig(Section):

@@ -97,6 +97,8 @@ class Method(Section, ABC):
     """Kind of data set that the method can train on in place of sampled images."""
     unused_on_data: ClassVar[tuple[str, ...]] = ()
     """Options that have no effect with such a data set."""
+    not_compared: ClassVar[str] = ""
+    """Why a choice among the samples of a prompt makes no sense. Empty: it does."""
 
     group_size: int = Setting(
         12,

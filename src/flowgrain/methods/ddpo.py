@@ -39,6 +39,7 @@ class DDPO(FlowGRPO):
         "lora": {"rank": 4},  # published code: the default of diffusers
     }
     learning_rates = LearningRates(lora=3e-4)  # published code
+    not_compared = "it compares a reward with earlier rewards of the prompt"
 
     group_size: int = 8  # own choice
     updates_per_rollout: int | Literal["per_step"] = 4  # published code

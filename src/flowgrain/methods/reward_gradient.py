@@ -17,6 +17,8 @@ OF_ADVANTAGES = ("reward_mix", "std_scope", "std_unbiased", "std_epsilon", "adva
 class DifferentiableReward(Method):
     """A method whose rewards must be differentiable. Their gradient goes through the decoder."""
 
+    not_compared = "it trains on the gradient of the reward and does not compare images"
+
     decode_batch_size: int = Setting(
         1,
         "Images that are decoded and scored together with gradient. The memory of the decoder "

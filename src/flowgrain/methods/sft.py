@@ -35,6 +35,7 @@ class SFT(Draws):
     summary = "Only the best images of a prompt are trained. No step of the sampler is trained."
     config_defaults = RUN  # published code
     learning_rates = LearningRates(lora=3e-4)  # published code
+    not_compared = "it trains on the best image of every prompt only"
 
     # The published code is the rejection fine-tuning of Flow-GRPO.
     group_size: int = Setting(

@@ -5,8 +5,10 @@ from functools import cached_property
 from typing import Any
 
 from flowgrain.config.schema import Config
-from flowgrain.core.cost import Cost
+from flowgrain.core.cost import Cost, cost
+from flowgrain.core.explore import candidates_of
 from flowgrain.core.schedule import schedule
+from flowgrain.core.subtree import subtree
 from flowgrain.core.tree import Tree
 from flowgrain.methods import price
 from flowgrain.methods.calibration import calibration_cost
@@ -67,7 +69,7 @@ class RunPlan:
         steps = self.config.training.max_steps
         count = min(steps, max(1, _COUNTED_ROWS // len(self.tree)))
         counted = (1 + number * steps // count for number in range(count))
-        return [len(self.config.tree(step).evaluated) for step in counted]
+        return [_sampling_passes(self.config, self.config.tree(step)) for step in counted]
 
     @property
     def mean_forward_passes(self) -> float:
@@ -88,6 +90,12 @@ class RunPlan:
             del numbers["reused_forward_passes"]
         if self.published_forward_passes:
             numbers["published_forward_passes"] = self.published_forward_passes
+        if self.config.sampling.explore.candidates:
+            explored = candidates_cost(self.config, self.tree)
+            numbers["explore_forward_passes"] = explored.forward_passes
+            numbers["explore_decodes"] = explored.decodes
+        if self.config.training.adaptive_groups.probe:
+            numbers["largest_wasted_forward_passes"] = largest_waste(self.config, self.tree)
         numbers["peak_latents"] = self.peak_latents
         if self.calibration_forward_passes:
             numbers["calibration_forward_passes"] = self.calibration_forward_passes
@@ -96,22 +104,54 @@ class RunPlan:
         return numbers
 
 
-def prompt_cost(config: Config, step: int = 1) -> Cost:
-    """The cost of one prompt at training step `step`.
+def candidates_cost(config: Config, tree: Tree) -> Cost:
+    """The cost of the candidates of one prompt. `tree` is the exact tree of one prompt."""
+    explore, num_rewards = config.sampling.explore, len(config.rewards)
+    return cost(candidates_of(tree, explore.candidates, explore.num_steps).tree, num_rewards)
+
+
+def _sampling_passes(config: Config, tree: Tree) -> int:
+    """Sampling forward passes of one prompt with the exact tree `tree`."""
+    explored = config.sampling.explore.candidates > 0
+    return len(tree.evaluated) + (candidates_cost(config, tree).forward_passes if explored else 0)
+
+
+def largest_waste(config: Config, tree: Tree) -> int:
+    """The forward passes of the replaced prompts of one place in the step, at most."""
+    adaptive = config.training.adaptive_groups
+    return len(subtree(tree, 0, adaptive.probe).tree.evaluated) * adaptive.max_rounds
+
+
+def prompt_cost(config: Config, step: int = 1, tree: Tree | None = None) -> Cost:
+    """The cost of one prompt at training step `step`, with the candidates of an exploration.
 
     With training.graph_memory in GB, no forward pass counts as reused: the memory of a graph is
-    measured when the run starts.
+    measured when the run starts. Replaced prompts of adaptive groups are not counted: their number depends on the rewards.
+
+    Args:
+        config: settings of the run.
+        step: training step, from 1.
+        tree: tree of one prompt at this step. Default: `config.tree(step)`.
     """
-    counted = price(
+    tree = config.tree(step) if tree is None else tree
+    exact = price(
         config.method,
         config.sampling.num_steps,
         num_rewards=len(config.rewards),
         prompts_per_step=config.training.prompts_per_step,
         step=step,
         seed=config.runtime.seed,
-        tree=config.tree(step),
+        tree=tree,
     )
-    if config.training.graph_memory != "all":
-        return counted
-    reused = counted.train_forward_passes
-    return replace(counted, train_forward_passes=0, reused_forward_passes=reused)
+    if config.training.graph_memory == "all":
+        reused = exact.train_forward_passes
+        exact = replace(exact, train_forward_passes=0, reused_forward_passes=reused)
+    if not config.sampling.explore.candidates:
+        return exact
+    more = candidates_cost(config, tree)
+    return replace(
+        exact,
+        forward_passes=exact.forward_passes + more.forward_passes,
+        decodes=exact.decodes + more.decodes,
+        reward_calls=exact.reward_calls + more.reward_calls,
+    )

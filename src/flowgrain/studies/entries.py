@@ -10,9 +10,9 @@ from flowgrain.config import Config, load_config
 from flowgrain.config.load import merge
 from flowgrain.core.cost import Cost
 from flowgrain.core.tree import Tree
-from flowgrain.methods import price
 from flowgrain.methods.calibration import calibration_cost
 from flowgrain.methods.cost import num_updates
+from flowgrain.planning.plan import prompt_cost
 from flowgrain.settings import SettingsError
 from flowgrain.studies.comparison import RESERVED, Comparison
 
@@ -161,15 +161,7 @@ def _steps(config: Config) -> Iterator[tuple[Cost, int]]:
         if step > 1 and method.plan_varies:
             tree = config.tree(step)
         if tree not in prices:
-            cost = price(
-                method,
-                config.sampling.num_steps,
-                len(config.rewards),
-                prompts,
-                step,
-                config.runtime.seed,
-                tree,
-            )
+            cost = prompt_cost(config, step, tree)
             prices[tree] = cost, num_updates(method, tree, prompts)
         yield prices[tree]
 

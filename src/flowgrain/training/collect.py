@@ -32,30 +32,16 @@ from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Reward, Scorer, Scores
 from flowgrain.training.decode import Decoded, decode
-from flowgrain.training.errors import RunStopped
 from flowgrain.training.given import given_batch
 from flowgrain.training.graphs import GraphBudget, GraphReuse
-from flowgrain.training.health import check_images
+from flowgrain.training.health import check_failed_rewards, check_images
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
+from flowgrain.training.sample_step import cheap_collector, sample_step
+from flowgrain.training.scored_tree import ScoredTree
 from flowgrain.training.signals import check_stop, interruptible, stop_together
 from flowgrain.training.tails import Tails
 from flowgrain.training.timer import StageTimer
-
-
-@dataclass(frozen=True)
-class ScoredTree:
-    """A tree of one prompt, executed for several prompts and scored.
-
-    cond, rollout and images belong to the prompts of this rank. scores and monitors [I] belong to
-    all prompts.
-    """
-
-    cond: Conditioning
-    rollout: Rollout
-    images: Tensor
-    scores: dict[str, Scores]
-    monitors: dict[str, Tensor]
 
 
 class RolloutCollector:
@@ -89,6 +75,7 @@ class RolloutCollector:
         self.graph_reuse = GraphReuse(config, policy)
         weights = config.reward_weights
         self.reward_weights = method.mix_weights({name: weights.get(name, 1.0) for name in rewards})
+        self.cheap = cheap_collector(self)
 
     def collect(self, step: int) -> RolloutBatch:
         """The rollout batch of training step `step`."""
@@ -101,8 +88,8 @@ class RolloutCollector:
         sigmas = config.sigmas().tolist()
         prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed, sigmas)
         noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
-        measured = config.watch.action != "off"
-        scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise, measured, True)
+        sampled = sample_step(self, prompt_tree, prompts, noise, step)
+        prompts, scored, noise = sampled.prompts, sampled.scored, sampled.noise
 
         tree, normalization = prompt_tree.repeat(len(prompts)), method.normalization()
         values = {name: scores.values for name, scores in scored.scores.items()}
@@ -137,6 +124,8 @@ class RolloutCollector:
             rewards=self.rewards,
             reward_weights=self.reward_weights,
             monitors=scored.monitors,
+            more_decodes=sampled.more_decodes,
+            metrics=sampled.metrics,
         )
 
     def calibrate(self) -> CalibrationResult:
@@ -309,18 +298,4 @@ class _Chunk:
         with self.collector.tails.open() as velocity:
             yield lambda x, sigma, prompt, continues: velocity(
                 x, sigma, take(self.cond, self.first + prompt), guidance, continues
-            )
-
-
-def check_failed_rewards(scores: Mapping[str, Scores], allowed: float) -> None:
-    """Check that at most the share `allowed` of the images has no score.
-
-    Raises:
-        RunStopped: a reward failed on more images.
-    """
-    for name, of_reward in scores.items():
-        if of_reward.failed > allowed * len(of_reward.values):
-            raise RunStopped(
-                f"reward {name!r} failed on {of_reward.failed} of {len(of_reward.values)} images "
-                f"({of_reward.reason}), more than training.max_failed_rewards={allowed:g} allows"
             )

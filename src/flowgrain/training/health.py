@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowgrain.distributed import World
 from flowgrain.distributed.sharding import local_tensor
+from flowgrain.rewards import Scores
 from flowgrain.training import checkpoint
 from flowgrain.training.errors import Diverged, RunStopped
 from flowgrain.training.evaluate import Evaluation
@@ -47,6 +48,20 @@ def check_weights(trainer: Trainer, step: int) -> None:
     name = first_not_finite(trainer.policy.tensors(), trainer.world)
     if name is not None:
         raise destroyed(trainer, f"step {step}", f"{name} contains NaN or infinity")
+
+
+def check_failed_rewards(scores: Mapping[str, Scores], allowed: float) -> None:
+    """Check that at most the share `allowed` of the images has no score.
+
+    Raises:
+        RunStopped: a reward failed on more images.
+    """
+    for name, of_reward in scores.items():
+        if of_reward.failed > allowed * len(of_reward.values):
+            raise RunStopped(
+                f"reward {name!r} failed on {of_reward.failed} of {len(of_reward.values)} images "
+                f"({of_reward.reason}), more than training.max_failed_rewards={allowed:g} allows"
+            )
 
 
 def check_images(images: Tensor, allowed: float, world: World) -> None:

@@ -22,9 +22,9 @@ from flowgrain.distributed import World
 from flowgrain.methods import Repair
 from flowgrain.models import take
 from flowgrain.rewards import Scores
-from flowgrain.training.collect import check_failed_rewards
 from flowgrain.training.decoded_rewards import DecodedRewards, check_failed_gradients
 from flowgrain.training.errors import RunStopped
+from flowgrain.training.health import check_failed_rewards
 from flowgrain.training.losses import TermRecord, Terms, Update
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import Metrics, RolloutBatch

@@ -56,6 +56,8 @@ class RolloutBatch:
         rewards: trained rewards by name, for methods that use their gradient.
         reward_weights: weight of every reward by name.
         monitors: values [I] of all images by monitor. Empty if nothing was measured.
+        more_decodes: images of all ranks that were decoded and scored, but are not trained.
+        metrics: metrics of exploration and adaptive groups.
     """
 
     step: int
@@ -73,6 +75,8 @@ class RolloutBatch:
     rewards: Mapping[str, Reward]
     reward_weights: Mapping[str, float]
     monitors: Mapping[str, Tensor] = field(default_factory=dict)
+    more_decodes: int = 0
+    metrics: Metrics = field(default_factory=dict)
 
     @property
     def _rows_per_prompt(self) -> int:

@@ -11,8 +11,9 @@ from flowgrain.core.cost import cost
 from flowgrain.distributed import World
 from flowgrain.distributed.sharding import set_gradient_sync
 from flowgrain.methods import ForwardProcess, Method, PolicyGradient, Repair, RewardGradient
-from flowgrain.training.collect import RolloutCollector, check_failed_rewards
+from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.forward_process import ForwardProcessLoss
+from flowgrain.training.health import check_failed_rewards
 from flowgrain.training.losses import RolloutLoss, TermRecord
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
@@ -147,7 +148,8 @@ def rollout_metrics(batch: RolloutBatch, more_decodes: int = 0) -> Metrics:
     for name, values in batch.monitors.items():
         metrics[f"monitor/{name}"] = float(values.nanmean())
     world: World = batch.world
-    return metrics | {
+    more_decodes += batch.more_decodes
+    return {**metrics, **batch.metrics} | {
         "advantage/std": float(batch.advantage.std()) if len(batch.advantage) > 1 else 0.0,
         "advantage/zero": float((batch.advantage == 0).float().mean()),
         "forward_passes": batch.rollout.forward_passes * world.data_size,
