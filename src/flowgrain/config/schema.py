@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowgrain.config.data import DataConfig
 from flowgrain.config.noise import check_noise
+from flowgrain.config.rollout import RolloutConfig, check_rollout
 from flowgrain.config.sections import (
     EvaluationConfig,
     LoraConfig,
@@ -44,6 +45,7 @@ class Config(Section):
     model: ModelConfig = Setting(ModelConfig(), "Backbone.")
     lora: LoraConfig = Setting(LoraConfig(), "Low-rank adapters.")
     sampling: SamplingConfig = Setting(SamplingConfig(), "Sampling during training.")
+    rollout: RolloutConfig = Setting(RolloutConfig(), "Worker processes that sample.")
     rewards: Rewards = Setting(..., "Trained rewards.", min_length=1)
     optimizer: OptimizerConfig = Setting(OptimizerConfig(), "AdamW.")
     training: TrainingConfig = Setting(TrainingConfig(), "The training loop.")
@@ -196,6 +198,7 @@ class Config(Section):
             check_name(name)
         self.lora.check()
         self.sampling.check()
+        check_rollout(self)
         kind = self.data.kind
         known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
         self.data.check(self.method.name, self.method.trains_on, known)

@@ -35,6 +35,7 @@ from flowgrain.training.given import given_batch
 from flowgrain.training.health import check_images
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
+from flowgrain.training.rollouts import rollout_source
 from flowgrain.training.signals import check_stop, interruptible, stop_together
 from flowgrain.training.tails import Tails
 from flowgrain.training.timer import StageTimer
@@ -45,7 +46,7 @@ class ScoredTree:
     """A tree of one prompt, executed for several prompts and scored.
 
     cond, rollout and images belong to the prompts of this rank. scores and monitors [I] belong to
-    all prompts.
+    all prompts. sampled_with: see `RolloutBatch`.
     """
 
     cond: Conditioning
@@ -53,6 +54,7 @@ class ScoredTree:
     images: Tensor
     scores: dict[str, Scores]
     monitors: dict[str, Tensor]
+    sampled_with: Mapping[str, Tensor] | None = None
 
 
 class RolloutCollector:
@@ -66,6 +68,9 @@ class RolloutCollector:
         prompts: training prompts.
         world: ranks.
         timer: measures the stages.
+
+    Attributes:
+        source: executes and scores the trees of training steps, here or in worker processes.
     """
 
     def __init__(
@@ -83,22 +88,19 @@ class RolloutCollector:
         self.timer = timer or StageTimer(policy.device)
         self.sigmas = config.sigmas().to(policy.device)
         self.tails = Tails(policy, config.sampling)
+        self.source = rollout_source(config, self)
         weights = config.reward_weights
         self.reward_weights = method.mix_weights({name: weights.get(name, 1.0) for name in rewards})
 
     def collect(self, step: int) -> RolloutBatch:
         """The rollout batch of training step `step`."""
         config, method = self.config, self.method
-        seed, num_prompts = config.runtime.seed, config.training.prompts_per_step
-        prompts = prompts_of_step(self.prompts, step, num_prompts, seed)
+        prompts = self.prompts_of(step)
         if config.data.kind is not None:
             batch = given_batch(config, self.policy, prompts, step, self.world, self.timer)
             return replace(batch, rewards=self.rewards, reward_weights=self.reward_weights)
-        sigmas = config.sigmas().tolist()
-        prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed, sigmas)
-        noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
-        measured = config.watch.action != "off"
-        scored = self.score_tree(prompt_tree, prompts, self.kernel(), noise, measured)
+        prompt_tree, noise = self.plan(step), self.noise(step)
+        scored = self.source.score(step, prompts, prompt_tree)
 
         tree, normalization = prompt_tree.repeat(len(prompts)), method.normalization()
         values = {name: scores.values for name, scores in scored.scores.items()}
@@ -133,7 +135,24 @@ class RolloutCollector:
             rewards=self.rewards,
             reward_weights=self.reward_weights,
             monitors=scored.monitors,
+            sampled_with=scored.sampled_with,
         )
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of training step `step`, over all ranks."""
+        count, seed = self.config.training.prompts_per_step, self.config.runtime.seed
+        return prompts_of_step(self.prompts, step, count, seed)
+
+    def plan(self, step: int) -> Tree:
+        """The tree of one prompt at training step `step`."""
+        config = self.config
+        steps, seed = config.sampling.num_steps, config.runtime.seed
+        return plan_tree(self.method, steps, step, seed, config.sigmas().tolist())
+
+    def noise(self, step: int) -> Noise:
+        """The noise of training step `step`. A prompt number is the position in the step."""
+        shape, seed = self.policy.backbone.latent_shape, self.config.runtime.seed
+        return keyed_noise(shape, "train", seed, step)
 
     def calibrate(self) -> CalibrationResult:
         """Calibrate the noise of the method on the current policy, and set it in the method.
@@ -171,6 +190,7 @@ class RolloutCollector:
         kernel: Kernel,
         noise: Noise,
         measured: bool = False,
+        encoded: Conditioning | None = None,
     ) -> ScoredTree:
         """Execute a tree for this rank's share of `prompts`, and decode and score its leaves.
 
@@ -183,6 +203,8 @@ class RolloutCollector:
             kernel: transition of the stochastic steps.
             noise: noise source. A prompt number is the position in `prompts`.
             measured: whether the monitors of the images are measured.
+            encoded: conditioning of this rank's prompts, if they are only a share of the step.
+                The caller then checks the images of all shares. Default: encode the prompts.
 
         Raises:
             StopRequested: a signal arrived.
@@ -192,7 +214,8 @@ class RolloutCollector:
         assigned = self.world.assign(len(prompts))
         mine = [prompts[i % len(prompts)] for i in assigned]
         with timer.measure("encode"):
-            cond = self.policy.encode([prompt.text for prompt in mine])
+            texts = [prompt.text for prompt in mine]
+            cond = self.policy.encode(texts) if encoded is None else encoded
         size = sampling.prompts_per_chunk or len(mine)
         batch_sizes = self.config.reward_batch_sizes
         rollouts, decoded = [], []
@@ -214,7 +237,8 @@ class RolloutCollector:
                 scores = interruptible(self.world, scorer.results) or {}
             stop_together(self.world)
         everything = Decoded.concatenate(decoded)
-        check_images(everything.images, self.config.training.max_failed_rewards, self.world)
+        if encoded is None:
+            check_images(everything.images, self.config.training.max_failed_rewards, self.world)
         whole = rollouts[0]
         if len(rollouts) > 1:
             whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)

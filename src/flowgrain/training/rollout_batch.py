@@ -56,6 +56,8 @@ class RolloutBatch:
         rewards: trained rewards by name, for methods that use their gradient.
         reward_weights: weight of every reward by name.
         monitors: values [I] of all images by monitor. Empty if nothing was measured.
+        sampled_with: the parameters that sampled, by name, if they are older than those of the
+            policy. None: the policy sampled.
     """
 
     step: int
@@ -73,6 +75,7 @@ class RolloutBatch:
     rewards: Mapping[str, Reward]
     reward_weights: Mapping[str, float]
     monitors: Mapping[str, Tensor] = field(default_factory=dict)
+    sampled_with: Mapping[str, Tensor] | None = None
 
     @property
     def _rows_per_prompt(self) -> int:
