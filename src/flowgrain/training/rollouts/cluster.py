@@ -55,25 +55,17 @@ class Cluster:
 
     def _connect(self, config: Config, gpus: int) -> None:
         rollout = config.rollout
-        options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-        environment: dict[str, str] = {}
-        if rollout.address is not None:
-            options["address"] = rollout.address
-        else:
-            options |= {"num_cpus": rollout.workers, "include_dashboard": False}
-            if gpus:
-                others = other_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), _count_gpus())
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(others)
-                options["num_gpus"] = len(others)
+        options, environment = ray_options(config), dict[str, str]()
+        if gpus and rollout.address is None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            others = other_gpus(visible, torch.cuda.device_count())
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(others)
+            options["num_gpus"] = len(others)
         try:
             with _kept_signals(), _environment(environment):
                 self.ray.init(**options)
-        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-            raise SettingsError(
-                f"rollout.address={rollout.address or 'null'}: Ray could not be started or "
-                f"reached ({one_line(error)}). Start it with ray start --head, or use the address "
-                "that this command prints."
-            ) from error
+        except Exception as error:  # Ray also raises plain exceptions
+            raise SettingsError(_not_reached(config, error)) from error
 
     def _check_size(self, config: Config, gpus: int) -> None:
         """Check that the cluster has a CPU, and if needed a GPU, for every worker."""
@@ -92,8 +84,7 @@ class Cluster:
         actor = self.ray.remote(RolloutWorker).options(
             num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=_RETRIES
         )
-        settings = self.ray.put(worker_settings(config))
-        threads = torch.get_num_threads()
+        settings, threads = worker_settings(config), torch.get_num_threads()
         workers = [actor.remote(settings, threads) for _ in range(config.rollout.workers)]
         try:
             self.ray.get([worker.process.remote() for worker in workers])
@@ -138,6 +129,14 @@ class Cluster:
                 self.ray.shutdown()
 
 
+def ray_options(config: Config) -> dict[str, Any]:
+    """Arguments of `ray.init`: the cluster of rollout.address, or a new one on this machine."""
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if config.rollout.address is not None:
+        return options | {"address": config.rollout.address}
+    return options | {"num_cpus": config.rollout.workers, "include_dashboard": False}
+
+
 def other_gpus(visible: str | None, count: int) -> list[str]:
     """The GPUs of this machine that do not train: all except the first.
 
@@ -149,8 +148,17 @@ def other_gpus(visible: str | None, count: int) -> list[str]:
     return [number.strip() for number in numbers][1:]
 
 
-def _count_gpus() -> int:
-    return torch.cuda.device_count()
+def _not_reached(config: Config, error: Exception) -> str:
+    address = config.rollout.address
+    if address is None:
+        return (
+            f"rollout.workers={config.rollout.workers}: Ray could not be started on this machine "
+            f"({one_line(error)}). Repair this, or use rollout.workers=0."
+        )
+    return (
+        f"rollout.address={address}: Ray does not answer ({one_line(error)}). Use the address that "
+        "ray start --head prints on the first machine of the cluster."
+    )
 
 
 def _reason(error: Exception) -> str:
