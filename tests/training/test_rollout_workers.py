@@ -343,9 +343,11 @@ def ray():
             patch.syspath_prepend(str(ASIDE))
             paths = [str(ASIDE), os.environ.get("PYTHONPATH", "")]
             patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-        pytest.importorskip("ray")
         config = settings(**WORKERS)
-        ray = import_ray(config)
+        try:
+            ray = import_ray(config)
+        except SettingsError as error:
+            pytest.skip(str(error))
         ray.init(**ray_options(config))
         yield ray
         ray.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ def import_ray(config: Config) -> Any:
         SettingsError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if config.rollout.address is None:
-        # Ray reads this when it is imported. Without it, Ray listens on all network interfaces.
+    if config.rollout.address is None and "ray" not in sys.modules:
+        # Ray reads this when it is imported, and its processes must agree with this process.
+        # Without it, Ray listens on all network interfaces.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
