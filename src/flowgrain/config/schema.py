@@ -220,17 +220,28 @@ class Config(Section):
             )
         if isinstance(self.method, ForwardProcess):
             self.sampling.check_exact(self.method.name)
-        if cache != "none":
-            needed = 3 if cache.startswith("taylorseer") else 2
-            length = tail_length(self.tree())
-            if length < needed:
-                raise ValueError(
-                    f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
-                    f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
-                    "steps follow."
-                )
+        _check_tail(self)
 
     @model_validator(mode="after")
     def _checked(self) -> "Config":
         self.check_combinations()
         return self
+
+
+def _check_tail(config: Config) -> None:
+    """Check that the tail is long enough for a feature cache to have an effect.
+
+    Raises:
+        ValueError: it is not.
+    """
+    cache = config.sampling.tail_cache
+    if cache == "none":
+        return
+    needed = 3 if cache.startswith("taylorseer") else 2
+    length = tail_length(config.tree())
+    if length < needed:
+        raise ValueError(
+            f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
+            f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
+            "steps follow."
+        )

@@ -24,7 +24,6 @@ from flowgrain.methods import (
     Observation,
     PolicyGradient,
     RewardGradient,
-    plan_tree,
 )
 from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
@@ -36,6 +35,7 @@ from flowgrain.training.health import check_images
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
 from flowgrain.training.rollouts import rollout_source
+from flowgrain.training.rollouts.steps import step_noise, step_prompts, step_tree
 from flowgrain.training.signals import check_stop, interruptible, stop_together
 from flowgrain.training.tails import Tails
 from flowgrain.training.timer import StageTimer
@@ -95,11 +95,12 @@ class RolloutCollector:
     def collect(self, step: int) -> RolloutBatch:
         """The rollout batch of training step `step`."""
         config, method = self.config, self.method
-        prompts = self.prompts_of(step)
+        prompts = step_prompts(config, self.prompts, step)
         if config.data.kind is not None:
             batch = given_batch(config, self.policy, prompts, step, self.world, self.timer)
             return replace(batch, rewards=self.rewards, reward_weights=self.reward_weights)
-        prompt_tree, noise = self.plan(step), self.noise(step)
+        prompt_tree = step_tree(config, method, step)
+        noise = step_noise(config, self.policy.backbone.latent_shape, step)
         scored = self.source.score(step, prompts, prompt_tree)
 
         tree, normalization = prompt_tree.repeat(len(prompts)), method.normalization()
@@ -137,22 +138,6 @@ class RolloutCollector:
             monitors=scored.monitors,
             sampled_with=scored.sampled_with,
         )
-
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """The prompts of training step `step`, over all ranks."""
-        count, seed = self.config.training.prompts_per_step, self.config.runtime.seed
-        return prompts_of_step(self.prompts, step, count, seed)
-
-    def plan(self, step: int) -> Tree:
-        """The tree of one prompt at training step `step`."""
-        config = self.config
-        steps, seed = config.sampling.num_steps, config.runtime.seed
-        return plan_tree(self.method, steps, step, seed, config.sigmas().tolist())
-
-    def noise(self, step: int) -> Noise:
-        """The noise of training step `step`. A prompt number is the position in the step."""
-        shape, seed = self.policy.backbone.latent_shape, self.config.runtime.seed
-        return keyed_noise(shape, "train", seed, step)
 
     def calibrate(self) -> CalibrationResult:
         """Calibrate the noise of the method on the current policy, and set it in the method.
@@ -214,8 +199,7 @@ class RolloutCollector:
         assigned = self.world.assign(len(prompts))
         mine = [prompts[i % len(prompts)] for i in assigned]
         with timer.measure("encode"):
-            texts = [prompt.text for prompt in mine]
-            cond = self.policy.encode(texts) if encoded is None else encoded
+            cond = self.policy.encode([p.text for p in mine]) if encoded is None else encoded
         size = sampling.prompts_per_chunk or len(mine)
         batch_sizes = self.config.reward_batch_sizes
         rollouts, decoded = [], []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowgrain.core.tree import Tree
 from flowgrain.data import Prompt
+from flowgrain.training.rollouts.steps import step_noise
 
 if TYPE_CHECKING:
     from flowgrain.config.schema import Config
@@ -61,10 +62,10 @@ class LocalRollouts:
 
     def score(self, step: int, prompts: list[Prompt], tree: Tree) -> ScoredTree:
         collector = self.collector
-        measured = collector.config.watch.action != "off"
-        return collector.score_tree(
-            tree, prompts, collector.kernel(), collector.noise(step), measured
-        )
+        config = collector.config
+        noise = step_noise(config, collector.policy.backbone.latent_shape, step)
+        measured = config.watch.action != "off"
+        return collector.score_tree(tree, prompts, collector.kernel(), noise, measured)
 
     def state_dict(self, step: int) -> dict[str, Any]:  # noqa: ARG002
         return {}

@@ -25,6 +25,7 @@ from flowgrain.training.collect import RolloutCollector, ScoredTree
 from flowgrain.training.copies import Copies, names_of_blocks, trained_model
 from flowgrain.training.load import compute_device, compute_dtype, load_model
 from flowgrain.training.policy import Policy
+from flowgrain.training.rollouts.steps import step_noise
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class RolloutWorker:
         self.policy.unconditional = self._on_device(request.unconditional)
         collector = self.collector
         collector.method.load_state_dict(request.method)
-        of_step = collector.noise(request.step)
+        of_step = step_noise(collector.config, self.policy.backbone.latent_shape, request.step)
 
         def noise(prompt: Ints, draw: Ints) -> Tensor:
             return of_step(prompt + request.first, draw)

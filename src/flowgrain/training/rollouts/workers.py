@@ -24,6 +24,7 @@ from flowgrain.models import Conditioning, take
 from flowgrain.rewards import Scores
 from flowgrain.training.health import check_images
 from flowgrain.training.rollouts.cluster import Call, Cluster
+from flowgrain.training.rollouts.steps import step_prompts, step_tree
 from flowgrain.training.rollouts.worker import RolloutRequest
 from flowgrain.training.signals import check_stop
 
@@ -97,9 +98,9 @@ class WorkerRollouts:
             # The workers continue with the next step as soon as they have finished this one.
             self._keep(step + 1)
             if step < self.config.training.max_steps and step + 1 not in self._pending:
-                collector = self.collector
-                following = collector.prompts_of(step + 1), collector.plan(step + 1)
-                self._pending[step + 1] = self._dispatch(step + 1, *following)
+                following = step_prompts(self.config, self.collector.prompts, step + 1)
+                next_tree = step_tree(self.config, self.collector.method, step + 1)
+                self._pending[step + 1] = self._dispatch(step + 1, following, next_tree)
         scored = self._result(step, tree)
         self._pending = {k: v for k, v in self._pending.items() if k > step}
         snapshot = self._snapshots.get(step)
