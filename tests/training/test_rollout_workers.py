@@ -65,6 +65,7 @@ class LocalCluster:
     def __init__(self, config, device):
         settings = pickle.loads(pickle.dumps(worker_settings(config)))
         self.workers = [RolloutWorker(settings, 1) for _ in range(config.rollout.workers)]
+        self.processes = [worker.process() for worker in self.workers]
 
     def submit(self, requests, parameters):
         results = []
@@ -366,12 +367,13 @@ def test_ray_listens_on_this_machine_only(ray):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [WORKERS, STALE])
+@pytest.mark.parametrize("staleness", [0, 1])
 def test_the_prompts_of_a_killed_worker_are_sampled_again(
-    tmp_path, ray, plugin, mode, monkeypatch, caplog
+    tmp_path, ray, plugin, staleness, monkeypatch, caplog
 ):
     changes, marker = plugin
     changes |= {"rewards": [{"name": "deadly"}], "training.max_steps": 3}
+    mode = {"rollout.workers": 1, "rollout.max_staleness": staleness}
     marker.touch()
     train(tmp_path / "killed", **changes, **mode)
     assert not marker.exists()
@@ -379,7 +381,7 @@ def test_the_prompts_of_a_killed_worker_are_sampled_again(
     monkeypatch.setattr(workers, "Cluster", LocalCluster)
     train(tmp_path / "undisturbed", **changes, **mode)
     assert_same(tmp_path / "killed", tmp_path / "undisturbed")
-    if mode == WORKERS:
+    if not staleness:
         train(tmp_path / "none", **changes)
         assert_same(tmp_path / "killed", tmp_path / "none")
 
@@ -388,4 +390,4 @@ def test_the_prompts_of_a_killed_worker_are_sampled_again(
 def test_a_worker_that_cannot_start_is_a_settings_error(tmp_path, ray, plugin):
     changes, _ = plugin
     with pytest.raises(SettingsError, match=r"could not be started: OSError: no such file"):
-        train(tmp_path / "run", **changes, **WORKERS, rewards=[{"name": "broken"}])
+        train(tmp_path / "run", **changes, rewards=[{"name": "broken"}], **{"rollout.workers": 1})

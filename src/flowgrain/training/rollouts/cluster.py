@@ -36,6 +36,9 @@ class Cluster:
         config: settings of the run.
         device: device of the training process. On a GPU, every worker gets a GPU of its own.
 
+    Attributes:
+        processes: process numbers of the workers when they started.
+
     Raises:
         SettingsError: the cluster does not exist or is too small, or a worker cannot be started.
     """
@@ -43,6 +46,7 @@ class Cluster:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.ray = import_ray(config)
         self._owned = not self.ray.is_initialized()
+        self.processes: list[int] = []
         gpus = int(device.type == "cuda")
         if self._owned:
             self._connect(config, gpus)
@@ -87,7 +91,7 @@ class Cluster:
         settings, threads = worker_settings(config), torch.get_num_threads()
         workers = [actor.remote(settings, threads) for _ in range(config.rollout.workers)]
         try:
-            self.ray.get([worker.process.remote() for worker in workers])
+            self.processes = self.ray.get([worker.process.remote() for worker in workers])
         except self.ray.exceptions.RayError as error:
             raise SettingsError(
                 f"rollout.workers={config.rollout.workers}: a worker could not be started: "

@@ -82,6 +82,7 @@ class WorkerRollouts:
     def start(self) -> None:
         if self.cluster is None:
             self.cluster = Cluster(self.config, self.collector.policy.device)
+            self.processes = self.cluster.processes
 
     def close(self) -> None:
         if self.cluster is not None:
@@ -197,7 +198,7 @@ class WorkerRollouts:
         )
 
     def _warn_of_restarts(self, step: int, processes: list[int]) -> None:
-        """Log which workers are not the processes of the step before."""
+        """Log which workers are not the processes of the step before, or those that started."""
         for number, (before, now) in enumerate(zip(self.processes, processes, strict=False)):
             if before != now:
                 log.warning(
