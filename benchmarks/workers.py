@@ -22,7 +22,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from flowgrain import Prompt, load_config, register_reward
+from flowgrain import Prompt, load_config
 from flowgrain.training import Trainer
 from flowgrain.training.rollouts.checks import import_ray
 from flowgrain.training.rollouts.cluster import ray_options
@@ -30,28 +30,26 @@ from flowgrain.training.rollouts.cluster import ray_options
 SETTINGS = {
     "sampling.num_steps": 8,
     "sampling.prompts_per_chunk": 1,
-    "method.group_size": 8,
-    "training.prompts_per_step": 4,
+    "method.group_size": 4,
+    "training.prompts_per_step": 2,
     "training.max_steps": 1_000_000,
     "training.record.prompts": 0,
     "evaluation.every": 0,
     "evaluation.rewards": [],
     "runtime.threads": 1,
-    "runtime.plugins": [__file__],
 }
 SIDES = {
     "no workers": {},
     "1 worker, latest parameters": {"rollout.workers": 1},
     "1 worker, 1 step older": {"rollout.workers": 1, "rollout.max_staleness": 1},
 }
-REWARDS = {"cheap reward": "towers", "slow reward": "laborious"}
+REWARDS = {"cheap reward": "towers", "slow reward": "workers:laborious"}
 
 
-@register_reward("laborious")
 def laborious(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:  # noqa: ARG001
-    """The mean brightness, after matrix products that take about 40 ms of a core per image."""
+    """The mean brightness, after matrix products that take about 20 ms of a core per image."""
     work = torch.eye(256)
-    for _ in range(len(images) * 80):
+    for _ in range(len(images) * 40):
         work = work @ torch.eye(256)
     return images.mean((1, 2, 3)) * work[0, 0]
 
