@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from toy import Toy, red
 
 from flowgrain import METHODS, Interrupted, SettingsError, Trainer, load_config
+from flowgrain.planning.doctor import examine
 from flowgrain.training import checkpoint
 from flowgrain.training.policy_gradient import PolicyGradientLoss
 from flowgrain.training.rollouts import workers
@@ -300,6 +301,12 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SettingsError, match=r"pip install 'flowgrain\[ray\]'"):
         Trainer(settings(**WORKERS), tmp_path)
+
+
+def test_the_doctor_starts_no_workers(tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(workers, "Cluster", None)
+    findings = examine(settings(**WORKERS), tmp_path)
+    assert all(finding.ok for finding in findings)
 
 
 def test_workers_use_the_gpus_that_do_not_train():

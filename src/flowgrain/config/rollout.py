@@ -79,3 +79,8 @@ def check_rollout(config: Config) -> None:
             f"{'chunk' if chunks == 1 else 'chunks'} with sampling.prompts_per_chunk="
             f"{'null' if size is None else size}. {fix}."
         )
+
+
+def without_workers(config: Config) -> Config:
+    """`config` for work that only uses the policy of this process, with an empty section."""
+    return config.model_copy(update={"rollout": RolloutConfig()})

@@ -14,6 +14,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, read_prompts
 from flowgrain.methods.calibration import calibration_cost
@@ -43,6 +44,7 @@ from flowgrain.training.load import (
     load_prompts,
 )
 from flowgrain.training.memory import memory
+from flowgrain.training.rollouts.checks import check_workers
 from flowgrain.training.sizes import ModelSize, model_size, size_of_loaded
 from flowgrain.units import duration
 
@@ -97,7 +99,7 @@ def examine(config: Config, out: Path | None = None) -> list[Finding]:
     findings += [enough, check_disk(config, size, out)]
     if not enough.ok:
         return [*findings, *check_files(config, None), cost]
-    loading = attempt("start", partial(Trainer, config, out, backbone=backbone), lambda _: "")
+    loading = attempt("start", partial(_trainer, config, out, backbone), lambda _: "")
     if loading.result is not None:
         return [*findings, *check_parts(loading.result)]
     parts = check_separately(config, backbone)
@@ -160,6 +162,12 @@ def check_files(config: Config, backbone: Backbone | None) -> list[Finding]:
 
 def _describe_prompts(prompts: Sequence[Prompt]) -> str:
     return "1 prompt" if len(prompts) == 1 else f"{len(prompts):,} prompts"
+
+
+def _trainer(config: Config, out: Path, backbone: Backbone | None) -> Trainer:
+    """A trainer without rollout workers, after checking that it could have them."""
+    check_workers(config, ())
+    return Trainer(without_workers(config), out, backbone=backbone)
 
 
 def check_parts(trainer: Trainer) -> list[Finding]:
