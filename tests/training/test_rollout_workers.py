@@ -178,7 +178,13 @@ class OlderRollouts(LocalRollouts):
         return replace(scored, sampled_with=older if step > 1 else None)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora.rank": 2, "method.updates_per_rollout": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"lora.rank": 2, "method.updates_per_rollout": 2},
+    ],
+)
 def test_stale_rollouts_are_those_of_the_parameters_before_the_update(
     tmp_path, in_process, monkeypatch, changes
 ):
