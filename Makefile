@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
+RAY := ray attrs jsonschema jsonschema-specifications msgpack referencing rpds-py
 TRACKIO := trackio gradio_client httpx httpcore orjson python-multipart websockets
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
@@ -77,7 +78,8 @@ weights: .venv/ready  ## Train the bundled model and rewards from scratch
 # torch is installed first and pinned: pip takes the build that it is configured for.
 # RapidOCR depends on opencv-python, which needs libGL. The headless build does not. Without RapidOCR its tests skip.
 # torchao is installed into a separate directory, because it adds 4 s to every import of diffusers. Trackio, too, because it
-# requires an older Pillow, without which it works.
+# requires an older Pillow, without which it works. Ray has its own directory, because its processes need it in PYTHONPATH. Without
+# Ray its tests skip.
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
@@ -86,4 +88,5 @@ weights: .venv/ready  ## Train the bundled model and rewards from scratch
 	-$(BIN)/pip install --quiet --constraint constraints.txt --no-deps rapidocr-onnxruntime
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/aside torchao
 	-$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/aside $(TRACKIO)
+	-$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/ray $(RAY)
 	touch $@

@@ -15,7 +15,7 @@ KEPT = {
     *("sampling.shift_terminal", "sampling.sigma_min"),
     *("data.prompts", "data.pairs", "data.images"),
     *("runtime.seed", "runtime.dtype"),
-    "method.reward_weights",
+    *("method.reward_weights", "rollout.max_staleness"),
 }
 OF_POLICY_GRADIENTS = {"method.sde_type", "method.psi"}
 
@@ -44,6 +44,7 @@ OTHER_VALUES = {
     "runtime.dtype": "bfloat16",
     "method.sde_type": "dance_sde",
     "method.reward_weights": "sum_to_one",
+    "rollout.max_staleness": 1,
 }
 MAY_CHANGE = {
     "training.max_steps": 7,
@@ -81,6 +82,7 @@ MAY_CHANGE = {
     "runtime.trackers": ["tensorboard"],
     "method.group_size": 4,
     "method.clip_range": 1e-3,
+    "rollout.workers": 1,
     "name": "other",
 }
 
@@ -95,9 +97,10 @@ def test_the_kept_settings_of_every_method(method):
 
 @pytest.mark.parametrize("path", OTHER_VALUES)
 def test_a_kept_setting_is_refused(tmp_path, path):
-    adapters = {"lora.rank": 1} if path.startswith("lora.") else {}
+    needed = {"lora.rank": 1} if path.startswith("lora.") else {}
+    needed |= {"rollout.workers": 1} if path.startswith("rollout.") else {}
     methods = {"data.pairs": "diffusion_dpo", "data.images": "sft"}
-    config = load_config(methods.get(path, "g2rpo"), adapters)
+    config = load_config(methods.get(path, "g2rpo"), needed)
     changed = config.with_changes({path: OTHER_VALUES[path]})
     with pytest.raises(SettingsError) as error:
         check_kept(changed, config.to_dict(), tmp_path)
@@ -111,6 +114,7 @@ def test_a_run_from_before_a_setting_existed_can_be_resumed(tmp_path):
     saved = config.to_dict()
     for name in ("grid", "sigma_min"):
         del saved["sampling"][name]
+    del saved["rollout"]
     del saved["lora"]["target_modules"], saved["method"]["reward_weights"]
     check_kept(config, saved, tmp_path)
     changed = config.with_changes({"method.reward_weights": "sum_to_one"})

@@ -10,6 +10,7 @@ from flowgrain.config.data import DataConfig
 from flowgrain.config.economy import check_economy
 from flowgrain.config.graphs import check_graph_memory
 from flowgrain.config.noise import check_noise
+from flowgrain.config.rollout import RolloutConfig, check_rollout
 from flowgrain.config.runtime import check_runtime
 from flowgrain.config.sections import (
     EvaluationConfig,
@@ -47,6 +48,7 @@ class Config(Section):
     model: ModelConfig = Setting(ModelConfig(), "Backbone.")
     lora: LoraConfig = Setting(LoraConfig(), "Low-rank adapters.")
     sampling: SamplingConfig = Setting(SamplingConfig(), "Sampling during training.")
+    rollout: RolloutConfig = Setting(RolloutConfig(), "Worker processes that sample.")
     rewards: Rewards = Setting(..., "Trained rewards.", min_length=1)
     optimizer: OptimizerConfig = Setting(OptimizerConfig(), "AdamW.")
     training: TrainingConfig = Setting(TrainingConfig(), "The training loop.")
@@ -199,6 +201,7 @@ class Config(Section):
         self.lora.check()
         self.sampling.check()
         check_graph_memory(self.training, self.method, self.model.name)
+        check_rollout(self)
         kind = self.data.kind
         known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
         self.data.check(self.method.name, self.method.trains_on, known)
@@ -211,17 +214,28 @@ class Config(Section):
         check_runtime(self.runtime, self.sampling, self.method, self.model.name)
         if isinstance(self.method, ForwardProcess):
             self.sampling.check_exact(self.method.name)
-        cache = self.sampling.tail_cache
-        if cache != "none":
-            needed = 3 if cache.startswith("taylorseer") else 2
-            length = tail_length(self.tree())
-            if length < needed:
-                raise ValueError(
-                    f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
-                    f"Remove it, or end the stochastic steps earlier: {needed} steps must follow."
-                )
+        _check_tail(self)
 
     @model_validator(mode="after")
     def _checked(self) -> "Config":
         self.check_combinations()
         return self
+
+
+def _check_tail(config: Config) -> None:
+    """Check that the tail is long enough for a feature cache to have an effect.
+
+    Raises:
+        ValueError: it is not.
+    """
+    cache = config.sampling.tail_cache
+    if cache == "none":
+        return
+    needed = 3 if cache.startswith("taylorseer") else 2
+    length = tail_length(config.tree())
+    if length < needed:
+        raise ValueError(
+            f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
+            f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
+            "steps follow."
+        )

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
 from flowgrain.data import Prompt, read_prompts
 from flowgrain.methods.calibration import calibration_cost
@@ -44,6 +45,7 @@ from flowgrain.training.load import (
     load_prompts,
 )
 from flowgrain.training.memory import memory
+from flowgrain.training.rollouts.checks import check_workers
 from flowgrain.training.sizes import ModelSize, model_size, size_of_loaded
 from flowgrain.units import duration
 
@@ -86,7 +88,7 @@ def examine(config: Config, out: Path | None = None, gpus: int = 1) -> list[Find
         findings += check_first_step(config, size, device, gpus)
     if not all(finding.ok for finding in findings if finding.name in ("memory", "first step")):
         return [*findings, *check_files(config, None), cost]
-    loading = attempt("start", partial(Trainer, config, out, backbone=backbone), lambda _: "")
+    loading = attempt("start", partial(_trainer, config, out, backbone), lambda _: "")
     if loading.result is not None:
         findings += check_context_parallel(asked, loading.result.backbone)
         return [*findings, *check_parts(loading.result)]
@@ -166,6 +168,12 @@ def check_files(config: Config, backbone: Backbone | None) -> list[Finding]:
 
 def _describe_prompts(prompts: Sequence[Prompt]) -> str:
     return "1 prompt" if len(prompts) == 1 else f"{len(prompts):,} prompts"
+
+
+def _trainer(config: Config, out: Path, backbone: Backbone | None) -> Trainer:
+    """A trainer without rollout workers, after checking that it could have them."""
+    check_workers(config, ())
+    return Trainer(without_workers(config), out, backbone=backbone)
 
 
 def check_parts(trainer: Trainer) -> list[Finding]:

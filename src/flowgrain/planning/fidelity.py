@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
 from flowgrain.config.show import differences
 from flowgrain.core.tree import Tree
@@ -135,7 +136,9 @@ def _collectors(full: Config, cheap: Config) -> Sequence[RolloutCollector]:
     prompts = load_prompts(full, backbone, "train")
     policy = Policy.for_sampling(full, backbone, compute_device(full.runtime.device))
     without = {"training.graph_memory": 0.0}  # no update follows
-    configs = [c.with_grid_of(backbone).with_changes(without) for c in (full, cheap)]
+    configs = [
+        without_workers(c).with_grid_of(backbone).with_changes(without) for c in (full, cheap)
+    ]
     return [RolloutCollector(c, c.method, policy, rewards, prompts) for c in configs]
 
 

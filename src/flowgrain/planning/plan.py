@@ -126,7 +126,8 @@ def prompt_cost(config: Config, step: int = 1, tree: Tree | None = None) -> Cost
     """The cost of one prompt at training step `step`, with the candidates of an exploration.
 
     With training.graph_memory in GB, no forward pass counts as reused: the memory of a graph is
-    measured when the run starts. Replaced prompts of adaptive groups are not counted: their number depends on the rewards.
+    measured when the run starts. Replaced prompts of adaptive groups are not counted: their number
+    depends on the rewards.
 
     Args:
         config: settings of the run.

@@ -26,7 +26,6 @@ from flowgrain.methods import (
     Observation,
     PolicyGradient,
     RewardGradient,
-    plan_tree,
 )
 from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
@@ -37,6 +36,8 @@ from flowgrain.training.graphs import GraphBudget, GraphReuse
 from flowgrain.training.health import check_failed_rewards, check_images
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
+from flowgrain.training.rollouts import rollout_source
+from flowgrain.training.rollouts.steps import step_noise, step_prompts, step_tree
 from flowgrain.training.sample_step import cheap_collector, sample_step
 from flowgrain.training.scored_tree import ScoredTree
 from flowgrain.training.signals import check_stop, interruptible, stop_together
@@ -55,6 +56,9 @@ class RolloutCollector:
         prompts: training prompts.
         world: ranks.
         timer: measures the stages.
+
+    Attributes:
+        source: executes and scores the trees of training steps, here or in worker processes.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class RolloutCollector:
         self.sigmas = config.sigmas().to(policy.device)
         self.tails = Tails(policy, config.sampling)
         self.graph_reuse = GraphReuse(config, policy)
+        self.source = rollout_source(config, self)
         weights = config.reward_weights
         self.reward_weights = method.mix_weights({name: weights.get(name, 1.0) for name in rewards})
         self.cheap = cheap_collector(self)
@@ -80,14 +85,12 @@ class RolloutCollector:
     def collect(self, step: int) -> RolloutBatch:
         """The rollout batch of training step `step`."""
         config, method = self.config, self.method
-        seed, num_prompts = config.runtime.seed, config.training.prompts_per_step
-        prompts = prompts_of_step(self.prompts, step, num_prompts, seed)
+        prompts = step_prompts(config, self.prompts, step)
         if config.data.kind is not None:
             batch = given_batch(config, self.policy, prompts, step, self.world, self.timer)
             return replace(batch, rewards=self.rewards, reward_weights=self.reward_weights)
-        sigmas = config.sigmas().tolist()
-        prompt_tree = plan_tree(method, config.sampling.num_steps, step, seed, sigmas)
-        noise = keyed_noise(self.policy.backbone.latent_shape, "train", seed, step)
+        prompt_tree = step_tree(config, method, step)
+        noise = step_noise(config, self.policy.backbone.latent_shape, step)
         sampled = sample_step(self, prompt_tree, prompts, noise, step)
         prompts, scored, noise = sampled.prompts, sampled.scored, sampled.noise
 
@@ -126,6 +129,7 @@ class RolloutCollector:
             monitors=scored.monitors,
             more_decodes=sampled.more_decodes,
             metrics=sampled.metrics,
+            sampled_with=scored.sampled_with,
         )
 
     def calibrate(self) -> CalibrationResult:
@@ -165,6 +169,7 @@ class RolloutCollector:
         noise: Noise,
         measured: bool = False,
         trains: bool = False,
+        encoded: Conditioning | None = None,
     ) -> ScoredTree:
         """Execute a tree for this rank's share of `prompts`, and decode and score its leaves.
 
@@ -178,6 +183,8 @@ class RolloutCollector:
             noise: noise source. A prompt number is the position in `prompts`.
             measured: whether the monitors of the images are measured.
             trains: whether an update follows, which may use the graphs of the rollout.
+            encoded: conditioning of this rank's prompts, if they are only a share of the step.
+                The caller then checks the images of all shares. Default: encode the prompts.
 
         Raises:
             StopRequested: a signal arrived.
@@ -187,7 +194,7 @@ class RolloutCollector:
         assigned = self.world.assign(len(prompts))
         mine = [prompts[i % len(prompts)] for i in assigned]
         with timer.measure("encode"):
-            cond = self.policy.encode([prompt.text for prompt in mine])
+            cond = self.policy.encode([p.text for p in mine]) if encoded is None else encoded
         budget = self.graph_reuse.budget() if trains else None
         size = sampling.prompts_per_chunk or len(mine)
         batch_sizes = self.config.reward_batch_sizes
@@ -211,7 +218,8 @@ class RolloutCollector:
                 scores = interruptible(self.world, scorer.results) or {}
             stop_together(self.world)
         everything = Decoded.concatenate(decoded)
-        check_images(everything.images, self.config.training.max_failed_rewards, self.world)
+        if encoded is None:
+            check_images(everything.images, self.config.training.max_failed_rewards, self.world)
         whole = rollouts[0]
         if len(rollouts) > 1:
             whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from flowgrain.training.context import check_context, check_ranks
 from flowgrain.training.disk import image_size, largest_setting, run_bytes
 from flowgrain.training.load import check_encoder, check_prompt_files, compute_dtype
 from flowgrain.training.memory import memory
+from flowgrain.training.rollouts.checks import check_workers
 from flowgrain.training.sizes import ModelSize, size_of_loaded
 from flowgrain.training.trackers.base import check_installed
 
@@ -53,8 +55,12 @@ class Need:
     scales: bool = True
 
 
-def check_start(config: Config) -> None:
-    """Check prompt files, trackers and the embedding cache, and issue the warnings about settings.
+def check_start(config: Config, given: Sequence[str] = ()) -> None:
+    """Check prompt files, libraries and the embedding cache, and issue warnings about settings.
+
+    Args:
+        config: settings of the run.
+        given: names of the Trainer's arguments that replace settings.
 
     Raises:
         SettingsError: a file or a library is missing, the cache cannot be written, or the number of
@@ -62,6 +68,7 @@ def check_start(config: Config) -> None:
     """
     check_ranks(config.runtime.context_parallel)
     check_prompt_files(config)
+    check_workers(config, given)
     for message in config.warnings() if env_rank()[0] == 0 else ():
         warnings.warn(message, SettingsWarning, stacklevel=3)
     for tracker in config.runtime.trackers:

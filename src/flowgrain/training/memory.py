@@ -101,6 +101,7 @@ def checkpoint_bytes(config: Config, size: ModelSize) -> int:
     trained = config.lora.rank * size.adapter if config.lora.rank else size.transformer
     keeps_old = _keeps_old(config)
     copies = 3 + bool(config.training.ema_decay) + keeps_old  # parameters and two moments
+    copies += config.rollout.max_staleness  # the parameters that sample the next step
     training = config.training
     written = training.max_steps // training.checkpoint_every if training.checkpoint_every else 0
     # the best, and one that is being written

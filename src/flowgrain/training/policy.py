@@ -156,6 +156,27 @@ class Policy(Velocities):
             self.ema.restore(self.parameters.values())
             self.refresh()
 
+    @contextlib.contextmanager
+    def replaced(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Use `tensors` as the parameters of the model, but not of a copy, inside this context.
+
+        At the end the trained parameters are restored exactly. None: they are not replaced.
+        """
+        if tensors is None:
+            yield
+            return
+        kept = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        self._fill(tensors)
+        try:
+            yield
+        finally:
+            self._fill(kept)
+
+    @torch.no_grad()
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
     def tensors(self) -> dict[str, Tensor]:
         """Trained parameters, EMA and old policy by name, for a checkpoint. Not copies."""
         names = self.parameters

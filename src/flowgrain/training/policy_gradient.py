@@ -57,6 +57,7 @@ class PolicyGradientLoss:
         self.updates: Sequence[Update] = updates
         self._reused_rows = sum(map(len, self._velocities.values()))
         self._old: list[list[Gaussian]] = []
+        self._first_old = 1 if batch.sampled_with is None else 0
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -64,16 +65,19 @@ class PolicyGradientLoss:
 
         During the first update, the policy equals the policy that sampled. The old transitions come
         from the same kind of forward pass as the gradient, so that the ratio is exactly 1 while the
-        policy is unchanged.
+        policy is unchanged. If older parameters sampled, they compute the old transitions of all
+        updates.
 
         Raises:
             StopRequested: a signal arrived.
         """
         self._old = [[] for _ in self.updates]
-        for old, update in zip(self._old[1:], self.updates[1:], strict=True):
-            for micro_batch in update.micro_batches:
-                check_stop(self.batch.world)
-                old.append(self._transition(micro_batch.rows, self.policy.train_velocity)[0])
+        with self.policy.replaced(self.batch.sampled_with):
+            for number in range(self._first_old, len(self.updates)):
+                for micro_batch in self.updates[number].micro_batches:
+                    check_stop(self.batch.world)
+                    old = self._transition(micro_batch.rows, self.policy.train_velocity)[0]
+                    self._old[number].append(old)
 
     def terms(self, number: int, place: int) -> Terms:
         """Loss, ratio, clip and KL [E] of the trained edges below the rows of a micro-batch."""
@@ -136,8 +140,7 @@ class PolicyGradientLoss:
             "ratio/max": max(self.batch.world.gather(largest)),
             "clip_fraction": means["clipped"],
             "train_forward_passes": passes - reused,
-            "frozen_forward_passes": passes
-            - len(self.updates[0].rows)
+            "frozen_forward_passes": sum(len(u.rows) for u in self.updates[self._first_old :])
             + (passes if self.kl_weight else 0),
         }
         if self._reuses:

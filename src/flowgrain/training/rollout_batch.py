@@ -58,6 +58,8 @@ class RolloutBatch:
         monitors: values [I] of all images by monitor. Empty if nothing was measured.
         more_decodes: images of all ranks that were decoded and scored, but are not trained.
         metrics: metrics of exploration and adaptive groups.
+        sampled_with: the parameters that sampled, by name, if they are older than those of the
+            policy. None: the policy sampled.
     """
 
     step: int
@@ -77,6 +79,7 @@ class RolloutBatch:
     monitors: Mapping[str, Tensor] = field(default_factory=dict)
     more_decodes: int = 0
     metrics: Metrics = field(default_factory=dict)
+    sampled_with: Mapping[str, Tensor] | None = None
 
     @property
     def _rows_per_prompt(self) -> int:

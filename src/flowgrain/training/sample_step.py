@@ -70,8 +70,7 @@ def sample_step(
 
     settings = config.training.adaptive_groups
     if not settings.probe:
-        whole = collector.score_tree(plan, prompts, kernel, noise, measured, trains=True)
-        return SampledStep(prompts, whole, noise)
+        return SampledStep(prompts, collector.source.score(step, prompts, plan), noise)
     spread = Spread(collector.reward_weights, collector.method.reward_mix, settings.min_spread)
     others = replacements(collector.prompts, prompts, step, config.runtime.seed)
     groups = sample_adaptively(

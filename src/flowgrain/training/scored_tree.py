@@ -3,6 +3,7 @@
 Shapes: I images.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,7 +18,7 @@ class ScoredTree:
     """A tree of one prompt, executed for several prompts and scored.
 
     cond, rollout and images belong to the prompts of this rank. scores and monitors [I] belong to
-    all prompts.
+    all prompts. sampled_with: see `RolloutBatch`.
     """
 
     cond: Conditioning
@@ -25,3 +26,4 @@ class ScoredTree:
     images: Tensor
     scores: dict[str, Scores]
     monitors: dict[str, Tensor]
+    sampled_with: Mapping[str, Tensor] | None = None

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 def save(trainer: Trainer, metrics: Metrics | None) -> Path:
     """Write a checkpoint of everything that the next step depends on."""
     config, policy, optimizer = trainer.config, trainer.policy, trainer.optimizer
+    source = trainer.collector.source
     state = {
         "step": trainer.steps_done,
         "config": config.to_dict(),
@@ -43,12 +44,13 @@ def save(trainer: Trainer, metrics: Metrics | None) -> Path:
         "skipped_in_a_row": optimizer.skipped_in_a_row,
         "scaler": optimizer.scaler.state_dict(),
         "watch": trainer.watch.state_dict(),
+        "rollout": source.state_dict(trainer.steps_done),
         "records": trainer.world.on_main(trainer.recorder.state_dict),
     }
     path = checkpoint.save(
         trainer.out / "checkpoints",
         trainer.steps_done,
-        {**policy.tensors(), **optimizer.tensors()},
+        {**policy.tensors(), **optimizer.tensors(), **source.tensors(trainer.steps_done)},
         state,
         _score(metrics, trainer.collector.reward_weights),
         config.training.keep_checkpoints,
@@ -79,9 +81,11 @@ def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
             f"data.{kind or 'prompts'}: the training prompts {'and images ' if kind else ''}differ "
             f"from those of the run in {trainer.out}. Use the same prompts, or start a new run."
         )
-    policy, optimizer = trainer.policy, trainer.optimizer
+    policy, optimizer, source = trainer.policy, trainer.optimizer, trainer.collector.source
     optimizer.allocate(state["stepped"])
-    checkpoint.read(path, {**policy.tensors(), **optimizer.tensors()}, world)
+    source.load_state_dict(state["step"], state.get("rollout", {}))
+    older = source.tensors(state["step"])
+    checkpoint.read(path, {**policy.tensors(), **optimizer.tensors(), **older}, world)
     policy.load_state_dict(state["policy"])
     trainer.method.load_state_dict(state["method"])
     if "watch" in state:  # not in checkpoints of version 0.1
@@ -178,6 +182,7 @@ def begin(trainer: Trainer, start: Callable[[], None] | None = None) -> None:
         raise SettingsError(
             f"--out {trainer.out}: cannot be created ({error}). Set another directory."
         ) from error
+    trainer.collector.source.start()
     if start is not None:
         start()
 
@@ -236,7 +241,11 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-_EARLIER = {"sampling.grid": "shifted", "method.reward_weights": "as_given"}
+_EARLIER = {
+    "sampling.grid": "shifted",
+    "method.reward_weights": "as_given",
+    "rollout.max_staleness": 0,
+}
 """Values of settings in runs that were started before the settings existed."""
 
 

@@ -47,6 +47,8 @@ def train_step(
             config, collector.method, collector.policy, optimizer, batch, collector.sigmas
         )
     metrics |= rollout_metrics(batch, metrics.get("candidate_decodes", 0))
+    if config.rollout.max_staleness:
+        metrics["staleness"] = int(batch.sampled_with is not None)
     metrics |= {"seconds": time.perf_counter() - begin, **collector.timer.seconds}
     return metrics, batch
 

@@ -82,8 +82,11 @@ class Trainer:
         method: Method | type[Method] | None = None,
         backbone: Backbone | None = None,
     ) -> None:
+        objects: dict[str, object] = {"rewards": rewards, "prompts": prompts}
+        objects |= {"eval_prompts": eval_prompts, "method": method, "backbone": backbone}
+        given = [name for name, value in objects.items() if value is not None]
         config = with_given(config, rewards, method)
-        check_start(config)
+        check_start(config, given)
         set_threads(config.runtime.threads)
         self.device = compute_device(config.runtime.device)
         self.world = init_process_group(self.device, config.runtime.context_parallel)
@@ -110,9 +113,6 @@ class Trainer:
         )
         self.sigmas = self.collector.sigmas
         self.steps_done = 0
-        objects: dict[str, object] = {"rewards": rewards, "prompts": prompts}
-        objects |= {"eval_prompts": eval_prompts, "method": method, "backbone": backbone}
-        given = [name for name, value in objects.items() if value is not None]
         self.recorder = Recorder(self.out, config, given)
         self.lock = RunLock(self.out)
         self._stop = StopSignal()
@@ -141,6 +141,7 @@ class Trainer:
         except OSError as error:
             raise state.stopped_by_disk(self, error) from error
         finally:
+            self.collector.source.close()
             self.recorder.close()
             self.lock.release()
         return self.recorder.read_metrics()
