@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchao", "triton", 
 def measure_machine(setup: Setup, record: StepRecord) -> None:
     """Record the versions, the GPU and the matrix rates."""
     record.run("versions", versions)
-    record.run("device", lambda: describe(setup.device))
+    record.run("device", partial(describe, setup.device))
     for dtype in (torch.bfloat16, torch.float32):
         name = f"matrix product, {str(dtype).removeprefix('torch.')}"
-        side, repeats = setup.sizes.matrix, setup.sizes.repeats
-        record.run(name, lambda d=dtype: matrix_product(setup.device, d, side, repeats))
+        sizes = setup.sizes
+        work = partial(matrix_product, setup.device, dtype, sizes.matrix, sizes.repeats)
+        record.run(name, work)
 
 
 def versions() -> dict[str, Any]:
@@ -44,5 +46,5 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_gb": properties.total_memory / 1e9,
         "capability": f"{properties.major}.{properties.minor}",
         "data_sheet_tflops": sheet.flops / 1e12 if sheet else None,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }

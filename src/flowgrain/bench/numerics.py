@@ -3,16 +3,19 @@
 Shapes: B rows, E trained edges, *L latent.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowgrain.bench.record import CHECK, StepRecord, within
+from flowgrain.bench.record import CHECK, StepRecord, Values, within
 from flowgrain.bench.setup import Setup, deterministic
 from flowgrain.bench.sizes import TINY, ModelSizes, bench_config
 from flowgrain.core.sde import Step
+from flowgrain.core.tree import Ints
 from flowgrain.distributed.sharding import full_tensor
 from flowgrain.methods import PolicyGradient
 from flowgrain.models import take
@@ -39,31 +42,49 @@ def check_numerics(setup: Setup, record: StepRecord) -> None:
     deterministic()
     for sizes in TINY.kinds.values():
         batch = _trainer(setup, sizes, "cpu", "float32").collector.collect(1)
-        for dtype, limits in LIMITS.items():
+        for dtype in LIMITS:
             host = _trainer(setup, sizes, "cpu", dtype)
-            references = velocity(host), log_probabilities(host, batch), gradient(host, batch)
             ours = _trainer(setup, sizes, setup.device_name, dtype)
-            moved = batch_on(batch, ours.device)
             label = f"{sizes.name}, {dtype}"
-            record.run(
-                f"velocity, {label}",
-                lambda t=ours, r=references, m=limits: within(
-                    relative_error(velocity(t), r[0]), m["velocity"]
-                ),
-            )
-            record.run(
-                f"log-probability, {label}",
-                lambda t=ours, b=moved, r=references, m=limits: within(
-                    largest_error(log_probabilities(t, b), r[1]), m["log-probability"]
-                ),
-            )
-            record.run(
-                f"gradient of a training step, {label}",
-                lambda t=ours, b=moved, r=references, m=limits: within(
-                    relative_error(gradient(t, b), r[2]), m["gradient"]
-                ),
-            )
-            record.run(f"ratio before the first update, {label}", lambda t=ours: ratio(t))
+            pair = Pair(host, ours, batch, LIMITS[dtype])
+            record.run(f"velocity, {label}", pair.velocity)
+            record.run(f"log-probability, {label}", pair.log_probability)
+            record.run(f"gradient of a training step, {label}", pair.gradient)
+            record.run(f"ratio before the first update, {label}", partial(ratio, ours))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same run on the CPU and on the device.
+
+    Attributes:
+        host: the run on the CPU.
+        ours: the run on the device.
+        batch: a rollout batch on the CPU.
+        limits: largest allowed differences, see `LIMITS`.
+    """
+
+    host: Trainer
+    ours: Trainer
+    batch: RolloutBatch
+    limits: Mapping[str, float]
+
+    def velocity(self) -> Values:
+        """Compare the velocity."""
+        error = relative_error(velocity(self.ours), velocity(self.host))
+        return within(error, self.limits["velocity"])
+
+    def log_probability(self) -> Values:
+        """Compare the log-probabilities of the trained edges."""
+        ours = log_probabilities(self.ours, batch_on(self.batch, self.ours.device))
+        error = largest_error(ours, log_probabilities(self.host, self.batch))
+        return within(error, self.limits["log-probability"])
+
+    def gradient(self) -> Values:
+        """Compare the gradient of the first update."""
+        ours = gradient(self.ours, batch_on(self.batch, self.ours.device))
+        error = relative_error(ours, gradient(self.host, self.batch))
+        return within(error, self.limits["gradient"])
 
 
 def _trainer(setup: Setup, sizes: ModelSizes, device: str, dtype: str) -> Trainer:
@@ -92,7 +113,7 @@ def log_probabilities(trainer: Trainer, batch: RolloutBatch) -> Tensor:
     rollout, tree = batch.rollout, batch.rollout.tree
     parents, edges = tree.trained_parents, tree.edges
 
-    def tensor(values: np.ndarray) -> Tensor:
+    def tensor(values: Ints) -> Tensor:
         return torch.from_numpy(values).to(device)
 
     source = tensor(np.searchsorted(parents, tree.parent[edges]))
@@ -110,7 +131,8 @@ def gradient(trainer: Trainer, batch: RolloutBatch) -> Tensor:
     losses = rollout_loss(trainer.config, trainer.method, trainer.policy, batch, trainer.sigmas)
     losses.prepare()
     for place in range(len(losses.updates[0].micro_batches)):
-        (losses.terms(0, place)["loss"].sum() / losses.updates[0].count).backward()
+        loss = losses.terms(0, place)["loss"].sum() / losses.updates[0].count
+        loss.backward()  # type: ignore[no-untyped-call]
     return gradient_of(trainer.policy.model)
 
 

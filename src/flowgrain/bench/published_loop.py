@@ -8,6 +8,7 @@ Shapes: *L latent, E trained edges below a state.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from flowgrain.core.credit import combine
 from flowgrain.core.objective import Edges
 from flowgrain.core.sde import ODE, Gaussian, Kernel, Step
-from flowgrain.core.tree import ROOT, Tree
+from flowgrain.core.tree import ROOT, Ints, Tree
+from flowgrain.data import Prompt
 from flowgrain.methods import PolicyGradient
 from flowgrain.models import take
+from flowgrain.rewards import GroupReward, Reward
 from flowgrain.training import Trainer
 from flowgrain.training.timer import StageTimer
 
@@ -90,7 +93,7 @@ class PublishedLoop:
         values = {
             name: torch.tensor(
                 [
-                    float(torch.as_tensor(reward(image, [owner]))[0])
+                    float(torch.as_tensor(self._scored(reward, image, owner))[0])
                     for image, owner in zip(images, owners, strict=True)
                 ]
             )
@@ -131,6 +134,17 @@ class PublishedLoop:
             losses.append(loss.detach())
         trainer.optimizer.step(losses)
 
+    @staticmethod
+    def _scored(reward: Reward, image: Tensor, owner: Prompt) -> Any:
+        """The score [1] of one image.
+
+        Raises:
+            TypeError: the reward compares images.
+        """
+        if isinstance(reward, GroupReward):
+            raise TypeError("the loop scores one image at a time, but the reward compares images")
+        return reward(image, [owner])
+
     def _cond(self, row: int) -> dict[str, Tensor]:
         prompt = torch.tensor([int(self.tree.prompt[row])], device=self.trainer.device)
         return take(self.cond, prompt)
@@ -138,9 +152,7 @@ class PublishedLoop:
     def _transition(self, kernel: Kernel, x: Tensor, v: Tensor, row: int) -> Gaussian:
         return self._fan(kernel, x, v, np.array([row]))[0]
 
-    def _fan(
-        self, kernel: Kernel, x: Tensor, v: Tensor, children: "np.ndarray"
-    ) -> tuple[Gaussian, Step]:
+    def _fan(self, kernel: Kernel, x: Tensor, v: Tensor, children: Ints) -> tuple[Gaussian, Step]:
         """Transitions from a state x [1, *L] to its `children` [E], and their grid steps."""
         tree, device = self.tree, self.trainer.device
         start = torch.from_numpy(tree.grid_index[tree.parent[children]]).to(device)

@@ -37,8 +37,8 @@ class _RandomParts(PipelineBackbone):
         self._parts = {"transformer": transformer, "vae": vae}
         super().__init__(model, dtypes)
 
-    def _load_pipeline(self, parts: Mapping[str, Any]) -> Any:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    def _load_pipeline(self, parts: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # type: ignore[no-untyped-call]
         return self.pipeline(**dict.fromkeys(self.encoders), **self._parts, scheduler=scheduler)
 
     def check(self, texts: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ class _RandomFlux(_RandomParts, FluxBackbone):
     """FLUX.1 with random parts."""
 
 
-class _RandomSD3(_RandomParts, SD3Backbone):
+class _RandomSD3(_RandomParts, SD3Backbone):  # type: ignore[misc]
     """SD3.5 with random parts. Its prompts have the tokens of CLIP and T5."""
 
     _text_tokens = _CLIP_TOKENS

@@ -4,6 +4,7 @@ The record of a step is complete on the disk after each of its measurements. A s
 not repeated.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -168,8 +169,6 @@ def _check_same(bench: Bench) -> None:
     file = bench.out / _SETTINGS
     own = {"device": bench.device, "tiny": bench.tiny}
     if file.exists():
-        import json
-
         found = json.loads(file.read_text(encoding="utf-8"))
         if found != own:
             raise SettingsError(

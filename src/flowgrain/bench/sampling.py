@@ -9,13 +9,10 @@ from typing import Any
 from flowgrain.bench.acceleration import inputs
 from flowgrain.bench.record import StepRecord
 from flowgrain.bench.setup import Setup
-from flowgrain.bench.sizes import ModelSizes
 from flowgrain.bench.timing import timed, utilization
 from flowgrain.config import Config
 from flowgrain.training.policy import Policy
 from flowgrain.training.sizes import embeds_guidance, forward_flops
-
-COMPILER = "inductor"
 
 
 def measure_sampling(setup: Setup, record: StepRecord, kind: str) -> None:
@@ -26,15 +23,15 @@ def measure_sampling(setup: Setup, record: StepRecord, kind: str) -> None:
     for rows in sizes.sampling:
         work = partial(sampling, setup, policy, config, rows)
         record.run(f"sampling, {sizes.name}, eager, {rows} rows", work, sweep="eager")
-    compile_policy(policy)
+    compile_policy(setup, policy)
     for rows in sizes.compiled:
         work = partial(sampling, setup, policy, config, rows)
         record.run(f"sampling, {sizes.name}, compiled, {rows} rows", work, sweep="compiled")
 
 
-def compile_policy(policy: Policy) -> None:
+def compile_policy(setup: Setup, policy: Policy) -> None:
     """Compile the blocks of an existing policy. Every batch size is compiled on its first call."""
-    policy.compile_backend = COMPILER
+    policy.compile_backend = setup.compiler
     policy.compile_blocks(policy.model)
 
 

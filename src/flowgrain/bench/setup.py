@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -44,6 +45,11 @@ class Setup:
     def sizes(self) -> Sizes:
         """The measured sizes."""
         return TINY if self.tiny else REAL
+
+    @property
+    def compiler(self) -> Literal["inductor", "aot_eager"]:
+        """Value of runtime.compile. A CPU checks the capture of graphs, without a C++ compiler."""
+        return "inductor" if self.device_name == "cuda" else "aot_eager"
 
     def trainer(
         self, sizes: ModelSizes, config: Config, out: str = "run", on: str | None = None

@@ -42,7 +42,7 @@ def _measure_lora(setup: Setup, record: StepRecord, sizes: ModelSizes) -> None:
     for rows in sizes.plain:
         measure(rows, "LoRA without checkpointing")
     set_checkpointing(policy, True)
-    compile_policy(policy)
+    compile_policy(setup, policy)
     measure(sizes.training[-1 if setup.tiny else 0], "compiled LoRA")
 
 
@@ -97,7 +97,7 @@ def micro_batch(setup: Setup, policy: Policy, config: Config, rows: int) -> dict
     x, sigma, cond = inputs(policy, rows)
 
     def work() -> None:
-        policy.train_velocity(x, sigma, cond, guidance).square().mean().backward()
+        policy.train_velocity(x, sigma, cond, guidance).square().mean().backward()  # type: ignore[no-untyped-call]
 
     values = timed(work, setup.device, setup.sizes.repeats)
     policy.model.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 
 from flowgrain.distributed.world import World, destroy_process_group
@@ -20,7 +21,7 @@ def one_rank(device: torch.device) -> Iterator[World]:
     `init_process_group` leaves them out for a single process. With them, collectives run through
     NCCL on a GPU and through gloo on a CPU, and `shard` shards.
     """
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=_TIMEOUT)
+    store = TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=_TIMEOUT)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(0)
