@@ -1,6 +1,7 @@
 """A training step as published code runs it: row by row, without shared states.
 
-Sampling makes one forward pass with one row for every step of every branch. Images are decoded and
+Sampling makes one forward pass with one row for every step of every branch. A step that several
+granularities have in common is made once, which published code repeats. Images are decoded and
 scored one at a time. The update makes one forward pass with gradient, with one row, for every state
 before a trained step.
 

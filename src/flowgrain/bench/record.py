@@ -97,7 +97,8 @@ class StepRecord:
             except Exception as error:
                 outcome, reason = "failed", f"{type(error).__name__}: {one_line(error, 500)}"
                 log = traceback.format_exc()
-        free_memory()  # after the handlers, because a traceback holds tensors
+        if outcome in ("failed", "out of memory"):
+            free_memory()  # after the handlers, because a traceback holds tensors
         entry = {"name": name, "outcome": outcome, "seconds": time.monotonic() - begin}
         entry |= {"values": values} if values else {}
         entry |= {"reason": reason} if reason else {}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from flowgrain.bench.acceleration import inputs
-from flowgrain.bench.record import Skipped, StepRecord
+from flowgrain.bench.record import Skipped, StepRecord, free_memory
 from flowgrain.bench.sampling import compile_policy, row_flops
 from flowgrain.bench.setup import Setup
 from flowgrain.bench.sizes import ModelSizes
@@ -23,6 +23,7 @@ def measure_training(setup: Setup, record: StepRecord, kind: str) -> None:
     """Measure micro-batches of model `kind`: LoRA, compiled LoRA, and a full fine-tune."""
     sizes = setup.sizes.kinds[kind]
     _measure_lora(setup, record, sizes)
+    free_memory()  # a backbone is part of a reference cycle
     _measure_full(setup, record, sizes)
 
 
