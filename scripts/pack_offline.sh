@@ -11,10 +11,10 @@ set -eu
 
 # Dependencies of the project, and their dependencies, that the machine may lack. Versions: constraints.txt.
 PACKED="
-accelerate annotated-doc annotated-types anyio certifi charset-normalizer click diffusers filelock ftfy h11 httpx httpcore
-idna importlib-metadata Jinja2 markdown-it-py MarkupSafe mdurl omegaconf packaging peft psutil pydantic pydantic-core
-Pygments PyYAML requests rich safetensors shellingham starlette torchao tqdm typer typing-extensions typing-inspection
-urllib3 uvicorn wcwidth zipp
+accelerate annotated-doc annotated-types anyio certifi charset-normalizer click diffusers filelock ftfy h11 idna
+importlib-metadata Jinja2 lazy-importer markdown-it-py MarkupSafe mdurl omegaconf packaging peft psutil pydantic
+pydantic-core Pygments PyYAML requests rich safetensors shellingham starlette torchao tqdm typer typing-extensions
+typing-inspection urllib3 uvicorn wcwidth zipp
 "
 # Large packages, and those whose version belongs to torch and transformers. install.sh checks that they are there.
 PROVIDED="torch transformers huggingface_hub numpy scipy matplotlib pyarrow pillow"
