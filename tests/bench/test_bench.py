@@ -226,7 +226,23 @@ def test_sizes_of_the_published_models_are_built_in():
         published_config("tiny", "vae")
 
 
-def test_memory_is_compared_with_the_rehearsal(setup):
+def test_phases_of_a_rehearsal_are_stages(monkeypatch, tmp_path):
+    """The update is the largest of its phases. Text encoders are not measured."""
+    (tmp_path / "rehearsed.py").write_text(
+        "from types import SimpleNamespace as N\n"
+        "def rehearse(config, gpus, gpu):\n"
+        "    kinds = {'weights': 4.0, 'text encoders': 9.0}\n"
+        "    sizes = {'encode': 99, 'sample': 2, 'later micro-batches': 6, 'optimizer': 1}\n"
+        "    return N(phases={name: N(kinds={**kinds, 'activations': size})\n"
+        "                     for name, size in sizes.items()})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(memory, "REHEARSAL", "rehearsed")
+    config = bench_config(TINY.sd3, "cpu")
+    assert memory.rehearsed_bytes(config) == {"sample": 6.0, "update": 10.0}
+
+
+def test_memory_is_compared_with_the_rehearsal(setup, monkeypatch):
     config = bench_config(TINY.sd3, "cpu", *TINY.sd3.iteration)
     measured = {"sample": 10e9, "update": 20e9}
     good = memory.compare_memory(config, measured, lambda _: {"sample": 10.5e9, "update": 19e9})
@@ -234,6 +250,9 @@ def test_memory_is_compared_with_the_rehearsal(setup):
     assert good["update_relative_error"] == pytest.approx(-0.05)
     bad = memory.compare_memory(config, measured, lambda _: {"sample": 10e9, "update": 10e9})
     assert not bad["passed"]
+    with pytest.raises(Skipped, match=r"no flowgrain\.absent"):
+        monkeypatch.setattr(memory, "REHEARSAL", "flowgrain.absent")
+        memory.compare_memory(config, measured)
     with pytest.raises(Skipped, match="on a GPU only"):
         memory.compare_memory(config, {})
     with pytest.raises(Skipped, match="none of the stages"):

@@ -10,26 +10,40 @@ import torch
 
 from flowgrain.bench.record import Skipped
 from flowgrain.config import Config
+from flowgrain.planning.forecast import GPUS
 from flowgrain.training.timer import StageTimer
 
 REHEARSAL = "flowgrain.planning.rehearse"
-"""Module whose function `peak_bytes(config)` predicts the largest memory of every stage."""
+"""Module whose function `rehearse(config, gpus, gpu)` predicts the largest memory of every phase."""
 MEMORY_LIMIT = 0.1
 """Largest relative difference of the predicted to the measured memory of a stage."""
+
+_STAGES = ("sample", "decode", "score")
+"""Phases of a rehearsal that are stages of a step. Other phases after them belong to the update."""
+_BEFORE = ("start", "rewards", "encode")
+_ABSENT = ("text encoders", "rewards")
+"""Kinds of memory that the measured run does not have."""
 
 Prediction = Callable[[Config], Mapping[str, float]]
 
 
 def rehearsed_bytes(config: Config) -> Mapping[str, float]:
-    """The memory that the rehearsal predicts: bytes on the GPU by stage.
+    """The memory that the rehearsal predicts: bytes on the GPU by stage, without text encoders.
 
     Raises:
         Skipped: this version has no rehearsal.
     """
     if importlib.util.find_spec(REHEARSAL) is None:
         raise Skipped(f"this version has no {REHEARSAL}")
-    predict: Prediction = importlib.import_module(REHEARSAL).peak_bytes
-    return predict(config)
+    any_gpu = next(iter(GPUS.values()))  # matters for several GPUs only
+    found = importlib.import_module(REHEARSAL).rehearse(config, 1, any_gpu)
+    predicted: dict[str, float] = {}
+    for phase, peak in found.phases.items():
+        if phase not in _BEFORE:
+            stage = phase if phase in _STAGES else "update"
+            size = sum(part for kind, part in peak.kinds.items() if kind not in _ABSENT)
+            predicted[stage] = max(predicted.get(stage, 0.0), size)
+    return predicted
 
 
 def compare_memory(

@@ -176,7 +176,8 @@ def _others(records: Sequence[Record]) -> Iterator[Row]:
         return entry["outcome"] == "measured" and not known and not about
 
     for entry, values in _measurements(records, accept):
-        yield entry["name"], _pairs({k: v for k, v in values.items() if k != "repeats"})
+        if values:
+            yield entry["name"], _pairs({k: v for k, v in values.items() if k != "repeats"})
 
 
 def _missing(records: Sequence[Record]) -> Iterator[Row]:
