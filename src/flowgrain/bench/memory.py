@@ -14,7 +14,7 @@ from flowgrain.planning.forecast import GPUS
 from flowgrain.training.timer import StageTimer
 
 REHEARSAL = "flowgrain.planning.rehearse"
-"""Module whose function `rehearse(config, gpus, gpu)` predicts the largest memory of every phase."""
+"""Module whose function `rehearse(config, gpus, gpu)` predicts the memory of every phase."""
 MEMORY_LIMIT = 0.1
 """Largest relative difference of the predicted to the measured memory of a stage."""
 
