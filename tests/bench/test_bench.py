@@ -20,7 +20,7 @@ from flowgrain.bench.steps import STEPS, run_step
 from flowgrain.bench.tables import markdown, read_results
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.settings import SettingsError
-from flowgrain.training.sizes import forward_flops, published_config
+from flowgrain.training.sizes import published_config
 
 
 @pytest.fixture
@@ -220,7 +220,6 @@ def test_sizes_of_the_published_models_are_built_in():
     for sizes in REAL.kinds.values():
         config = bench_config(sizes, "cpu", *sizes.iteration)
         assert published_config(config.model.path, "transformer")["_class_name"]
-        assert forward_flops(config.model) > 1e12
         assert all(rows >= 1 for rows in (*sizes.sampling, *sizes.training))
     with pytest.raises(SettingsError, match="no configuration is built in"):
         published_config("tiny", "vae")
