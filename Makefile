@@ -6,7 +6,7 @@ RAY := ray attrs jsonschema jsonschema-specifications msgpack referencing rpds-p
 TRACKIO := trackio gradio_client httpx httpcore orjson python-multipart websockets
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo compare test unit test-slow lint types docs docs-serve faithfulness figures readme-images view-images test-portable test-avx2 bench soak weights
+.PHONY: demo compare test unit test-slow lint types docs docs-serve faithfulness figures readme-images view-images test-portable test-avx2 bench gpu-bench pack-offline soak weights
 
 demo: .venv/ready  ## Train the bundled demo and write its report
 	$(BIN)/flowgrain train --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -63,6 +63,12 @@ view-images: .venv/ready  ## Train the demo with two seeds and take the pictures
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/executor.py
+
+gpu-bench: .venv/ready  ## Measure the GPU of this machine: correctness, then speed
+	$(BIN)/flowgrain bench --out bench/gpu
+
+pack-offline:  ## Pack the project and missing wheels for a GPU machine without network
+	scripts/pack_offline.sh dist/offline
 
 soak: .venv/ready
 	$(BIN)/python scripts/soak.py --minutes 45

@@ -10,7 +10,7 @@ from pathlib import Path
 # isort: off
 # In the order of the help.
 from flowgrain.cli import train, plan, rehearse, evaluate, export  # noqa: F401
-from flowgrain.cli import compare, report, view, config, serve  # noqa: F401
+from flowgrain.cli import compare, report, view, config, serve, bench  # noqa: F401
 
 # isort: on
 from flowgrain.cli.app import app, err, note

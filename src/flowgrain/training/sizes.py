@@ -139,6 +139,22 @@ def meta_vae(model: ModelConfig) -> tuple[Any, tuple[int, ...]] | None:
     return vae, (1, vae.config["latent_channels"], height, width)
 
 
+def published_config(path: str, part: str) -> Mapping[str, Any]:
+    """The built-in configuration of a part of the published model `path`.
+
+    Args:
+        path: Hub name, such as black-forest-labs/FLUX.1-dev.
+        part: transformer or vae.
+
+    Raises:
+        SettingsError: no configuration of this model is built in.
+    """
+    if path not in PUBLISHED:
+        names = " or ".join(PUBLISHED)
+        raise SettingsError(f"model.path={path}: no configuration is built in. Use {names}.")
+    return PUBLISHED[path][part]
+
+
 def embeds_guidance(model: ModelConfig) -> bool:
     """Whether guidance is an input of the transformer (FLUX.1-dev) and costs no second row."""
     parts = _meta_parts(model)

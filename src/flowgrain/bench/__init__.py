@@ -1,0 +1,1 @@
+"""Measurements of a GPU: correctness and speed of the real architectures with random weights."""
