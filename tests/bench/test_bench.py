@@ -18,6 +18,7 @@ from flowgrain.bench.setup import Setup
 from flowgrain.bench.sizes import REAL, TINY, bench_config
 from flowgrain.bench.steps import STEPS, run_step
 from flowgrain.bench.tables import markdown, read_results
+from flowgrain.config import load_config
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.settings import SettingsError
 from flowgrain.training.sizes import published_config
