@@ -26,6 +26,7 @@ def reward_app(
     max_queue: int = 16,
     body_seconds: float = 60.0,
     when_idle: Callable[[], None] = release_freed_memory,
+    identities: Mapping[str, Mapping[str, str]] | None = None,
 ) -> "fastapi.FastAPI":
     """A FastAPI application that scores images: POST /score and GET /health.
 
@@ -39,6 +40,8 @@ def reward_app(
         max_queue: requests that wait or are scored. Others get the status 503 with Retry-After.
         body_seconds: time in which the body of a request must arrive.
         when_idle: called when the last request is finished.
+        identities: identity of each reward, see `reward_identity`. Clients of several servers
+            compare them.
 
     Raises:
         SettingsError: FastAPI is not installed, or a reward compares the images of a prompt.
@@ -64,7 +67,8 @@ def reward_app(
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"rewards": sorted(rewards), "max_images": max_images, "max_bytes": max_bytes}
+        limits = {"max_images": max_images, "max_bytes": max_bytes}
+        return {"rewards": sorted(rewards), "identities": identities or {}, **limits}
 
     @app.post("/score")
     async def post_score(request: fastapi.Request) -> ScoreResponse:
