@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import sys
 from pathlib import Path
 
 from flowgrain.rewards.base import REWARDS, RewardConfig
@@ -31,9 +32,10 @@ def reward_identity(config: RewardConfig) -> dict[str, str]:
 
 
 def _custom_source(name: str) -> bytes | None:
-    """The file of a reward that is not part of this package."""
-    target = REWARDS.get(name) if name in REWARDS else None
-    if target is None or target.__module__.startswith("flowgrain."):
+    """The file of a reward that is not part of this package. None: it is, or has no file."""
+    module, colon, _ = name.partition(":")
+    target = sys.modules.get(module) if colon else REWARDS.get(name)
+    if target is None or (not colon and target.__module__.startswith("flowgrain.")):
         return None
     try:
         return Path(inspect.getfile(target)).read_bytes()

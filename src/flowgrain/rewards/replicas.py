@@ -38,9 +38,10 @@ class Replica:
 
     Attributes:
         url: address of the server.
-        healthy: it passed a health check, and no request failed since then.
+        healthy: it passed a health check, and no request failed since then. Otherwise its next
+            request starts with a health check.
         not_before: time of `time.monotonic` before which it gets no requests.
-        failures: failures in a row.
+        failures: failures since the last health check that it passed.
         open: open requests of this process.
         requests, failed: requests that were sent, and that failed.
         retries: requests that were sent after another replica failed.
@@ -107,12 +108,12 @@ class Replicas(Server):
     ) -> Replica | None:
         """The replica for the next request, which counts as open. None if there is none.
 
-        Healthy replicas go first. A hedged request only goes to an idle one.
+        Replicas that did not fail go first. A hedged request only goes to an idle one of them.
         """
         with self._lock:
             now = time.monotonic()
             left = [replica for replica in self.replicas if replica not in tried]
-            ready = [r for r in left if r.healthy and now >= r.not_before]
+            ready = [r for r in left if not r.failures and now >= r.not_before]
             if reason == "hedge":
                 left = ready = [replica for replica in ready if not replica.open]
             if not left:
@@ -134,7 +135,7 @@ class Replicas(Server):
             found = [
                 replica
                 for replica in self.replicas
-                if not (replica.healthy or replica.checking) and now >= replica.not_before
+                if replica.failures and not replica.checking and now >= replica.not_before
             ]
             for replica in found:
                 replica.checking = True
