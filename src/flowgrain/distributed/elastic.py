@@ -113,5 +113,7 @@ def _error_file() -> Path | None:
     """The file of the error. None without torchrun, or if its log directory is unknown."""
     # torchrun: <log_dir>/<run_id>/attempt_<attempt>/<rank>/error.json
     attempt_folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
-    known = re.fullmatch(r"attempt_\d+", attempt_folder.name)
+    known = "TORCHELASTIC_RUN_ID" in os.environ and re.fullmatch(
+        r"attempt_\d+", attempt_folder.name
+    )
     return attempt_folder.parent / _ERROR if known else None
