@@ -54,12 +54,7 @@ def reward_app(
             "A reward server needs FastAPI. Install it: pip install 'flowgrain[serve]'"
         ) from error
 
-    for name, reward in rewards.items():
-        if isinstance(reward, GroupReward):
-            raise SettingsError(
-                f"{name}: cannot be served, because it compares all images of a prompt, and a "
-                "request may contain only some of them. Use it in the configuration of the run."
-            )
+    _check_served(rewards)
     app = fastapi.FastAPI(title="flowgrain rewards", docs_url=None, redoc_url=None)
     lock = asyncio.Lock()
     limits = Limits(max_bytes, max_queue, body_seconds)
@@ -82,6 +77,20 @@ def reward_app(
                 raise fastapi.HTTPException(error.status, str(error)) from error
 
     return app
+
+
+def _check_served(rewards: Mapping[str, Reward]) -> None:
+    """Check that all rewards score single images.
+
+    Raises:
+        SettingsError: a reward compares the images of a prompt.
+    """
+    for name, reward in rewards.items():
+        if isinstance(reward, GroupReward):
+            raise SettingsError(
+                f"{name}: cannot be served, because it compares all images of a prompt, and a "
+                "request may contain only some of them. Use it in the configuration of the run."
+            )
 
 
 class _Rejected(Exception):
