@@ -68,7 +68,11 @@ def lines(folder):
 
 
 @pytest.mark.parametrize(
-    ("step", "run_id", "error"), [(1, "job", RuntimeError), (3, "none", ConnectionError)]
+    ("step", "run_id", "error"),
+    [
+        (1, "job", RuntimeError),
+        pytest.param(3, "none", ConnectionError, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_command_resumes_in_the_same_job(
     tmp_path, torchrun, monkeypatch, step, run_id, error
