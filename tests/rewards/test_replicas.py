@@ -33,7 +33,7 @@ def red(images):
 
 
 class Server:
-    """A server whose behavior a test changes: ok, 500, busy, garbage, drop or hang."""
+    """A server whose behavior a test changes: ok, late, 500, busy, garbage, drop, hang or down."""
 
     def __init__(self, behavior="ok", identity=IDENTITY, port=0):
         self.behavior, self.identity = behavior, identity
@@ -83,6 +83,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                         state.cancelled += not self.connection.recv(1)
                         break
             case _:
+                time.sleep(0.4 if state.behavior == "late" else 0)
                 raw = request["raw"]
                 values = np.frombuffer(base64.b64decode(raw["data"]), "<f4").reshape(raw["shape"])
                 self.send(200, {"scores": red(torch.from_numpy(values.copy())).tolist()})
@@ -182,6 +183,14 @@ def test_a_slow_server_is_hedged_and_its_request_cancelled(servers):
     assert slow.cancelled == 1
     first = counters(reward)[0]
     assert (first.failed, first.healthy) == (0, True)
+
+
+def test_a_hedged_request_waits_for_an_idle_server(servers):
+    slow, late = servers("hang", "late")
+    reward = remote([slow, late], hedge_after=0.1, request_size=6)
+    assert torch.equal(score(reward, IMAGES, PROMPTS).values, red(IMAGES))
+    assert [replica.hedges for replica in counters(reward)] == [0, 1]
+    assert (slow.scored, late.scored) == (1, 2)
 
 
 def test_a_busy_process_does_not_hedge(servers):

@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 HEALTH_SECONDS = 5.0
 """Longest time of a health check."""
+IDLE_SECONDS = 0.05
+"""Time between two looks for an idle replica that can answer a slow request."""
 
 
 class ReplicaCall(ScoringCall):
@@ -98,8 +100,7 @@ class _Race(Generic[T]):
             try:
                 replica, outcome = self.results.get(timeout=wait)
             except queue.Empty:
-                wait = None
-                self._start("hedge")
+                wait = None if self._start("hedge") else IDLE_SECONDS
                 continue
             del self.running[replica]
             try:
@@ -116,14 +117,16 @@ class _Race(Generic[T]):
         for attempt in self.running.values():
             attempt.expire()
 
-    def _start(self, reason: Literal["", "retry", "hedge"]) -> None:
+    def _start(self, reason: Literal["", "retry", "hedge"]) -> bool:
+        """Send the request to another replica. Returns whether there is one."""
         replica = self.server.choose(self.tried, reason)
         if replica is None:
-            return
+            return False
         self.tried.append(replica)
         self.running[replica] = attempt = Attempt()
         arguments = (replica, attempt, reason == "hedge")
         threading.Thread(target=self._ask, args=arguments, daemon=True).start()
+        return True
 
     def _ask(self, replica: Replica, attempt: Attempt, hedge: bool) -> None:
         """Send the request to a replica. Its answer or its error goes to `results`."""
