@@ -1,10 +1,15 @@
 """Real restarts by torchrun: the run is the undisturbed run, to the bit."""
 
+import contextlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -111,3 +116,51 @@ def test_a_settings_error_is_not_repeated(tmp_path):
     assert "training.max_steps=-1" in result.stderr
     assert "Restart 1 by torchrun ended at once" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_run_continues_without_a_lost_machine(tmp_path):
+    """Two torchrun processes are two machines. One of them is killed with its training process."""
+    (tmp_path / "plugin.py").write_text(REWARD)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    options = ("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3")
+    options += ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "job-9")
+    options += ("--rdzv-conf", "last_call_timeout=20")
+    words = (*WORDS, "training.max_steps=1000", "evaluation.every=0")
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *words]
+    variables = {**os.environ, "KILLS": "", "OMP_NUM_THREADS": "1"}
+    machines = []
+    try:
+        for number in range(2):
+            with (tmp_path / f"stderr-{number}").open("w") as errors:
+                machine = subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=errors)
+            machines.append(psutil.Process(machine.pid))
+            time.sleep(2)  # the first has the rendezvous
+        first, second = machines
+        metrics, errors = tmp_path / "run" / "metrics.jsonl", tmp_path / "stderr-0"
+        wait_until(lambda: metrics.exists() and len(lines(tmp_path)) >= 3)
+        assert len(second.children()) == 1
+        for process in (*second.children(), second):
+            process.kill()
+        continues = re.compile(r"The run continues from step (\d+)\.")
+        wait_until(lambda: continues.search(errors.read_text()))
+        step = int(continues.search(errors.read_text())[1])
+        assert step >= 2
+        wait_until(lambda: len(lines(tmp_path)) >= step + 2)
+        assert [line["step"] for line in lines(tmp_path)][: step + 2] == list(range(1, step + 3))
+    finally:
+        for machine in machines:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                machine.terminate()
+        psutil.wait_procs(machines, timeout=60)
+
+
+def wait_until(condition, seconds=300):
+    """Wait until `condition` is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
