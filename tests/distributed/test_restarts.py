@@ -139,7 +139,7 @@ def test_the_run_continues_without_a_lost_machine(tmp_path):
                 machine = subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=errors)
             machines.append(psutil.Process(machine.pid))
             time.sleep(2)  # the first has the rendezvous
-        first, second = machines
+        second = machines[1]
         metrics, errors = tmp_path / "run" / "metrics.jsonl", tmp_path / "stderr-0"
         wait_until(lambda: metrics.exists() and len(lines(tmp_path)) >= 3)
         assert len(second.children()) == 1
