@@ -8,6 +8,7 @@ import pytest
 import requests
 import torch
 import uvicorn
+from fastapi.testclient import TestClient
 
 from flowgrain.data import Prompt, as_prompts
 from flowgrain.rewards import RewardConfig, build_reward, score
@@ -121,3 +122,10 @@ def test_an_address_is_needed():
     message = r"rewards\[remote\]\.url=host:8600: not an HTTP address\. .* http://HOST:8600"
     with pytest.raises(SettingsError, match=message):
         build_reward(RewardConfig(name="remote", url="host:8600", reward="red"))
+
+
+def test_health_sends_identities():
+    identities = {"red": {"name": "red", "torch": "1"}}
+    client = TestClient(reward_app({"red": red}, identities=identities))
+    assert client.get("/health").json()["identities"] == identities
+    assert TestClient(reward_app({"red": red})).get("/health").json()["identities"] == {}

@@ -15,7 +15,7 @@ from flowgrain.settings import SettingsError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from flowgrain.rewards import Reward
+    from flowgrain.rewards import RewardConfig
 
 HEADER_SECONDS = 10.0
 """Time in which the headers of a request must arrive."""
@@ -61,16 +61,20 @@ def serve(
     quiet_libraries()
     from flowgrain.heap import return_freed_memory
     from flowgrain.registry import load_plugin
+    from flowgrain.rewards import build_reward
+    from flowgrain.rewards.identity import reward_identity
     from flowgrain.rewards.messages import TOKEN_VARIABLE
     from flowgrain.rewards.server import reward_app
 
     return_freed_memory()
     for path in plugins or ():
         load_plugin(path)
-    served = build_rewards(rewards)
+    configs = reward_configs(rewards)
+    served = {name: build_reward(config) for name, config in configs.items()}
+    identities = {name: reward_identity(config) for name, config in configs.items()}
     token = os.environ.get(TOKEN_VARIABLE)
     limits = (max_images, max_megabytes * 2**20, max_queue, body_seconds)
-    application = reward_app(served, token, *limits)
+    application = reward_app(served, token, *limits, identities=identities)
     with listen(host, port) as listener:
         address, number = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
         protected = "" if token else ", without a token"
@@ -112,16 +116,16 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def build_rewards(words: list[str]) -> "dict[str, Reward]":
+def reward_configs(words: list[str]) -> "dict[str, RewardConfig]":
     """The rewards of the words of a command: names, or YAML mappings with options.
 
     Raises:
-        SettingsError: a word is not a reward, or a reward cannot be loaded.
+        SettingsError: a word is not a reward.
     """
     from flowgrain.config.load import parse_overrides
-    from flowgrain.rewards import RewardConfig, build_reward
+    from flowgrain.rewards import RewardConfig
 
-    built = {}
+    configs: dict[str, RewardConfig] = {}
     for word in words:
         values = parse_overrides([f"rewards=[{word}]"])["rewards"]
         if len(values) != 1:
@@ -136,10 +140,10 @@ def build_rewards(words: list[str]) -> "dict[str, Reward]":
             place = ".".join(map(str, detail["loc"]))
             reason = detail["msg"].removeprefix("Value error, ")
             raise SettingsError(f"{word}: {place}: {reason}.") from error
-        if config.name in built:
+        if config.name in configs:
             raise SettingsError(f"{config.name} is listed twice. List every reward once.")
-        built[config.name] = build_reward(config)
-    return built
+        configs[config.name] = config
+    return configs
 
 
 @app.command()

@@ -49,31 +49,45 @@ def train(
     """
     from flowgrain.distributed import destroy_process_group
     from flowgrain.models.quiet import quiet_libraries
+    from flowgrain.training.restart import ends_with_errors_that_repeat
 
     quiet_libraries()
-    try:
-        if resume is None:
-            trainer = _start(words, plugins, preset, folder)
-        elif folder is not None or preset is not None:
-            raise SettingsError(
-                f"--resume {resume}: remove --out and --preset. A resumed run keeps its own."
-            )
-        else:
-            trainer = _resume(resume, words, plugins)
-        _train(trainer)
-    finally:
-        destroy_process_group()
+    with ends_with_errors_that_repeat():
+        try:
+            if resume is None:
+                trainer = _start(words, plugins, preset, folder)
+            elif folder is not None or preset is not None:
+                raise SettingsError(
+                    f"--resume {resume}: remove --out and --preset. A resumed run keeps its own."
+                )
+            else:
+                trainer = _resume(resume, words, plugins)
+            _train(trainer)
+        finally:
+            destroy_process_group()
 
 
 def _start(
     words: list[str] | None, plugins: list[str] | None, preset: str | None, folder: Path | None
 ) -> "Trainer":
+    """The trainer of a new run, or of the run that this torchrun job has started before."""
     from flowgrain.training import Interrupted, Trainer
+    from flowgrain.training.restart import resume_after_restart
 
     try:
-        return Trainer(config_from(words, plugins, preset), folder)
+        trainer = Trainer(config_from(words, plugins, preset), folder)
     except KeyboardInterrupt:
         raise Interrupted("interrupted before the run started; nothing was written.") from None
+    messages = resume_after_restart(trainer)
+    if messages is not None and trainer.world.is_main:
+        for message in messages:
+            note(f"{message}.", style="yellow")
+        note(
+            f"torchrun has started {trainer.out} before. The run continues from step "
+            f"{trainer.steps_done}.",
+            style="yellow",
+        )
+    return trainer
 
 
 def _resume(folder: Path, words: list[str] | None, plugins: list[str] | None) -> "Trainer":

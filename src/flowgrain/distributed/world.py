@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from flowgrain.core.tree import Ints
+from flowgrain.distributed.attempt_store import attempt_store
 
 T = TypeVar("T")
 
@@ -150,7 +151,13 @@ def init_process_group(device: torch.device, context: int = 1) -> World:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store = attempt_store(rank := int(os.environ["RANK"]), size, _TIMEOUT)
+        if store is None:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        else:
+            dist.init_process_group(
+                backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size
+            )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if local < size and size % local == 0:
         names = ("replicate", "shard")

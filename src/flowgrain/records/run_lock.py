@@ -40,8 +40,12 @@ class RunLock:
         """Whether this object has the lock."""
         return self._release is not None and self._release.alive
 
-    def acquire(self) -> list[str]:
+    def acquire(self, wait: float = 0.0) -> list[str]:
         """Lock the directory. Creates it if necessary. Does nothing if this object has the lock.
+
+        Args:
+            wait: 0, or the longest time in seconds to wait for a process that has the lock and is
+                known to end. Such a process may have been on another host.
 
         Returns:
             A message if the lock was taken over from a process that did not release it.
@@ -56,7 +60,7 @@ class RunLock:
         lock = FileLock(self.folder / LOCK, thread_local=False)
         file = self.folder / HOLDER
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait)
         except Timeout:
             raise SettingsError(
                 f"{self.folder}: another process trains in this directory "
@@ -64,7 +68,8 @@ class RunLock:
             ) from None
         try:
             before = read_holder(file)
-            if before is not None and before.get("host") != socket.gethostname():
+            other_host = before is not None and before.get("host") != socket.gethostname()
+            if other_host and not wait:
                 raise SettingsError(
                     f"{self.folder}: a process of another host may train in this directory "
                     f"({describe_holder(before)}). If it has ended, delete {file}."

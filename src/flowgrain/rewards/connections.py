@@ -22,7 +22,7 @@ class Attempt:
         expired: the connection was closed before the answer was complete.
     """
 
-    def __init__(self, until: float) -> None:
+    def __init__(self, until: float = float("inf")) -> None:
         self.until, self.expired = until, False
         self.connection: Any = None
 

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from http.client import HTTPException
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import requests
 from PIL import Image
@@ -21,7 +21,6 @@ from torch import Tensor
 from urllib3.exceptions import HTTPError
 
 from flowgrain.rewards.connections import Attempt, WatchedAdapter
-from flowgrain.rewards.options import OptionError
 from flowgrain.settings import one_line
 
 log = logging.getLogger(__name__)
@@ -41,22 +40,11 @@ _RETRIED = (429, 500, 502, 503, 504)
 _ACCEPT = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 
 
-def check_url(url: str, example: str) -> str:
-    """`url` without a slash at the end.
-
-    Raises:
-        OptionError: `url` is not an HTTP address. The message contains `example`.
-    """
-    if not url.startswith(("http://", "https://")):
-        raise OptionError(f"url={url}: not an HTTP address. Write an address such as {example}.")
-    return url.rstrip("/")
-
-
 class ServerError(Exception):
     """A server returned no usable answer. The message names the server and the reason."""
 
 
-class _Failure(Exception):
+class Failure(Exception):
     """An attempt failed.
 
     Attributes:
@@ -131,7 +119,7 @@ class ScoringCall:
         self._attempts: set[Attempt] = set()
         self._lock, self._done = threading.Lock(), threading.Event()
 
-    def __enter__(self) -> "ScoringCall":
+    def __enter__(self) -> Self:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -150,10 +138,10 @@ class ScoringCall:
         tries, server = 0, self.server
         while not self.gave_up and not self._done.is_set():
             try:
-                answer = parse(self._attempt(body))
+                answer = self.answer(body, parse)
                 server.failures = 0
                 return answer
-            except _Failure as failure:
+            except Failure as failure:
                 tries += failure.busy_seconds is None
                 pause = failure.busy_seconds or server.backoff * 2 ** min(tries - 1, 30)
                 late = time.monotonic() + pause >= self._until
@@ -161,15 +149,20 @@ class ScoringCall:
                     self._fail(str(failure), late and failure.again)
                 else:
                     time.sleep(pause)
-            except ValidationError as error:
-                detail = error.errors(include_url=False, include_input=False)[0]
-                place = ".".join(map(str, detail["loc"]))
-                self._fail(
-                    f"sent an unusable answer: {f'{place}: ' if place else ''}{detail['msg']}"
-                )
-            except ValueError as error:
-                self._fail(f"sent an unusable answer: {one_line(error, _SHOWN)}")
         raise ServerError(self.reason or f"{server} is not used any more")
+
+    def answer(self, body: bytes, parse: Callable[[bytes], T]) -> T:
+        """The answer to one attempt.
+
+        Raises:
+            Failure: there is none, or `parse` raised a ValueError.
+        """
+        return parsed(self.attempt(self.server.url, body, Attempt()), parse)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the scoring call is over, so that no request may start."""
+        return self._done.is_set()
 
     def _fail(self, reason: str, late: bool = False) -> None:
         """Count a failed request.
@@ -189,21 +182,30 @@ class ScoringCall:
             self.gave_up = self.gave_up or late or server.failures >= server.patience
         raise ServerError(text)
 
-    def _attempt(self, body: bytes) -> bytes:
-        """The body of an answer with status 200.
+    def attempt(
+        self, url: str, body: bytes | None, attempt: Attempt, seconds: float | None = None
+    ) -> bytes:
+        """The body of an answer with status 200 to a POST, or to a GET without `body`.
+
+        Args:
+            url: address of the request.
+            body: JSON, or None.
+            attempt: another thread can close its connection.
+            seconds: longest time. Default: `timeout` of the server.
 
         Raises:
-            _Failure: there is none.
+            Failure: there is none.
         """
         server, begin = self.server, time.monotonic()
-        attempt = Attempt(min(begin + server.timeout, self._until))
+        attempt.until = min(begin + (seconds or server.timeout), self._until)
         with self._lock:
             self._attempts.add(attempt)
         try:
             with (
                 attempt,
-                server.session.post(
-                    server.url,
+                server.session.request(
+                    "GET" if body is None else "POST",
+                    url,
                     data=body,
                     headers=_ACCEPT,
                     timeout=max(attempt.until - begin, 0.001),
@@ -222,7 +224,7 @@ class ScoringCall:
                 reason = f"sent no complete answer within {seconds:.3g} s"
             else:
                 reason = f"cannot be used: {one_line(_root(error), _SHOWN)}"
-            raise _Failure(reason, again=True) from error
+            raise Failure(reason, again=True) from error
         finally:
             with self._lock:
                 self._attempts.discard(attempt)
@@ -246,11 +248,29 @@ class ScoringCall:
                 notice *= 2
 
 
+def parsed(answer: bytes, parse: Callable[[bytes], T]) -> T:
+    """`answer` read by `parse`.
+
+    Raises:
+        Failure: `parse` raised a ValueError.
+    """
+    try:
+        return parse(answer)
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, detail["loc"]))
+        text = f"{f'{place}: ' if place else ''}{detail['msg']}"
+        raise Failure(f"sent an unusable answer: {text}", again=False) from error
+    except ValueError as error:
+        text = f"sent an unusable answer: {one_line(error, _SHOWN)}"
+        raise Failure(text, again=False) from error
+
+
 def _check_status(response: requests.Response) -> None:
     """Check that the status is 200.
 
     Raises:
-        _Failure: it is not.
+        Failure: it is not.
     """
     status = response.status_code
     if status == 200:
@@ -258,30 +278,30 @@ def _check_status(response: requests.Response) -> None:
     reason = f"answered {status} {one_line(response.reason or '', _SHOWN)}".rstrip()
     if 300 <= status < 400:
         target = one_line(response.headers.get("Location", "another address"), _SHOWN)
-        raise _Failure(f"{reason}: it redirects to {target}. Set url to this address", again=False)
+        raise Failure(f"{reason}: it redirects to {target}. Set url to this address", again=False)
     try:
         detail = one_line(_read_body(response, 2**16).decode("utf-8", "replace"), _SHOWN)
-    except (_Failure, requests.RequestException, HTTPError, HTTPException, OSError):
+    except (Failure, requests.RequestException, HTTPError, HTTPException, OSError):
         detail = ""
     wait, busy = response.headers.get("Retry-After", ""), None
     if status in (429, 503) and wait.isascii() and wait.isdigit():
         busy = max(float(wait[:9]), 0.1)
-    raise _Failure(f"{reason}: {detail}" if detail else reason, status in _RETRIED, busy)
+    raise Failure(f"{reason}: {detail}" if detail else reason, status in _RETRIED, busy)
 
 
 def _read_body(response: requests.Response, limit: int) -> bytes:
     """The decompressed body.
 
     Raises:
-        _Failure: it is larger than `limit` bytes, compressed or decompressed, or is compressed in
+        Failure: it is larger than `limit` bytes, compressed or decompressed, or is compressed in
             an unknown way.
     """
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         shown = one_line(encoding, _SHOWN)
         text = f"sent an answer in the encoding {shown}, which it was not asked for"
-        raise _Failure(text, again=False)
-    too_large = _Failure(f"sent an answer of more than {limit} bytes", again=False)
+        raise Failure(text, again=False)
+    too_large = Failure(f"sent an answer of more than {limit} bytes", again=False)
     raw = bytearray()
     while part := response.raw.read(2**16, decode_content=False):  # fails after a truncated body
         raw += part
@@ -293,7 +313,7 @@ def _read_body(response: requests.Response, limit: int) -> bytes:
     try:
         body = decompressor.decompress(raw, limit + 1)
     except zlib.error as error:
-        raise _Failure(f"sent damaged compressed data ({error})", again=False) from error
+        raise Failure(f"sent damaged compressed data ({error})", again=False) from error
     if len(body) > limit:
         raise too_large
     return body

@@ -15,8 +15,9 @@ from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, Positiv
 from torch import Tensor
 
 from flowgrain.data import Prompt
+from flowgrain.rewards.addresses import check_url
 from flowgrain.rewards.base import Unscored
-from flowgrain.rewards.http_client import ScoringCall, Server, ServerError, check_url, encode_png
+from flowgrain.rewards.http_client import ScoringCall, Server, ServerError, encode_png
 from flowgrain.rewards.options import OptionError
 from flowgrain.rewards.workers import Workers
 

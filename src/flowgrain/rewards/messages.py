@@ -113,6 +113,19 @@ class ScoreResponse(BaseModel):
     reason: str | None = None
 
 
+class Health(BaseModel):
+    """The answer to GET /health.
+
+    Attributes:
+        rewards: names of the rewards.
+        identities: what the scores of a reward depend on, by name of the reward, see
+            `reward_identity`.
+    """
+
+    rewards: list[str]
+    identities: dict[str, dict[str, str]] = {}
+
+
 def _decode_png(png: list[str], max_bytes: int) -> Tensor:
     # Only PNG: Pillow runs programs to read some other formats. Opening does not decode the pixels.
     files = (io.BytesIO(base64.b64decode(text, validate=True)) for text in png)

@@ -1,4 +1,4 @@
-"""A check, before a run starts, that somebody answers at the address of a reward server."""
+"""A check, before a run starts, that reward servers answer at their addresses."""
 
 import socket
 from urllib.parse import urlsplit
@@ -8,6 +8,8 @@ from requests.utils import get_environ_proxies
 from flowgrain.rewards.base import Reward
 from flowgrain.rewards.judge import Judge
 from flowgrain.rewards.remote import Remote
+from flowgrain.rewards.replica_call import check_replicas
+from flowgrain.rewards.replicas import Replicas
 from flowgrain.settings import SettingsError
 
 SECONDS = 5.0
@@ -17,18 +19,27 @@ SECONDS = 5.0
 def check_server(name: str, reward: Reward) -> None:
     """Connect to the server of a reward. Does nothing for other rewards, or behind a proxy.
 
-    Nothing is sent, so a busy server answers, too.
+    Nothing is sent, so a busy server answers, too. Several servers of a reward are compared, see
+    `check_replicas`.
 
     Args:
         name: name of the reward, for the message.
         reward: the reward.
 
     Raises:
-        SettingsError: no server answers.
+        SettingsError: no server answers, or several servers do not serve the same reward.
     """
-    if not isinstance(reward, Remote | Judge) or get_environ_proxies(reward.url):
+    if isinstance(reward, Remote) and isinstance(reward.server, Replicas):
+        try:
+            check_replicas(reward.server)
+        except SettingsError as error:
+            raise SettingsError(f"rewards[{name}].url: {error}") from error
         return
-    url, port = reward.url.removesuffix("/chat/completions"), 8600
+    if not isinstance(reward, Remote | Judge):
+        return
+    url, port = _address(reward), 8600
+    if get_environ_proxies(url):
+        return
     try:
         address = urlsplit(url)
         port = address.port or (443 if address.scheme == "https" else 80)
@@ -42,3 +53,10 @@ def check_server(name: str, reward: Reward) -> None:
             f"rewards[{name}].url={url}: no server answers ({reason.lower()}). "
             f"Start {command}, or correct the address."
         ) from error
+
+
+def _address(reward: Remote | Judge) -> str:
+    """The address of a server, as it was given."""
+    if isinstance(reward, Remote):
+        return reward.urls[0]
+    return reward.url.removesuffix("/chat/completions")

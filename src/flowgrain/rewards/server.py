@@ -26,6 +26,7 @@ def reward_app(
     max_queue: int = 16,
     body_seconds: float = 60.0,
     when_idle: Callable[[], None] = release_freed_memory,
+    identities: Mapping[str, Mapping[str, str]] | None = None,
 ) -> "fastapi.FastAPI":
     """A FastAPI application that scores images: POST /score and GET /health.
 
@@ -39,6 +40,8 @@ def reward_app(
         max_queue: requests that wait or are scored. Others get the status 503 with Retry-After.
         body_seconds: time in which the body of a request must arrive.
         when_idle: called when the last request is finished.
+        identities: identity of each reward, see `reward_identity`. Clients of several servers
+            compare them.
 
     Raises:
         SettingsError: FastAPI is not installed, or a reward compares the images of a prompt.
@@ -51,12 +54,7 @@ def reward_app(
             "A reward server needs FastAPI. Install it: pip install 'flowgrain[serve]'"
         ) from error
 
-    for name, reward in rewards.items():
-        if isinstance(reward, GroupReward):
-            raise SettingsError(
-                f"{name}: cannot be served, because it compares all images of a prompt, and a "
-                "request may contain only some of them. Use it in the configuration of the run."
-            )
+    _check_served(rewards)
     app = fastapi.FastAPI(title="flowgrain rewards", docs_url=None, redoc_url=None)
     lock = asyncio.Lock()
     limits = Limits(max_bytes, max_queue, body_seconds)
@@ -64,7 +62,8 @@ def reward_app(
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"rewards": sorted(rewards), "max_images": max_images, "max_bytes": max_bytes}
+        limits = {"max_images": max_images, "max_bytes": max_bytes}
+        return {"rewards": sorted(rewards), "identities": identities or {}, **limits}
 
     @app.post("/score")
     async def post_score(request: fastapi.Request) -> ScoreResponse:
@@ -78,6 +77,20 @@ def reward_app(
                 raise fastapi.HTTPException(error.status, str(error)) from error
 
     return app
+
+
+def _check_served(rewards: Mapping[str, Reward]) -> None:
+    """Check that all rewards score single images.
+
+    Raises:
+        SettingsError: a reward compares the images of a prompt.
+    """
+    for name, reward in rewards.items():
+        if isinstance(reward, GroupReward):
+            raise SettingsError(
+                f"{name}: cannot be served, because it compares all images of a prompt, and a "
+                "request may contain only some of them. Use it in the configuration of the run."
+            )
 
 
 class _Rejected(Exception):

@@ -2,11 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 class Workers:
@@ -56,3 +57,20 @@ class Workers:
                 future.set_result(function())
             except BaseException as error:  # raised again by future.result()
                 future.set_exception(error)
+
+
+def map_in_threads(function: Callable[[V], T], values: Iterable[V], count: int) -> list[T]:
+    """`function` of each value, in `count` threads. One thread: in the thread of the caller.
+
+    After an exception it does not wait for the threads.
+    """
+    if count == 1:
+        return [function(value) for value in values]
+    workers, finished = Workers(count), False
+    try:
+        futures = [workers.submit(function, value) for value in values]
+        results = [future.result() for future in futures]
+        finished = True
+    finally:
+        workers.close(wait=finished)
+    return results

@@ -109,6 +109,7 @@ class StopSignal:
             if self.number is not None:
                 return False
             self.number, self._first = number, time.monotonic()
+        _arrived.set()
         return True
 
     def _watch(self, reader: socket.socket) -> None:
@@ -145,6 +146,14 @@ class StopSignal:
 
 _listening: StopSignal | None = None
 """Handlers of signals belong to the process, and so does this."""
+
+
+_arrived = threading.Event()
+
+
+def signal_arrived() -> bool:
+    """Whether SIGINT or SIGTERM arrived at this process while a run listened."""
+    return _arrived.is_set()
 
 
 def check_stop(world: World) -> None:

@@ -20,6 +20,7 @@ from flowgrain.training.best import export_best
 from flowgrain.training.errors import Diverged, RunStopped
 from flowgrain.training.fit import check_disk, check_writable
 from flowgrain.training.health import destroyed
+from flowgrain.training.restart import LOCK_SECONDS, belongs_to_job, remember_job
 from flowgrain.training.rollout_batch import Metrics
 from flowgrain.training.run_files import forget_checkpoints, had_checkpoints, remember_checkpoints
 from flowgrain.training.watch_files import update_best
@@ -124,7 +125,7 @@ def _resume(trainer: Trainer) -> list[str]:
 
     def lock() -> list[str]:
         _check_not_lost(trainer)
-        messages = trainer.lock.acquire()
+        messages = trainer.lock.acquire(LOCK_SECONDS if belongs_to_job(trainer.out) else 0.0)
         checkpoint.repair(folder)
         return messages
 
@@ -175,6 +176,7 @@ def begin(trainer: Trainer, start: Callable[[], None] | None = None) -> None:
         check_disk(trainer.config, trainer.size, trainer.out)
         for message in trainer.lock.acquire():
             log.warning("%s: %s", trainer.out, message)
+        remember_job(trainer.out)
         trainer.recorder.start()
     except OSError as error:
         if trainer.steps_done:
