@@ -20,12 +20,14 @@ from flowgrain.models.embeddings import stack
 from flowgrain.models.loading import (
     apply_options,
     check_size,
+    empty_transformer,
     load_pipeline,
     open_cache,
     saved_parts,
 )
 from flowgrain.models.shift import linear_mu, scheduler_shift
 from flowgrain.models.tokens import check_lengths, token_counts
+from flowgrain.models.weights import WeightFiles, fill
 from flowgrain.settings import SettingsError
 
 JOINT_ATTENTION = [
@@ -43,7 +45,11 @@ _PROMPTS_IN_MEMORY = 512
 class PipelineBackbone(ABC):
     """A `Backbone` that loads the transformer, VAE and scheduler of a diffusers pipeline.
 
-    The text encoders are loaded on the first prompt that the embedding cache does not contain.
+    The text encoders are loaded on the first prompt that the embedding cache does not contain, and
+    freed when no prompt of the run needs them, unless model.keep_encoders is set.
+
+    Attributes:
+        weights: files of the weights of the transformer, while it is empty. None if it has weights.
     """
 
     pipeline: ClassVar[Any]
@@ -52,7 +58,7 @@ class PipelineBackbone(ABC):
     """Parts of the pipeline that are only needed to encode prompts."""
 
     def __init__(self, model: ModelConfig, dtypes: Dtypes) -> None:
-        """Load the transformer and the VAE.
+        """Load the VAE, and build the transformer without its weights. `load` also fills it.
 
         Raises:
             SettingsError: `model.path` is missing or holds another model, or another setting
@@ -64,6 +70,7 @@ class PipelineBackbone(ABC):
                 "Set model.path to the directory or Hub name of a diffusers pipeline."
             )
         self.config, self.dtypes = model, dtypes
+        self.weights: WeightFiles | None = None
         self.pipe = self._load_pipeline(dict.fromkeys(self.encoders))
         self.transformer: Any = self.pipe.transformer
         self.vae: Any = self.pipe.vae.requires_grad_(False).eval()
@@ -81,11 +88,28 @@ class PipelineBackbone(ABC):
         Raises:
             SettingsError: a setting cannot be used.
         """
+        backbone = cls.load_empty(model, dtypes)
+        if backbone.weights is not None:
+            fill([(backbone.transformer, True)], backbone.weights, torch.device("cpu"))
+            backbone.weights = None
+        return backbone
+
+    @classmethod
+    def load_empty(cls, model: ModelConfig, dtypes: Dtypes) -> Self:
+        """Return the backbone without the weights of the transformer. See `EmptyBackbone`.
+
+        Raises:
+            SettingsError: a setting cannot be used, or a file is missing or damaged.
+        """
         return cls(model, dtypes)
 
     def _load_pipeline(self, parts: Mapping[str, Any]) -> Any:
         """Load the pipeline. `parts` are used as they are and not loaded."""
         parts = {**dict.fromkeys(self._absent_parts), **parts}
+        if "transformer" not in parts:
+            found = empty_transformer(self.config, self.dtypes.transformer)
+            if found is not None:
+                parts["transformer"], self.weights = found
         return load_pipeline(self.pipeline, self.config, self.dtypes, parts)
 
     @cached_property
