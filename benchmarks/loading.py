@@ -155,7 +155,7 @@ def import_libraries() -> None:
     """Import what loading needs, before the processes are forked."""
     import peft  # noqa: F401
 
-    import flowgrain.training.copies
+    import flowgrain.training.copies  # noqa: F401
     from flowgrain.models import BACKBONES
 
     BACKBONES.get("sd3")

@@ -171,7 +171,7 @@ def test_other_formats_are_loaded_by_diffusers(folders, tmp_path):
 
 
 def test_a_model_in_the_cache_of_the_hub(folders, tmp_path, monkeypatch):
-    """A name on the Hub without a connection. The files are links, as huggingface_hub writes them."""
+    """A name on the Hub, without a connection."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
