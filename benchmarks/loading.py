@@ -191,7 +191,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = options.path or Path(temporary)
         if not (path / "model_index.json").exists():
-            write_pipeline(path, options.layers)
+            # In another process, because this one would keep the freed memory.
+            writer = multiprocessing.Process(target=write_pipeline, args=(path, options.layers))
+            writer.start()
+            writer.join()
         size = sum(f.stat().st_size for f in (path / "transformer").iterdir())
         print(f"{size / 1e9:.2f} GB in the files of the transformer. GB per process:")
         columns = ("anonymous", "expected", "pss")

@@ -23,7 +23,7 @@ from flowgrain.distributed import World, local_world_size
 from flowgrain.distributed.sharding import shard
 from flowgrain.methods import ForwardProcess
 from flowgrain.models import Backbone, EmptyBackbone
-from flowgrain.models.weights import fill
+from flowgrain.models.weights import WeightFiles, fill
 from flowgrain.settings import SettingsError, did_you_mean
 
 
@@ -97,10 +97,16 @@ def fill_copies(backbone: Backbone, copies: Copies, lora: bool, device: torch.de
     On a CPU, frozen parameters that are never modified are views of the files: with LoRA those of
     the model and of the old policy, and the reference of a full fine-tune.
     """
-    if isinstance(backbone, EmptyBackbone) and backbone.weights is not None:
+    files = files_of(backbone)
+    if files is not None and isinstance(backbone, EmptyBackbone):
         models = [(module, lora or module is copies.reference) for module in copies.distinct()]
-        fill(models, backbone.weights, device)
+        fill(models, files, device)
         backbone.weights = None  # closes the files that no tensor is a view of
+
+
+def files_of(backbone: Backbone) -> WeightFiles | None:
+    """The files of the weights, if the transformer of the backbone is empty."""
+    return backbone.weights if isinstance(backbone, EmptyBackbone) else None
 
 
 def trained_model(config: Config, backbone: Backbone, dtype: torch.dtype) -> nn.Module:
@@ -138,7 +144,8 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
         target_modules=list(config.lora.target_modules or backbone.lora_targets),
     )
     transformer = backbone.transformer
-    with _on_cpu(transformer), torch.random.fork_rng(devices=[]):
+    on_cpu = _on_cpu(transformer) if files_of(backbone) is not None else contextlib.nullcontext()
+    with on_cpu, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
         transformer.add_adapter(adapter)  # type: ignore[operator]
     for parameter in transformer.parameters():
@@ -156,7 +163,7 @@ def _on_cpu(model: nn.Module) -> Iterator[None]:
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.is_meta
+        if parameter.device.type == "meta"
     ]
     for module, name, parameter in empty:
         zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
