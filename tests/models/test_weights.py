@@ -9,7 +9,7 @@ import twins
 from safetensors.torch import load_file, save_file
 from twins import PIPELINES, PROMPTS, SIZE
 
-from flowgrain import SettingsError
+from flowgrain import SettingsError, load_config
 from flowgrain.models import Dtypes, EmptyBackbone, ModelConfig, load_backbone
 from flowgrain.models.prompt_encoding import PendingPrompts
 from flowgrain.models.weights import WeightFiles, build_empty
@@ -223,7 +223,9 @@ def test_text_encoders_are_freed_after_the_last_prompt(folders, tmp_path):
     for name, value in backbone.encode(PROMPTS[:1]).items():
         assert torch.equal(value, first[name])
 
-    kept = load_backbone(config_of(folders / "flux", keep_encoders=True), Dtypes())
+    settings = {"model.path": str(folders / "flux"), "model.keep_encoders": True}
+    settings |= {f"model.{key}": value for key, value in SIZE.items()}
+    kept = load_backbone(load_config("flux/g2rpo", settings).model, Dtypes())
     kept.check(PROMPTS)
     kept.encode(["", *PROMPTS])
     assert kept._encoding_pipe is not None
