@@ -128,6 +128,25 @@ def test_train_resume_export(folders, tmp_path, name, rank):
     torch.testing.assert_close(again, images, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 2, "runtime.dtype": "bfloat16"}])
+def test_an_empty_backbone_trains_like_a_loaded_one(folders, tmp_path, changes):
+    """The trainer builds its own backbone empty, and a backbone from Python has its weights."""
+    empty = trainer_of("sd3", folders / "sd3", tmp_path / "empty", changes)
+    loaded = Trainer(
+        empty.config,
+        tmp_path / "loaded",
+        prompts=PROMPTS,
+        eval_prompts=PROMPTS[:2],
+        rewards={"brightness": brightness},
+        backbone=load_model(empty.config),
+    )
+    assert empty.backbone.weights is None
+    found = [{k: v for k, v in t.step(1).items() if "seconds" not in k} for t in (empty, loaded)]
+    assert found[0] == found[1]
+    for name, parameter in empty.policy.parameters.items():
+        assert torch.equal(parameter, loaded.policy.parameters[name]), name
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_dtypes_of_a_run(folders, tmp_path, name):
     """LoRA: one transformer in the compute dtype and a float32 adapter. Full: float32 masters."""

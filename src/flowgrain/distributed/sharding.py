@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flowgrain.distributed.world import World
 
@@ -72,3 +73,36 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def class_name(model: nn.Module) -> str:
     """Name of the model's class without the prefix that FSDP2 adds when it shards a model."""
     return type(model).__name__.removeprefix("FSDP")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is divided over the ranks of a mesh."""
+    return isinstance(tensor, DTensor)
+
+
+def local_rows(tensor: Tensor) -> tuple[int, int]:
+    """First row of this rank's part of a tensor that is sharded by rows, and the row after it.
+
+    Raises:
+        TypeError: the tensor is not sharded.
+    """
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"a tensor of the shape {tuple(tensor.shape)} is not sharded")
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return offset[0], offset[0] + shape[0]
+
+
+def with_local_tensor(tensor: Tensor, local: Tensor) -> Tensor:
+    """A tensor that is sharded like `tensor`, with `local` as this rank's part.
+
+    Raises:
+        TypeError: the tensor is not sharded.
+    """
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"a tensor of the shape {tuple(tensor.shape)} is not sharded")
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )

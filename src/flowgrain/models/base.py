@@ -13,6 +13,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from flowgrain.core.sde import Shift
+from flowgrain.models.weights import WeightFiles
 from flowgrain.registry import Registry
 from flowgrain.settings import Section, Setting
 
@@ -77,6 +78,10 @@ class ModelConfig(Section):
         "auto",
         "Dtype of the text encoders. auto: bfloat16 on a GPU, float32 on a CPU.",
         keep=True,
+    )
+    keep_encoders: bool = Setting(
+        False,
+        "Keep the text encoders in memory, instead of until all prompts of the run are encoded.",
     )
 
     @field_validator("name")
@@ -256,6 +261,21 @@ class ImageEncoder(Protocol):
 
         This is the inverse of `decode`, up to the loss of the VAE.
         """
+
+
+@runtime_checkable
+class EmptyBackbone(Protocol):
+    """A backbone whose transformer may be empty: its parameters are on the meta device.
+
+    A registered backbone with a class method `load_empty(model, dtypes)` returns such a backbone
+    for training. Copies and shards of the transformer are then made without memory, and filled
+    from the files of the weights. `load` of this class returns the same backbone with weights.
+
+    Attributes:
+        weights: files of the weights. None if the transformer has its weights.
+    """
+
+    weights: WeightFiles | None
 
 
 def take(cond: Conditioning, rows: Tensor) -> Conditioning:

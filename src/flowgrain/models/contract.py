@@ -12,8 +12,13 @@ from flowgrain.models.base import BACKBONES, Backbone, Conditioning, Dtypes, Mod
 from flowgrain.settings import SettingsError, did_you_mean, one_line
 
 
-def load_backbone(model: ModelConfig, dtypes: Dtypes) -> Backbone:
-    """Return the backbone `model.name` with its weights, checked by `check_backbone`.
+def load_backbone(model: ModelConfig, dtypes: Dtypes, *, empty: bool = False) -> Backbone:
+    """Return the backbone `model.name`, checked by `check_backbone`.
+
+    Args:
+        model: settings of the model.
+        dtypes: dtypes of its parts.
+        empty: leave the transformer without weights, if the backbone is an `EmptyBackbone`.
 
     Raises:
         SettingsError: the backbone does not exist, or a setting cannot be used.
@@ -27,7 +32,17 @@ def load_backbone(model: ModelConfig, dtypes: Dtypes) -> Backbone:
         raise ValueError(
             f"backbone {model.name}: {loader!r} has no class method load(model, dtypes)."
         )
+    if empty and _loads_empty(loader):
+        return check_backbone(loader.load_empty(model, dtypes))  # type: ignore[attr-defined]
     return check_backbone(loader.load(model, dtypes))
+
+
+def _loads_empty(loader: Any) -> bool:
+    """Whether `loader.load_empty` replaces `loader.load`. A subclass may override only `load`."""
+    for base in getattr(loader, "__mro__", ()):
+        if "load" in vars(base) or "load_empty" in vars(base):
+            return "load_empty" in vars(base)
+    return False
 
 
 def check_backbone(backbone: Any) -> Backbone:

@@ -1,19 +1,22 @@
 """Loading of diffusers pipelines, and checks of the settings that need the loaded model."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from flowgrain.hub import unreachable, use_cache_if_offline
 from flowgrain.models.base import Dtypes, ModelConfig
 from flowgrain.models.embeddings import EmbeddingCache, fingerprint
+from flowgrain.models.weights import FILES, WeightFiles, build_empty
 from flowgrain.settings import SettingsError, one_line
 
 
-def saved_parts(pipeline: Any, model: ModelConfig) -> set[str]:
-    """Return the names of the parts of the pipeline that is saved at `model.path`.
+def saved_parts(pipeline: Any, model: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Return library and class of the parts of the pipeline at `model.path`, by name.
 
     Args:
         pipeline: pipeline class of diffusers.
@@ -34,7 +37,57 @@ def saved_parts(pipeline: Any, model: ModelConfig) -> set[str]:
     except (OSError, ValueError) as error:
         raise SettingsError(_not_loaded(model, error, offline)) from error
     # An entry is a pair of library and class, or a pair of None for a part that was left out.
-    return {name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0]}
+    return {
+        name: (str(entry[0]), str(entry[1]))
+        for name, entry in index.items()
+        if isinstance(entry, list | tuple) and entry[0]
+    }
+
+
+def empty_transformer(model: ModelConfig, dtype: torch.dtype) -> tuple[Any, WeightFiles] | None:
+    """Return the transformer at `model.path` without weights, and the files of its weights.
+
+    Args:
+        model: settings of the model.
+        dtype: dtype of the transformer.
+
+    Returns:
+        The transformer and its files, or None if only `from_pretrained` can load it: its weights
+        are quantized or not in the safetensors format, or its class is not a class of diffusers.
+
+    Raises:
+        SettingsError: a file is missing, damaged or truncated, or belongs to another model.
+    """
+    folder = _transformer_folder(model)
+    if not any(folder.glob("*.safetensors*")) and any(folder.glob("*.bin")):
+        return None
+    setting = f"model.path={model.path}"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{setting}: {one_line(error)}") from error
+    transformer = build_empty(config, dtype)
+    if transformer is None:
+        return None
+    transformer.register_to_config(_name_or_path=str(folder))
+    weights = WeightFiles(folder, setting)
+    weights.check(transformer)
+    return transformer, weights
+
+
+def _transformer_folder(model: ModelConfig) -> Path:
+    """The local directory of the transformer. Files on the Hub are downloaded to its cache."""
+    path = str(model.path)
+    if Path(path).is_dir():
+        return Path(path) / "transformer"
+    offline = use_cache_if_offline(path)
+    files = [f"transformer/{name}" for name in FILES]
+    try:
+        return Path(snapshot_download(path, revision=model.revision, allow_patterns=files)) / (
+            "transformer"
+        )
+    except (OSError, ValueError) as error:
+        raise SettingsError(_not_loaded(model, error, offline)) from error
 
 
 def load_pipeline(

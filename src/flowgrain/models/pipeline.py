@@ -4,28 +4,28 @@ Shapes: B rows, *L latent, H x W pixels.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from flowgrain.core.sde import Shift
 from flowgrain.models.base import Conditioning, Dtypes, ModelConfig
-from flowgrain.models.embeddings import stack
 from flowgrain.models.loading import (
     apply_options,
     check_size,
+    empty_transformer,
     load_pipeline,
     open_cache,
     saved_parts,
 )
+from flowgrain.models.prompt_encoding import PromptEncoding
 from flowgrain.models.shift import linear_mu, scheduler_shift
-from flowgrain.models.tokens import check_lengths, token_counts
+from flowgrain.models.weights import WeightFiles, fill
 from flowgrain.settings import SettingsError
 
 JOINT_ATTENTION = [
@@ -36,23 +36,22 @@ JOINT_ATTENTION = [
 only sees image tokens and is not included. On SD3.5-medium these are the 191 layers of Flow-GRPO.
 """
 
-_PROMPTS_IN_MEMORY = 512
-"""Number of prompts whose embeddings stay in memory: 2 GB for FLUX.1, at 4 MB each."""
 
-
-class PipelineBackbone(ABC):
+class PipelineBackbone(PromptEncoding):
     """A `Backbone` that loads the transformer, VAE and scheduler of a diffusers pipeline.
 
-    The text encoders are loaded on the first prompt that the embedding cache does not contain.
+    The text encoders are loaded on the first prompt that the embedding cache does not contain, and
+    freed when no prompt of the run needs them, unless model.keep_encoders is set.
+
+    Attributes:
+        weights: files of the weights of the transformer, while it is empty. None if it has weights.
     """
 
     pipeline: ClassVar[Any]
     """The pipeline class."""
-    encoders: ClassVar[tuple[str, ...]]
-    """Parts of the pipeline that are only needed to encode prompts."""
 
     def __init__(self, model: ModelConfig, dtypes: Dtypes) -> None:
-        """Load the transformer and the VAE.
+        """Load the VAE, and build the transformer without its weights. `load` also fills it.
 
         Raises:
             SettingsError: `model.path` is missing or holds another model, or another setting
@@ -64,15 +63,14 @@ class PipelineBackbone(ABC):
                 "Set model.path to the directory or Hub name of a diffusers pipeline."
             )
         self.config, self.dtypes = model, dtypes
+        self.weights: WeightFiles | None = None
         self.pipe = self._load_pipeline(dict.fromkeys(self.encoders))
         self.transformer: Any = self.pipe.transformer
         self.vae: Any = self.pipe.vae.requires_grad_(False).eval()
         check_size(model, self._token_side)
         apply_options(model, self.transformer, self.vae)
-        self.cache = open_cache(model, dtypes.encoders)
         self.device = torch.device("cpu")
-        self._encoding_pipe: Any = None
-        self._recent_embedding = lru_cache(_PROMPTS_IN_MEMORY)(self._embedding)
+        self.init_encoding(open_cache(model, dtypes.encoders))
 
     @classmethod
     def load(cls, model: ModelConfig, dtypes: Dtypes) -> Self:
@@ -81,11 +79,32 @@ class PipelineBackbone(ABC):
         Raises:
             SettingsError: a setting cannot be used.
         """
+        backbone = cls.load_empty(model, dtypes)
+        if backbone.weights is not None:
+            fill([(backbone.transformer, True)], backbone.weights, torch.device("cpu"))
+            backbone.weights = None
+        return backbone
+
+    @classmethod
+    def load_empty(cls, model: ModelConfig, dtypes: Dtypes) -> Self:
+        """Return the backbone without the weights of the transformer. See `EmptyBackbone`.
+
+        Raises:
+            SettingsError: a setting cannot be used, or a file is missing or damaged.
+        """
         return cls(model, dtypes)
+
+    def _encoding_parts(self) -> dict[str, Any]:
+        """The parts that a pipeline for encoding shares with this backbone."""
+        return {"transformer": self.transformer, "vae": self.vae}
 
     def _load_pipeline(self, parts: Mapping[str, Any]) -> Any:
         """Load the pipeline. `parts` are used as they are and not loaded."""
         parts = {**dict.fromkeys(self._absent_parts), **parts}
+        if "transformer" not in parts:
+            found = empty_transformer(self.config, self.dtypes.transformer)
+            if found is not None:
+                parts["transformer"], self.weights = found
         return load_pipeline(self.pipeline, self.config, self.dtypes, parts)
 
     @cached_property
@@ -97,9 +116,9 @@ class PipelineBackbone(ABC):
     def to(self, device: torch.device) -> None:
         """Move all loaded parts to `device`. Parts that are loaded later are also moved there."""
         self.device = device
-        for part in (self.transformer, self.vae, self._encoding_pipe):
-            if part is not None:
-                part.to(device)
+        for part in (self.transformer, self.vae):
+            part.to(device)
+        self._move_encoders()
 
     @property
     @abstractmethod
@@ -158,62 +177,6 @@ class PipelineBackbone(ABC):
     def bundled_prompts(self, split: str) -> list[str]:  # noqa: ARG002
         """Return an empty list: the published models come without prompts."""
         return []
-
-    def check(self, texts: Sequence[str]) -> None:
-        """Check that no text has more tokens than the text encoders read.
-
-        Raises:
-            ValueError: a text is too long and model.long_prompts is "error".
-        """
-        distinct = list(dict.fromkeys(texts))
-        counts = dict(zip(distinct, self._token_counts(distinct), strict=True))
-        check_lengths([counts[text] for text in texts], self.config, self._encoder_limit)
-
-    @property
-    def _encoder_limit(self) -> int | None:
-        """Maximum number of tokens that the text encoders read; None if there is none."""
-        return None
-
-    @property
-    def _tokenizer_name(self) -> str:
-        """The part of the pipeline whose tokens are counted."""
-        return "tokenizer"
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        path, revision = self.config.path, self.config.revision
-        return AutoTokenizer.from_pretrained(
-            path, subfolder=self._tokenizer_name, revision=revision
-        )
-
-    def _token_counts(self, texts: list[str]) -> list[int]:
-        """Number of tokens of each text."""
-        return token_counts(self._tokenizer, texts)
-
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Return the conditioning of `texts` on the CPU, one row each."""
-        return stack([self._recent_embedding(text) for text in texts])
-
-    def _embedding(self, text: str) -> dict[str, Tensor]:
-        """Tensors of `text` without batch axis, on the CPU: from the cache, or encoded now."""
-        tensors = None if self.cache is None else self.cache.get(text)
-        if tensors is not None:
-            return tensors
-        if self._encoding_pipe is None:
-            parts = {"transformer": self.transformer, "vae": self.vae}
-            self._encoding_pipe = self._load_pipeline(parts).to(self.device)
-        # One prompt at a time: in a batch, the last bits depend on the other prompts, and a resumed
-        # run encodes other batches.
-        with torch.no_grad():
-            row = self._encode(self._encoding_pipe, text)
-        tensors = {name: value[0].cpu() for name, value in row.items()}
-        if self.cache is not None:
-            self.cache.put(text, tensors)
-        return tensors
-
-    @abstractmethod
-    def _encode(self, pipe: Any, text: str) -> Conditioning:
-        """Conditioning of one text, one row, from the pipeline's own encode_prompt."""
 
     @abstractmethod
     def velocity(

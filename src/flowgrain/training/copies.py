@@ -8,19 +8,22 @@ reference: the model before training, for the KL of a full fine-tune. With LoRA,
 old: the slowly moving policy of a forward-process method, which may sample the rollouts.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowgrain.config.schema import Config
 from flowgrain.distributed import World, local_world_size
 from flowgrain.distributed.sharding import shard
 from flowgrain.methods import ForwardProcess
-from flowgrain.models import Backbone
+from flowgrain.models import Backbone, EmptyBackbone
+from flowgrain.models.weights import WeightFiles, fill
 from flowgrain.settings import SettingsError, did_you_mean
 
 
@@ -59,8 +62,9 @@ def make_copies(
 ) -> Copies:
     """The trained model and the copies that `config` needs, sharded and on `device`.
 
-    Copies are made before the model is sharded. They stay on the CPU until then, and FSDP moves
-    them to `device` block by block.
+    Copies are made before the model is sharded. If the transformer of the backbone is empty, copies
+    and shards are also empty, and are then filled from the files tensor by tensor. Otherwise they
+    stay on the CPU until they are sharded, and FSDP moves them to `device` block by block.
     """
     lora, several = config.lora.rank > 0, world.size > 1
     model = trained_model(config, backbone, dtype)
@@ -80,10 +84,29 @@ def make_copies(
         for module in (model, reference, old, None if replica or not own_sampler else sampler):
             if module is not None:
                 shard(module, [module.get_submodule(name) for name in block_names], world)
+    fill_copies(backbone, copies, lora, device)
     backbone.to(device)
     for module in copies.distinct():
         module.to(device)
     return copies
+
+
+def fill_copies(backbone: Backbone, copies: Copies, lora: bool, device: torch.device) -> None:
+    """Fill the model and its copies, if the transformer of the backbone is empty.
+
+    On a CPU, frozen parameters that are never modified are views of the files: with LoRA those of
+    the model and of the old policy, and the reference of a full fine-tune.
+    """
+    files = files_of(backbone)
+    if files is not None and isinstance(backbone, EmptyBackbone):
+        models = [(module, lora or module is copies.reference) for module in copies.distinct()]
+        fill(models, files, device)
+        backbone.weights = None  # closes the files that no tensor is a view of
+
+
+def files_of(backbone: Backbone) -> WeightFiles | None:
+    """The files of the weights, if the transformer of the backbone is empty."""
+    return backbone.weights if isinstance(backbone, EmptyBackbone) else None
 
 
 def trained_model(config: Config, backbone: Backbone, dtype: torch.dtype) -> nn.Module:
@@ -121,12 +144,35 @@ def add_adapter(config: Config, backbone: Backbone) -> None:
         target_modules=list(config.lora.target_modules or backbone.lora_targets),
     )
     transformer = backbone.transformer
-    with torch.random.fork_rng(devices=[]):
+    on_cpu = _on_cpu(transformer) if files_of(backbone) is not None else contextlib.nullcontext()
+    with on_cpu, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
         transformer.add_adapter(adapter)  # type: ignore[operator]
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def _on_cpu(model: nn.Module) -> Iterator[None]:
+    """Replace empty parameters by zeros without memory on the CPU, inside this context.
+
+    peft moves a new adapter to the device of its layer. On the meta device it would be lost.
+    """
+    empty = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.device.type == "meta"
+    ]
+    for module, name, parameter in empty:
+        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, parameter in empty:
+            module.register_parameter(name, parameter)
 
 
 def check_target_modules(config: Config, backbone: Backbone) -> None:
@@ -151,8 +197,15 @@ def reference_copy(model: nn.Module) -> nn.Module:
 
 
 def sampler_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in `dtype` that only samples."""
-    return copy.deepcopy(model).requires_grad_(False).to(dtype)
+    """A copy in `dtype` that only samples. It never exists in another dtype."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    converted: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            value = tensor.detach().to(dtype, copy=True)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            converted[id(tensor)] = nn.Parameter(value) if is_parameter else value
+    return copy.deepcopy(model, converted).requires_grad_(False)
 
 
 def old_copy(model: nn.Module, share_frozen: bool) -> nn.Module:

@@ -72,17 +72,31 @@ def load_dtypes(config: Config, train: bool = True, device: torch.device | None 
     return Dtypes(transformer, vae, compute_dtype(config.model.encoder_dtype, device))
 
 
-def load_model(config: Config, train: bool = True) -> Backbone:
+def load_model(config: Config, train: bool = True, *, empty: bool = False) -> Backbone:
     """The backbone of `config`, for training or only for sampling.
+
+    Args:
+        config: settings of the model.
+        train: whether it is trained.
+        empty: whether the transformer may have no weights yet. See `EmptyBackbone`.
 
     Raises:
         SettingsError: a setting of the model cannot be used.
     """
     quiet_libraries()
     try:
-        return load_backbone(config.model, load_dtypes(config, train))
+        return load_backbone(config.model, load_dtypes(config, train), empty=empty)
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def load_empty(config: Config) -> Backbone:
+    """The backbone of `config` for `Policy.for_training`, which fills an empty transformer.
+
+    Raises:
+        SettingsError: a setting of the model cannot be used.
+    """
+    return load_model(config, empty=True)
 
 
 def load_rewards(

@@ -26,7 +26,7 @@ from flowgrain.training.export import export_policy
 from flowgrain.training.fit import check_loaded, check_memory, check_start
 from flowgrain.training.load import (
     compute_device,
-    load_model,
+    load_empty,
     load_prompts,
     load_rewards,
 )
@@ -94,7 +94,7 @@ class Trainer:
         check_memory(config, None if backbone else size_before_loading(config), self.device)
         try:
             self.rewards, self.eval_rewards = load_rewards(config, rewards)
-            self.backbone = check_backbone(backbone) if backbone else load_model(config)
+            self.backbone = check_backbone(backbone) if backbone else load_empty(config)
         except ValueError as error:
             raise SettingsError(str(error)) from error
         self.size = check_loaded(config, self.backbone, self.device)

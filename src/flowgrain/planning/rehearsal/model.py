@@ -156,7 +156,8 @@ def _assembled(
     backbone.transformer = pipe.transformer
     backbone.vae = pipe.vae.requires_grad_(False).eval()
     apply_options(model, backbone.transformer, backbone.vae)
-    backbone.cache, backbone.device, backbone._encoding_pipe = None, device, pipe
-    backbone._recent_embedding = lru_cache(8)(backbone._embedding)
+    backbone.weights, backbone.device = None, device
+    backbone.init_encoding(None)
+    backbone._encoding_pipe = pipe
     found: Backbone = backbone
     return found
