@@ -6,12 +6,9 @@ from typing import Any
 from pydantic import field_serializer, field_validator, model_validator
 from torch import Tensor
 
+from flowgrain.config.combinations import check_combinations
 from flowgrain.config.data import DataConfig
-from flowgrain.config.economy import check_economy
-from flowgrain.config.graphs import check_graph_memory
-from flowgrain.config.noise import check_noise
-from flowgrain.config.rollout import RolloutConfig, check_rollout
-from flowgrain.config.runtime import check_runtime
+from flowgrain.config.rollout import RolloutConfig
 from flowgrain.config.sections import (
     EvaluationConfig,
     LoraConfig,
@@ -22,14 +19,13 @@ from flowgrain.config.sections import (
     TrainingConfig,
 )
 from flowgrain.config.warnings import warnings_of
-from flowgrain.config.watch import WatchConfig, check_name
-from flowgrain.core.cost import tail_length
+from flowgrain.config.watch import WatchConfig
 from flowgrain.core.given import image_tree
 from flowgrain.core.schedule import TailSchedule
 from flowgrain.core.sde import Shift, sigma_grid
 from flowgrain.core.tree import Tree
 from flowgrain.image_data import IMAGES_OF_PROMPT
-from flowgrain.methods import METHODS, ForwardProcess, Method, build_method, plan_tree
+from flowgrain.methods import Method, build_method, plan_tree
 from flowgrain.models.base import Backbone, ModelConfig
 from flowgrain.rewards.base import RewardConfig
 from flowgrain.settings import Section, Setting
@@ -187,55 +183,9 @@ class Config(Section):
         Raises:
             ValueError: a combination is impossible.
         """
-        try:
-            self.method.check(self.sampling.num_steps)
-            self.method.mix_weights(self.reward_weights)
-            if self.data.kind is not None:
-                self.method.check_unused(self.method.unused_on_data, f"data.{self.data.kind}")
-        except ValueError as error:
-            raise ValueError(f"method.{error}") from error
-        trained, evaluated = list(self.reward_weights), [r.name for r in self.evaluation.rewards]
-        self.watch.check(trained, [name for name in evaluated if name not in trained])
-        for name in (*trained, *evaluated):
-            check_name(name)
-        self.lora.check()
-        self.sampling.check()
-        check_graph_memory(self.training, self.method, self.model.name)
-        check_rollout(self)
-        kind = self.data.kind
-        known = [name for name in METHODS if kind and METHODS.get(name).trains_on == kind]
-        self.data.check(self.method.name, self.method.trains_on, known)
-        check_noise(self.method, self.sigmas(), self.sampling)
-        check_economy(self)
-        try:
-            _ = self.learning_rate
-        except ValueError as error:
-            raise ValueError(f"optimizer.learning_rate: {error}") from error
-        check_runtime(self.runtime, self.sampling, self.method, self.model.name)
-        if isinstance(self.method, ForwardProcess):
-            self.sampling.check_exact(self.method.name)
-        _check_tail(self)
+        check_combinations(self)
 
     @model_validator(mode="after")
     def _checked(self) -> "Config":
         self.check_combinations()
         return self
-
-
-def _check_tail(config: Config) -> None:
-    """Check that the tail is long enough for a feature cache to have an effect.
-
-    Raises:
-        ValueError: it is not.
-    """
-    cache = config.sampling.tail_cache
-    if cache == "none":
-        return
-    needed = 3 if cache.startswith("taylorseer") else 2
-    length = tail_length(config.tree())
-    if length < needed:
-        raise ValueError(
-            f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
-            f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
-            "steps follow."
-        )
