@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
 from flowgrain.planning.gpus import Gpu
 from flowgrain.planning.rehearsal.depth import Depth
@@ -218,4 +219,4 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
             )
         fits = 2.0 * size.transformer < _REPLICA_SHARE * gpu.memory
         changes["runtime.rollout_weights"] = "replica" if fits else "sharded"
-    return config.with_changes(changes)
+    return without_workers(config).with_changes(changes)
