@@ -84,6 +84,7 @@ curve_points: 1
 """
 
 
+@pytest.mark.slow
 def test_compare(directory, monkeypatch):
     speed = {"passes": 100.0, "decodes": 100.0, "scores": 100.0}  # measuring it takes seconds
     monkeypatch.setattr(measure, "machine_speed", lambda config: speed)

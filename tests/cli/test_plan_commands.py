@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from command_line import SMALL, flowgrain, refused, succeeded
 
 from flowgrain.config import load_config
@@ -33,6 +34,7 @@ def test_plan_of_a_recipe():
     assert lora["forward_passes"] == numbers["forward_passes"]
 
 
+@pytest.mark.slow
 def test_plan_for_several_gpus():
     words = ("plan", "g2rpo", *SMALL, "--gpus", "2", "--gpu", "h200")
     numbers = json.loads(succeeded(*words, "--json"))
@@ -47,12 +49,17 @@ def test_rehearse():
     assert "MB on each of 2 x h100" in output
     assert "weights" in output
     assert "Most memory:" in output
-    numbers = json.loads(succeeded("rehearse", "g2rpo", *SMALL, "--gpus", "1", "--json"))
-    assert numbers["fits"]
-    assert numbers["peak"]["phase"] in numbers["phases"]
     assert "--gpu b300" in refused("rehearse", "demo", "--gpu", "b300")
 
 
+@pytest.mark.slow
+def test_rehearse_as_json():
+    numbers = json.loads(succeeded("rehearse", "g2rpo", *SMALL, "--gpus", "1", "--json"))
+    assert numbers["fits"]
+    assert numbers["peak"]["phase"] in numbers["phases"]
+
+
+@pytest.mark.slow
 def test_rehearse_a_step_that_fails(directory):
     (directory / "wrong.py").write_text(
         "import torch\n"

@@ -35,6 +35,7 @@ LORA = {
 MORE = {
     "weighted values": ("branchgrpo", {"method.node_value": "softmax"}),
     "sharded rollout": ("g2rpo", SHARDED),
+    "sharded gradients": ("flow_grpo", {**SHARDED, "runtime.gradient_reduction": "micro_batch"}),
     "sharded adapter": ("flow_grpo", {**SHARDED, "lora.rank": 2}),
     "reference": ("flow_grpo", {"method.kl_weight": 0.1, "method.updates_per_rollout": 3}),
     "per step": ("dancegrpo", {"method.updates_per_rollout": "per_step", "method.best_of": 2}),
@@ -334,6 +335,7 @@ def test_the_export_of_sharded_parameters(tmp_path, pool):
         assert torch.equal(loaded[name], value), name
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all(tmp_path):
     """Under torchrun: an error within a minute, an intact checkpoint, and one rank less resumes."""
     folder = tmp_path / "run"

@@ -42,6 +42,7 @@ def first_block(page: str) -> str:
 
 
 @pytest.mark.parametrize("page", RUNS)
+@pytest.mark.slow
 def test_the_file_on_the_page_trains(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,7 @@ def test_cached_prompts_need_no_text_encoder(folders, tmp_path, monkeypatch, cap
     assert load_backbone(config, Dtypes()).cache.get(PROMPTS[0]) is None
 
 
+@pytest.mark.slow
 def test_ten_thousand_cached_prompts_need_no_text_encoder(folders, tmp_path, monkeypatch):
     """In batches of 24, by the call that a training step makes."""
     config = config_of("flux", folders / "schnell", embedding_cache=str(tmp_path / "cache"))

@@ -27,6 +27,7 @@ def test_quiet_libraries():
         logging.getLogger("torch").setLevel(torch_level)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_from_python(tmp_path):
     """A process of its own, because the libraries are imported once."""
     twins.flux(tmp_path / "flux")

@@ -94,7 +94,10 @@ def test_sharding_divides_parameters():
     one, eight = (memory(config, model_size(config.model), torch.bfloat16, n) for n in (1, 8))
     assert eight.parts["weights"] == one.parts["weights"] / 8
     assert eight.parts["AdamW"] == one.parts["AdamW"] / 8
-    assert eight.parts["gradients"] == one.parts["gradients"]
+    assert eight.parts["gradients"] == one.parts["gradients"] / 8  # reduced often
+    update = config.with_changes({"runtime.gradient_reduction": "update"})
+    whole = memory(update, model_size(config.model), torch.bfloat16, 8)
+    assert whole.parts["gradients"] == one.parts["gradients"]
     assert eight.parts["sampling copy"] == one.parts["sampling copy"]  # a replica
     assert not one.fits(141e9)
     assert eight.fits(141e9)

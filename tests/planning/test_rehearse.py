@@ -31,7 +31,13 @@ def process():
         yield found
 
 
-@pytest.mark.parametrize("method", ["flow_grpo", "g2rpo", "diffusionnft", "densegrpo"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["g2rpo", *(pytest.param(m, marks=SLOW) for m in ("flow_grpo", "diffusionnft", "densegrpo"))],
+)
 def test_the_rows_are_those_of_the_plan(process, method):
     config = load_config(method, SMALL)
     cost, prompts = prompt_cost(config), config.training.prompts_per_step
@@ -48,9 +54,9 @@ def test_the_rows_are_those_of_the_plan(process, method):
     ("method", "changes", "gpus"),
     [
         ("flow_grpo", {"training.ema_decay": 0.9, "method.kl_weight": 0.1}, 1),
-        ("flow_grpo", {"lora.rank": 4, "method.kl_weight": 0.1}, 1),
-        ("diffusionnft", {}, 1),
-        ("g2rpo", {"runtime.rollout_weights": "replica"}, 4),
+        pytest.param("flow_grpo", {"lora.rank": 4, "method.kl_weight": 0.1}, 1, marks=SLOW),
+        pytest.param("diffusionnft", {}, 1, marks=SLOW),
+        pytest.param("g2rpo", {"runtime.rollout_weights": "replica"}, 4, marks=SLOW),
         ("g2rpo", {"runtime.rollout_weights": "sharded", "method.kl_weight": 0.1}, 4),
     ],
 )
@@ -72,6 +78,7 @@ def dtype_of(config):
     return getattr(torch, config.runtime.dtype)
 
 
+@pytest.mark.slow
 def test_less_memory_without_unsharded_gradients(process):
     changes = {**SMALL, "runtime.rollout_weights": "sharded"}
     update, often = (
@@ -88,6 +95,7 @@ def test_less_memory_without_unsharded_gradients(process):
     assert moved[1] > moved[0]
 
 
+@pytest.mark.slow
 def test_activations_of_the_update_grow_with_its_rows(process):
     def update(**changes):
         config = load_config("flow_grpo", {**SMALL, **changes})
@@ -138,6 +146,7 @@ def test_mistakes_of_a_method(process, tmp_path, name, mistake, message):
     assert "Traceback" in raised.value.details
 
 
+@pytest.mark.slow
 def test_waits_for_the_device_are_counted(process, tmp_path):
     plugin = tmp_path / "asking.py"
     text = PLUGIN.format(class_name="Asking", name="asking", mistake="float(edges.advantage.sum())")

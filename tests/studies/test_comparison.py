@@ -179,6 +179,7 @@ STEPS_OF_FULL = {
 """Training steps that the budget of the published comparison paid for, with the reward `towers`."""
 
 
+@pytest.mark.slow
 def test_bundled_comparisons_can_be_planned():
     planned = {name: plan_entries(load_comparison(name)) for name in comparison_names()}
     assert {name: len(entries) for name, entries in planned.items()} == {

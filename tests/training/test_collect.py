@@ -107,3 +107,25 @@ def test_weights_of_rewards_scale_their_part_of_the_total(tiny, mix):
     )
     advantage = both.collector.collect(1).advantage
     torch.testing.assert_close(advantage, one.collector.collect(1).advantage, atol=1e-6, rtol=0)
+
+
+def test_images_can_be_decoded_in_smaller_batches(tiny, tmp_path):
+    """A large VAE needs more memory than sampling. The batch has no effect on the images."""
+    trainers = [Trainer(tiny, tmp_path / "a")]
+    trainers.append(Trainer(tiny.with_changes({"sampling.decode_batch_size": 2}), tmp_path / "b"))
+    decoded = [[], []]
+    for trainer, sizes in zip(trainers, decoded, strict=True):
+        decode = trainer.backbone.decode
+        trainer.backbone.decode = functools.partial(recorded, decode, sizes)
+    whole, small = (trainer.collector.collect(1) for trainer in trainers)
+    assert max(decoded[1]) == 2 < max(decoded[0])
+    assert sum(decoded[0]) == sum(decoded[1])
+    torch.testing.assert_close(small.images, whole.images, atol=1e-5, rtol=0)
+    evaluation = trainers[1].evaluate(num_steps=2, num_images=4)
+    assert len(evaluation.images) == 4
+    assert decoded[1][-2:] == [2, 2]
+
+
+def recorded(decode, sizes, latents):
+    sizes.append(len(latents))
+    return decode(latents)

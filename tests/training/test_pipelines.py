@@ -205,6 +205,7 @@ def test_long_prompts_of_a_run(folders, tmp_path):
     Trainer(config, tmp_path, prompts=[long], **given)
 
 
+@pytest.mark.slow
 def test_encode_fills_the_cache(folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     cache = tmp_path / "cache"

@@ -62,6 +62,8 @@ def concatenate(tree: Tree, parts: Sequence[Rollout]) -> Rollout:
 
     `tree` contains the rows of all `parts` in this order.
     """
+    if len(parts) == 1:
+        return parts[0]
     starts = np.cumsum([0, *(len(part.latents) for part in parts)])
     slots = [part.slot + start for part, start in zip(parts, starts, strict=False)]
     rows = np.cumsum([0, *(len(part.tree) for part in parts)])

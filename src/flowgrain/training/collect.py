@@ -29,7 +29,7 @@ from flowgrain.methods import (
 )
 from flowgrain.methods.calibration import CalibrationResult, calibrate
 from flowgrain.models import Conditioning, take
-from flowgrain.rewards import Reward, Scorer, Scores
+from flowgrain.rewards import Reward, Scorer
 from flowgrain.training.decode import Decoded, decode
 from flowgrain.training.given import given_batch
 from flowgrain.training.graphs import GraphBudget, GraphReuse
@@ -39,7 +39,7 @@ from flowgrain.training.rollout_batch import RolloutBatch
 from flowgrain.training.rollouts import rollout_source
 from flowgrain.training.rollouts.steps import step_noise, step_prompts, step_tree
 from flowgrain.training.sample_step import cheap_collector, sample_step
-from flowgrain.training.scored_tree import ScoredTree
+from flowgrain.training.scored_tree import ScoredTree, gather_scores
 from flowgrain.training.signals import check_stop, interruptible, stop_together
 from flowgrain.training.tails import Tails
 from flowgrain.training.timer import StageTimer
@@ -220,34 +220,9 @@ class RolloutCollector:
         everything = Decoded.concatenate(decoded)
         if encoded is None:
             check_images(everything.images, self.config.training.max_failed_rewards, self.world)
-        whole = rollouts[0]
-        if len(rollouts) > 1:
-            whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
-        gathered, monitors = self._gather(scores, everything.monitors, len(prompts), len(assigned))
+        whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
+        gathered, monitors = gather_scores(self.world, scores, everything.monitors, len(prompts))
         return ScoredTree(cond, whole, everything.images, gathered, monitors)
-
-    def _gather(
-        self,
-        scores: Mapping[str, Scores],
-        monitors: Mapping[str, Tensor],
-        count: int,
-        assigned: int,
-    ) -> tuple[dict[str, Scores], dict[str, Tensor]]:
-        """Scores and monitors of the images of all `count` prompts. Every rank has `assigned`."""
-        own = {name: of_reward.values for name, of_reward in scores.items()}
-        reasons = {name: of_reward.reason for name, of_reward in scores.items()}
-        ranks = self.world.gather_data((own, reasons, dict(monitors)))
-
-        def whole(parts: Sequence[Tensor]) -> Tensor:
-            per_prompt = [part.reshape(assigned, -1) for part in parts]
-            return self.world.interleave(per_prompt, count).flatten()
-
-        gathered = {}
-        for name in ranks[0][0]:
-            values = whole([values_of[name] for values_of, _, _ in ranks])
-            reason = next((reason[name] for _, reason, _ in ranks if reason[name]), None)
-            gathered[name] = Scores(values, int(values.isnan().sum()), reason)
-        return gathered, {name: whole([own[name] for _, _, own in ranks]) for name in monitors}
 
 
 @dataclass(frozen=True)
