@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowgrain.training import Trainer
 from flowgrain.training.step import train_step
@@ -34,6 +35,12 @@ BLOCK = 512
 """Allocations are rounded up to this many bytes, as on CUDA."""
 FIRST, LATER, OPTIMIZER = "first micro-batch", "later micro-batches", "optimizer"
 HOST, OTHER = "host", "activations"
+FLOAT32 = {
+    *(functional.layer_norm, functional.group_norm, functional.softmax, functional.mse_loss),
+    *(torch.exp, torch.log, torch.pow, torch.rsqrt, torch.sum, torch.cumsum, torch.softmax),
+    *(Tensor.exp, Tensor.log, Tensor.pow, Tensor.rsqrt, Tensor.sum, Tensor.cumsum, Tensor.softmax),
+}
+"""Functions that autocast runs in float32 on CUDA, but not on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Measured:
 class HostTensors(TorchFunctionMode):
     """Marks tensors that are on the host during a run on a GPU, and makes the copies of that run.
 
+    Also makes the casts of CUDA's autocast to float32.
+
     Random numbers of a generator, results of `Tensor.cpu`, and results of operators on such tensors
     alone are on the host. `Tensor.to` with a device copies them.
     """
@@ -64,6 +73,8 @@ class HostTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, _in_float32, (args, kwargs))
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         on_host = bool(tensors) and all(hasattr(t, "on_host") for t in tensors)
         if func is Tensor.cpu:
@@ -81,6 +92,10 @@ class HostTensors(TorchFunctionMode):
             tensor.on_host = True
         self.marks.tag({HOST: made})
         return out
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _names_device(args: Any, kwargs: Any) -> bool:
@@ -155,10 +170,7 @@ def measured_step(make_trainer: Any) -> Measured:
     All tensors of the trainer must be made inside of `make_trainer`.
     """
     marks = Marks()
-    with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
-        patched(marks),
-    ):
+    with recorded() as profiler, patched(marks):
         marks.enter("start")
         trainer = make_trainer()
         _watch(trainer, marks)
@@ -166,7 +178,12 @@ def measured_step(make_trainer: Any) -> Measured:
         with HostTensors(marks):
             train_step(1, trainer.config, trainer.collector, trainer.optimizer)
         marks.enter("end")
-    return _sweep(profiler.profiler.kineto_results.experimental_event_tree(), marks)
+    return sweep(profiler, marks)
+
+
+def recorded() -> profile:
+    """A profiler that records every allocation and release."""
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
 
 
 def _watch(trainer: Trainer, marks: Marks) -> None:
@@ -234,8 +251,9 @@ def sharded_parameters(module: nn.Module) -> Iterator[Any]:
             yield from group.fsdp_params if group is not None else ()
 
 
-def _sweep(tree: Any, marks: Marks) -> Measured:
-    """The peaks of the phases, from the events of the profiler in the order of time."""
+def sweep(profiler: profile, marks: Marks) -> Measured:
+    """The peaks of the phases, from the events of `profiler` in the order of time."""
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
     events = sorted(_relevant(tree), key=lambda event: event[0])
     kind: dict[int, str] = {}
     live: dict[int, tuple[int, int]] = {}  # number and bytes of the allocation at an address
@@ -253,6 +271,8 @@ def _sweep(tree: Any, marks: Marks) -> Measured:
                     unknown += name != HOST
         elif size > 0:
             live[pointer] = numbers, size
+            if what == HOST:
+                kind[numbers] = HOST
             changes.append((numbers, rounded(size), phase))
             numbers += 1
         elif pointer in live:
@@ -262,14 +282,19 @@ def _sweep(tree: Any, marks: Marks) -> Measured:
 
 
 def _relevant(tree: Any) -> Iterator[tuple[int, str, int, int]]:
-    """Time, name, address and bytes of allocations and marks."""
-    stack = list(tree)
+    """Time, name, address and bytes of allocations and marks.
+
+    Buffers inside of collectives are on the host: gloo clones what it sends, other than NCCL.
+    """
+    stack = [(event, False) for event in tree]
     while stack:
-        event = stack.pop()
-        stack += event.children
+        event, in_collective = stack.pop()
+        in_collective |= event.name.startswith(("c10d::", "gloo:"))
+        stack += [(child, in_collective) for child in event.children]
         if event.tag == _EventType.Allocation:
             fields = event.extra_fields
-            yield event.start_time_ns, "", fields.ptr, fields.alloc_size
+            kind = HOST if in_collective else ""
+            yield event.start_time_ns, kind, fields.ptr, fields.alloc_size
         elif event.name.startswith(("phase:", "tag:")):
             yield event.start_time_ns, event.name, 0, 0
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from real_memory import OTHER, measured_step
-from rehearsal import CASES, compare, difference, totals
+from real_memory import OTHER, HostTensors, Marks, recorded, sweep
+from rehearsal import difference, totals
+from rehearsal_cases import CASES, compare
 
 from flowgrain.planning.rehearse import Rehearser
 
@@ -37,7 +38,7 @@ def check(found, expected_kinds):
     [
         ("flow_grpo LoRA, CFG, KL, EMA", {"weights", "gradients", "optimizer", "EMA"}),
         ("g2rpo full, KL, EMA", HELD - {"old policy", "sampling copy"}),
-        ("diffusionnft full", HELD - {"EMA", "sampling copy"}),
+        pytest.param("diffusionnft full", HELD - {"EMA", "sampling copy"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_bundled_model(process, case, kinds):
@@ -50,21 +51,34 @@ def test_blocks_of_full_width(process):
     check(found, {"weights", "gradients", "optimizer", "text encoders"})
 
 
-def test_an_allocation_that_a_rehearsal_does_not_have_is_seen(monkeypatch):
-    """The instrument counts buffers that nothing names."""
-    from rehearsal import COMMON, brightness, case_config, trainer_of
+def test_the_instrument_counts_rounded_allocations():
+    marks = Marks()
+    with recorded() as profiler:
+        marks.enter("sample")
+        named, other = torch.ones(1000), torch.ones(2000)
+        marks.tag({"weights": [named]})
+        marks.enter("decode")
+        del other
+        buffer = torch.ones(600)
+        marks.enter("end")
+    found = sweep(profiler, marks)
+    assert buffer.sum() == 600
+    assert found.unknown == 0
+    assert found.peaks["sample"] == {"weights": 4096, OTHER: 8192}
+    assert found.peaks["decode"] == {"weights": 4096, OTHER: 2560}
 
-    config = case_config(CASES["flow_grpo LoRA, CFG, KL, EMA"], folder=None)
-    del COMMON, brightness
-    kept = []
 
-    def leaking():
-        trainer = trainer_of(config, None)
-        kept.append(torch.ones(1_000_000))
-        return trainer
-
-    without = measured_step(lambda: trainer_of(config, None)).peaks
-    found = measured_step(leaking).peaks
-    for phase, kinds in found.items():
-        extra = kinds[OTHER] - without[phase][OTHER]
-        assert extra == pytest.approx(4e6, abs=2048), phase
+def test_the_copies_of_a_gpu_are_made():
+    """A tensor of the host is not memory of the device. Its copy is."""
+    marks = Marks()
+    with recorded() as profiler:
+        marks.enter("sample")
+        with HostTensors(marks):
+            noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+            on_device = noise.to(torch.device("cpu"))
+            on_host = (2 * on_device).cpu()
+        marks.enter("end")
+    assert on_device.data_ptr() != noise.data_ptr()
+    assert hasattr(on_host, "on_host")
+    assert not hasattr(on_device, "on_host")
+    assert sweep(profiler, marks).peaks["sample"] == {OTHER: 2 * 4096}
