@@ -79,7 +79,7 @@ class Case:
     gpus: int = 1
 
 
-_FULL = {"lora.rank": 0}
+_FULL = {"lora.rank": 0, "optimizer.learning_rate": 1e-5}
 _LORA = {"lora.rank": 8}
 _BF16 = {"runtime.dtype": "bfloat16"}
 _TWO = {"num_layers": 2, "dual_attention_layers": (0,)}
