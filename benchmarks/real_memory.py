@@ -284,16 +284,18 @@ def sweep(profiler: profile, marks: Marks) -> Measured:
 def _relevant(tree: Any) -> Iterator[tuple[int, str, int, int]]:
     """Time, name, address and bytes of allocations and marks.
 
-    Buffers inside of collectives are on the host: gloo clones what it sends, other than NCCL.
+    Two buffers of kernels that a GPU does not have count as tensors of the host: gloo clones what
+    it sends, and a batched matrix product in bfloat16 clones a weight once for each row.
     """
-    stack = [(event, False) for event in tree]
+    stack = [(event, "", False) for event in tree]
     while stack:
-        event, in_collective = stack.pop()
-        in_collective |= event.name.startswith(("c10d::", "gloo:"))
-        stack += [(child, in_collective) for child in event.children]
+        event, parent, of_cpu = stack.pop()
+        of_cpu |= event.name.startswith(("c10d::", "gloo:"))
+        of_cpu |= (parent, event.name) == ("aten::bmm", "aten::contiguous")
+        stack += [(child, event.name, of_cpu) for child in event.children]
         if event.tag == _EventType.Allocation:
             fields = event.extra_fields
-            kind = HOST if in_collective else ""
+            kind = HOST if of_cpu else ""
             yield event.start_time_ns, kind, fields.ptr, fields.alloc_size
         elif event.name.startswith(("phase:", "tag:")):
             yield event.start_time_ns, event.name, 0, 0

@@ -70,6 +70,29 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: Mapping[str, Any]) -> str:
+    """The phase with most memory, and the largest differences of all phases, as Markdown."""
+    lines = [
+        "| case | peak phase | MB: rehearsed / measured | largest difference of a total | "
+        "largest difference of a kind |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        phases = result["phases"]
+        peak = max(phases, key=lambda phase: totals(phases[phase])[1])
+        total = max((difference(totals(kinds)) for kinds in phases.values()), key=abs)
+        kinds = [
+            (difference(pair), kind, phase)
+            for phase, of_phase in phases.items()
+            for kind, pair in large_kinds(of_phase).items()
+        ]
+        off, kind, phase = max(kinds, key=lambda item: abs(item[0]))
+        worst = f"{off:+.1%} ({kind}, {phase})"
+        cells = (name, peak, megabytes(totals(phases[peak])), f"{total:+.1%}", worst)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 DEPTH = {
     "sd3-lora-1": ("sd3/flow_grpo", {"data.prompts": "x", "model.path": SD3}, 1),
     "flux-full-8": ("flux/g2rpo", {"data.prompts": "x", "model.path": FLUX}, 8),
@@ -157,6 +180,7 @@ def main() -> None:
                 print(table({name: done[name]}), flush=True)
                 if args.json:
                     args.json.write_text(json.dumps(done, indent=1))
+    print(summary(done))
     print(table(done))
 
 
