@@ -14,9 +14,10 @@ import diffusers
 from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.step import Measurement
 
-SHALLOW, MORE = 2, 2
-"""Blocks of each kind in the smallest model, and blocks that are added. FSDP2 gathers the
-parameters of a block while the one before it runs, so that a single block is not enough.
+SHALLOW, MORE = 3, 2
+"""Blocks of each kind in the smallest model, and blocks that are added. In a backward pass, FSDP2
+gathers the parameters of the next block and still holds the gradients of the last one, so that a
+block needs a neighbor of its kind on both sides.
 """
 
 _COUNTS: Mapping[str, tuple[str, ...]] = {
