@@ -117,11 +117,11 @@ def compare_depth(names: Sequence[str], process: Rehearser) -> None:
 
 
 PARAMETERS = (
-    (FLUX, "transformer", 11.9e9, "checkpoint; the model card says 12 B"),
+    (FLUX, "transformer", 11.9e9, "checkpoint"),
     (FLUX, "vae", 83.8e6, "checkpoint"),
     (FLUX, "text_encoder", 123.1e6, "CLIP ViT-L/14, text model"),
     (FLUX, "text_encoder_2", 4.762e9, "T5 v1.1 XXL, encoder"),
-    (SD3, "transformer", 2.24e9, "checkpoint; the model card says 2.5 B"),
+    (SD3, "transformer", 2.24e9, "checkpoint"),
     (SD3, "text_encoder_2", 694.7e6, "OpenCLIP ViT-bigG/14, text model"),
 )
 """Model, part, published number of parameters, source."""

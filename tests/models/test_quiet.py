@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import diffusers
+import pytest
 import transformers
 import twins
 

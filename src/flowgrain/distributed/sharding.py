@@ -1,7 +1,8 @@
 """Sharded parameters with FSDP2."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,19 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def class_name(model: nn.Module) -> str:
     """Name of the model's class without the prefix that FSDP2 adds when it shards a model."""
     return type(model).__name__.removeprefix("FSDP")
+
+
+def is_sharded_type(kind: type) -> bool:
+    """Whether tensors of the class `kind` are divided over the ranks of a mesh."""
+    return issubclass(kind, DTensor)
+
+
+def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
+    """The parameters that FSDP2 manages in `model`, with their gathered tensors and gradients."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            yield from group.fsdp_params if group is not None else ()
 
 
 def is_sharded(tensor: Tensor) -> bool:

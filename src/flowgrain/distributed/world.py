@@ -23,6 +23,9 @@ from flowgrain.distributed.attempt_store import attempt_store
 
 T = TypeVar("T")
 
+GPUS_PER_MACHINE = 8
+"""Assumed number of GPUs of a machine, if the machines do not exist yet."""
+
 # A slow reward on one rank is not an error. If a rank dies, torchrun ends all other ranks.
 _TIMEOUT = timedelta(hours=1)
 

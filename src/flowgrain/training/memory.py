@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from flowgrain.config.schema import Config
+from flowgrain.distributed.world import GPUS_PER_MACHINE
 from flowgrain.methods import DifferentiableReward, ForwardProcess, Repair, RewardGradient
 from flowgrain.training.activations import decoder_activations
 from flowgrain.training.sizes import ModelSize
 
-GPUS_PER_MACHINE = 8
-"""Assumed number of GPUs of a machine. Parameters are sharded within a machine."""
 USABLE_SHARE = 0.9
 """Share of the memory that the parts may take. The rest is for activations."""
 

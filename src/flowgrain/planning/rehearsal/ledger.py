@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from flowgrain.distributed.sharding import local_tensor
 
 _BLOCK = 512
 """The allocator of CUDA rounds up to this many bytes."""
@@ -87,8 +88,7 @@ class Ledger:
         for tensor in tensors:
             if tensor is None:
                 continue
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            number = self._numbers.get(id(local.untyped_storage()))
+            number = self._numbers.get(id(local_tensor(tensor).untyped_storage()))
             if number is not None:
                 self._kind.setdefault(number, kind)
 

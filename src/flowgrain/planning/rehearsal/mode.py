@@ -12,11 +12,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from flowgrain.distributed.sharding import is_sharded_type
+from flowgrain.distributed.world import GPUS_PER_MACHINE
 from flowgrain.planning.rehearsal.accelerator import NAME
 from flowgrain.planning.rehearsal.ledger import Ledger
 
@@ -26,8 +27,6 @@ _SMALL = 65_536
 """Largest number of values of a tensor that has real values on the host."""
 _KNOWN = "_rehearsal_values"
 """Attribute of a tensor on the device that was copied from the host."""
-GPUS_PER_MACHINE = 8
-"""Assumed number of GPUs of a machine. Parameters are sharded within a machine."""
 _COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "broadcast_")
 
 
@@ -77,7 +76,7 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(t, DTensor) for t in types):
+        if any(is_sharded_type(t) for t in types):
             return NotImplemented
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             return func(*args, **kwargs)  # DTensor computes the shape of a result

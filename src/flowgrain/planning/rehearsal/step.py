@@ -7,22 +7,19 @@ shape, and micro-batches after the second.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
 from flowgrain.config.schema import Config
-from flowgrain.distributed import World
-from flowgrain.distributed.sharding import local_tensor
+from flowgrain.distributed.fake_ranks import fake_world
+from flowgrain.distributed.sharding import fsdp_parameters, local_tensor
 from flowgrain.methods import Method
 from flowgrain.models import Backbone, Conditioning
 from flowgrain.planning.rehearsal.accelerator import NAME
 from flowgrain.planning.rehearsal.ledger import Peak
-from flowgrain.planning.rehearsal.mode import GPUS_PER_MACHINE, RehearsalMode
+from flowgrain.planning.rehearsal.mode import RehearsalMode
 from flowgrain.planning.rehearsal.stand_ins import prompts_of, rewards_of
 from flowgrain.training.collect import RolloutCollector
 from flowgrain.training.optimizer import PolicyOptimizer
@@ -31,7 +28,6 @@ from flowgrain.training.rollout_batch import RolloutBatch
 from flowgrain.training.step import rollout_loss, run_updates
 from flowgrain.training.timer import StageTimer
 
-T = TypeVar("T")
 FIRST, LATER, OPTIMIZER = "first micro-batch", "later micro-batches", "optimizer"
 
 
@@ -56,15 +52,6 @@ class Measurement:
     syncs: Mapping[str, int]
     checkpoint: float
     counts: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class _FakeWorld(World):
-    """A rank whose other ranks have the same values."""
-
-    def gather(self, value: T) -> list[T]:
-        """`value` of every rank."""
-        return [value] * self.size
 
 
 class _Timer(StageTimer):
@@ -131,7 +118,7 @@ class _Optimizer(PolicyOptimizer):
     def _gradients(self) -> Iterator[Tensor | None]:
         for parameter in self.policy.parameters.values():
             yield parameter.grad
-        for parameter in _fsdp_parameters(self.policy.model):
+        for parameter in fsdp_parameters(self.policy.model):
             yield parameter.unsharded_accumulated_grad
             unsharded = getattr(parameter, "_unsharded_param", None)
             yield None if unsharded is None else unsharded.grad
@@ -149,7 +136,7 @@ def measure(
         device: the registered accelerator.
     """
     mode = RehearsalMode(gpus)
-    world = _world(gpus)
+    world = fake_world(gpus, NAME)
     with mode.running():
         backbone = build(device)
         _decode_once(backbone, mode)
@@ -185,27 +172,6 @@ def measure(
     )
 
 
-def _world(gpus: int) -> World:
-    if gpus == 1:
-        return World()
-    if dist.is_initialized() and dist.get_world_size() != gpus:
-        dist.destroy_process_group()
-    if not dist.is_initialized():
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    return _FakeWorld(0, gpus, _mesh(gpus))
-
-
-def _mesh(gpus: int) -> DeviceMesh:
-    """Shards within a machine, replicas across machines, as `init_process_group` makes it."""
-    machines = -(-gpus // GPUS_PER_MACHINE)
-    if machines > 1 and gpus % GPUS_PER_MACHINE == 0:
-        names = ("replicate", "shard")
-        return init_device_mesh(NAME, (machines, GPUS_PER_MACHINE), mesh_dim_names=names)
-    return init_device_mesh(NAME, (gpus,), mesh_dim_names=("shard",))
-
-
 def _decode_once(backbone: Any, mode: RehearsalMode) -> None:
     """Let the backbone run a decode without gradient once for each shape."""
     decode = backbone.decode
@@ -233,7 +199,7 @@ def _tag(mode: RehearsalMode, policy: Policy, backbone: Backbone) -> None:
         if module is not None:
             ledger.tag(kind, [*module.parameters(), *module.buffers()])
     for module in copies.distinct():
-        for parameter in _fsdp_parameters(module):
+        for parameter in fsdp_parameters(module):
             ledger.tag("unsharded parameters", parameter.all_gather_outputs)
     if policy.ema is not None:
         ledger.tag("EMA", policy.ema.shadow_params)
@@ -242,14 +208,6 @@ def _tag(mode: RehearsalMode, policy: Policy, backbone: Backbone) -> None:
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and part is not None:
                 ledger.tag("text encoders", [*part.parameters(), *part.buffers()])
-
-
-def _fsdp_parameters(module: Any) -> Iterator[Any]:
-    """The parameters of FSDP2 in `module`."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            group = part._get_fsdp_state()._fsdp_param_group
-            yield from group.fsdp_params if group is not None else ()
 
 
 def _update(
