@@ -183,8 +183,8 @@ class RolloutCollector:
             noise: noise source. A prompt number is the position in `prompts`.
             measured: whether the monitors of the images are measured.
             trains: whether an update follows, which may use the graphs of the rollout.
-            encoded: conditioning of this rank's prompts, if they are only a share of the step.
-                The caller then checks the images of all shares. Default: encode the prompts.
+            encoded: conditioning of this rank's prompts, if they are only a share of the step. The
+                caller then checks the images of all shares. Default: encode the prompts.
 
         Raises:
             StopRequested: a signal arrived.
@@ -197,10 +197,9 @@ class RolloutCollector:
             cond = self.policy.encode([p.text for p in mine]) if encoded is None else encoded
         budget = self.graph_reuse.budget() if trains else None
         size = sampling.prompts_per_chunk or len(mine)
-        batch_sizes = self.config.reward_batch_sizes
         rewards = self.rewards if self.world.is_first_of_group else {}
-        rollouts, decoded = [], []
-        with Scorer(rewards, batch_sizes, background=size < len(mine)) as scorer:
+        rollouts, decoded, sizes = [], [], self.config.reward_batch_sizes
+        with Scorer(rewards, sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
                 chunk = _Chunk(self, cond, noise, assigned, first, len(prompts), budget)
                 tree = prompt_tree.repeat(len(mine[first : first + size]))
@@ -211,8 +210,7 @@ class RolloutCollector:
                     decoded.append(decode(self.policy, latents, sampling.batch_size, measured))
                 with timer.measure("score"):
                     owners = [mine[first + p] for p in tree.prompt[tree.leaves]]
-                    groups = self.method.leaf_groups(tree)
-                    images = decoded[-1].images
+                    images, groups = decoded[-1].images, self.method.leaf_groups(tree)
                     interruptible(self.world, partial(scorer.submit, images, owners, groups))
             with timer.measure("score"):
                 scores = interruptible(self.world, scorer.results) or {}
@@ -221,8 +219,8 @@ class RolloutCollector:
         if encoded is None:
             check_images(everything.images, self.config.training.max_failed_rewards, self.world)
         whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
-        gathered, monitors = gather_scores(self.world, scores, everything.monitors, len(prompts))
-        return ScoredTree(cond, whole, everything.images, gathered, monitors)
+        gathered = gather_scores(self.world, scores, everything.monitors, len(prompts))
+        return ScoredTree(cond, whole, everything.images, *gathered)
 
 
 @dataclass(frozen=True)
