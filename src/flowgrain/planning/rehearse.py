@@ -3,25 +3,30 @@
 The step runs in another process on fake tensors, see `flowgrain.planning.rehearsal`.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
+from flowgrain.distributed.threads import available_cores
 from flowgrain.planning.gpus import Gpu
-from flowgrain.planning.rehearsal.depth import Depth
+from flowgrain.planning.rehearsal.depth import Depth, combine
 from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.step import FIRST, LATER, OPTIMIZER, Measurement
 from flowgrain.settings import SettingsError
 from flowgrain.training.memory import USABLE_SHARE
 from flowgrain.training.sizes import size_before_loading
 
+_PROCESSES = 2
+"""Largest number of processes that share the transformers of a rehearsal."""
 _REPLICA_SHARE = 0.4
 """runtime.rollout_weights=auto takes a replica below this share of the free memory."""
 PHASES = ("rewards", "encode", "sample", "decode", "score", "update", FIRST, LATER, OPTIMIZER)
@@ -109,33 +114,80 @@ class Rehearsal:
         }
 
 
+class _Worker:
+    """A process that measures steps, see `rehearsal.worker`."""
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in `close`)
+        # The same package as in this process, whatever the working directory.
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "flowgrain.planning.rehearsal.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Send a request. The process works on it."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `receive` then reports the reason
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the answer to the request.
+
+        Raises:
+            SettingsError: this configuration cannot be rehearsed.
+            RehearsalError: the step raised an error, or the process ended.
+        """
+        stdout = self._process.stdout
+        assert stdout is not None
+        line = stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RehearsalError("the process of the rehearsal ended", self._errors.read())
+        answer: dict[str, Any] = json.loads(line)
+        if "settings_error" in answer:
+            raise SettingsError(answer["settings_error"])
+        if "error" in answer:
+            raise RehearsalError(answer["error"], answer["traceback"])
+        return answer
+
+
 class Rehearser:
-    """The process of rehearsals. Starting it takes seconds, so that several can share it.
+    """Processes for rehearsals. Starting one takes seconds, so that rehearsals can share them.
 
     Use it as a context manager.
     """
 
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
-        # The same package as in this process, whatever the working directory.
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        command = [sys.executable, "-m", "flowgrain.planning.rehearsal.worker"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        )
+        self._workers: list[_Worker] = []
 
     def __enter__(self) -> "Rehearser":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
+        self._close()
+
+    def _close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
 
     def rehearse(self, config: Config, gpus: int, gpu: Gpu, depth: Depth = "lines") -> Rehearsal:
         """Rehearse the first training step of `config` on `gpus` GPUs.
@@ -150,35 +202,36 @@ class Rehearser:
             SettingsError: this configuration cannot be rehearsed.
             RehearsalError: the step raised an error.
         """
+        begin = time.perf_counter()
         compiled, config = config.runtime.compile is not None, prepared(config, gpus, gpu)
-        request = {"config": config.to_dict(), "gpus": gpus, "depth": depth}
-        answer = self._ask(request)
-        if "settings_error" in answer:
-            raise SettingsError(answer["settings_error"])
-        if "error" in answer:
-            raise RehearsalError(answer["error"], answer["traceback"])
-        found = answer["measurement"]
-        peaks = {name: Peak(peak["kinds"]) for name, peak in found.pop("peaks").items()}
-        measured = Measurement(peaks=peaks, **found)
-        return Rehearsal(config, compiled, gpus, measured, answer["seconds"])
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        line = ""
+        count = min(_PROCESSES, available_cores()) if depth == "lines" else 1
+        while len(self._workers) < count:
+            self._workers.append(_Worker())
+        request = {"config": config.to_dict(), "gpus": gpus, "depth": depth, "of": count}
         try:
-            stdin.write(json.dumps(request) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            pass
-        if not line:
-            self._errors.seek(0)
-            details = self._errors.read()
-            raise RehearsalError("the process of the rehearsal ended", details)
-        found: dict[str, Any] = json.loads(line)
-        return found
+            for number, worker in enumerate(self._workers[:count]):
+                worker.send({**request, "share": number})
+            answers = [worker.receive() for worker in self._workers[:count]]
+        except (SettingsError, RehearsalError):
+            self._close()  # others may still work on the request
+            raise
+        parts = sorted((part for answer in answers for part in answer["parts"]), key=_number)
+        measured = combine(
+            [_measurement(part["measurement"]) for part in parts],
+            [part["factor"] for part in parts],
+        )
+        return Rehearsal(config, compiled, gpus, measured, time.perf_counter() - begin)
+
+
+def _number(part: dict[str, Any]) -> int:
+    """The number of a transformer among those that are measured."""
+    number: int = part["number"]
+    return number
+
+
+def _measurement(values: dict[str, Any]) -> Measurement:
+    peaks = {name: Peak(peak["kinds"]) for name, peak in values["peaks"].items()}
+    return Measurement(**{**values, "peaks": peaks})
 
 
 def rehearse(config: Config, gpus: int, gpu: Gpu, depth: Depth = "lines") -> Rehearsal:

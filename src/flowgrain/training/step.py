@@ -82,12 +82,13 @@ def run_updates(
         policy: the trained policy.
         optimizer: its optimizer.
         world: ranks.
-        places: the micro-batches to run, of a number of them. A rehearsal leaves some out.
+        places: the updates and micro-batches to run, of a number of them. A rehearsal leaves some
+            out.
     """
     losses.prepare()
     record, norms, skipped = TermRecord(), [], 0
-    for number, share in enumerate(losses.updates):
-        finite_losses = []
+    for number in places(len(losses.updates)):
+        share, finite_losses = losses.updates[number], []
         last = len(share.micro_batches) - 1
         for place in places(len(share.micro_batches)):
             micro_batch = share.micro_batches[place]

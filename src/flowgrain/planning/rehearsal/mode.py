@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from flowgrain.distributed.sharding import is_sharded_type
 from flowgrain.distributed.world import GPUS_PER_MACHINE
 from flowgrain.planning.rehearsal.accelerator import NAME
+from flowgrain.planning.rehearsal.counts import Counts
 from flowgrain.planning.rehearsal.ledger import Ledger
 
 _PACKAGE = Path(__file__).parents[2]
@@ -121,6 +122,18 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.moved[name] += value
         self.ledger.repeat(known.held)
         return torch.empty(known.shape, dtype=known.dtype, device=torch.device(NAME, 0))
+
+    def counted(self) -> Counts:
+        """What was counted so far: FLOPs in total, bytes over links and rows by name."""
+        found = {("flops", ""): sum(self.flops.values())}
+        found |= {("moved", name): value for name, value in self.moved.items()}
+        return found | {("rows", name): value for name, value in self.rows.items()}
+
+    def add(self, phase: str, counts: Counts) -> None:
+        """Add `counts` of `phase`, which did not run."""
+        for (kind, name), value in counts.items():
+            of_kind = {"flops": self.flops, "moved": self.moved, "rows": self.rows}[kind]
+            of_kind[name or phase] += value
 
     def forget(self) -> None:
         """Count from now on. The memory that is held stays known."""

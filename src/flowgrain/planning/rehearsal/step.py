@@ -18,6 +18,7 @@ from flowgrain.distributed.sharding import fsdp_parameters, local_tensor
 from flowgrain.methods import Method
 from flowgrain.models import Backbone, Conditioning
 from flowgrain.planning.rehearsal.accelerator import NAME
+from flowgrain.planning.rehearsal.counts import Counts, difference, plus, times
 from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.mode import RehearsalMode
 from flowgrain.planning.rehearsal.stand_ins import prompts_of, rewards_of
@@ -96,16 +97,15 @@ class _Optimizer(PolicyOptimizer):
     """An optimizer that says what its memory is for."""
 
     mode: RehearsalMode
-    costs: list[tuple[float, dict[str, float], dict[str, float]]]
-    """FLOPs, bytes and rows so far, after every micro-batch."""
+    marks: list[list[Counts]]
+    """Counts at the start, after every micro-batch and at the end of each update."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`."""
         super().backward(loss)
         self.mode.ledger.tag("gradients", self._gradients())
         self.mode.ledger.phase = LATER
-        mode = self.mode
-        self.costs.append((sum(mode.flops.values()), dict(mode.moved), dict(mode.rows)))
+        self.marks[-1].append(self.mode.counted())
 
     def step(self, losses: Any) -> tuple[Tensor, bool]:
         """Take an optimizer step."""
@@ -113,6 +113,8 @@ class _Optimizer(PolicyOptimizer):
         with self.mode.ledger.during(OPTIMIZER):
             result = super().step(losses)
         self.mode.ledger.tag("optimizer", self.tensors().values())
+        self.marks[-1].append(self.mode.counted())
+        self.marks.append([self.mode.counted()])
         return result
 
     def _gradients(self) -> Iterator[Tensor | None]:
@@ -145,7 +147,7 @@ def measure(
         policy: Any = _Policy.for_training(config, backbone, device, world)
         policy.mode = mode
         optimizer: Any = _Optimizer(policy, config, world)
-        optimizer.mode, optimizer.costs = mode, []
+        optimizer.mode, optimizer.marks = mode, []
         _tag(mode, policy, backbone)
         with mode.ledger.during("rewards"):
             rewards = rewards_of(config, device, mode.ledger)
@@ -220,23 +222,22 @@ def _update(
 ) -> None:
     """Run the updates with at most three micro-batches each, and add the cost of the others."""
     losses, mode = rollout_loss(config, method, policy, batch, sigmas), optimizer.mode
+    optimizer.marks = [[mode.counted()]]
     run_updates(losses, policy, optimizer, batch.world, _places)
-    place = 0
-    for update in losses.updates:
-        count = len(update.micro_batches)
-        missing = count - len(_places(count))
-        if missing:
-            before, after = optimizer.costs[place : place + 2]
-            mode.flops[LATER] += missing * (after[0] - before[0])
-            for counts, old, new in (
-                (mode.moved, before[1], after[1]),
-                (mode.rows, before[2], after[2]),
-            ):
-                for name, value in new.items():
-                    counts[name] += missing * (value - old.get(name, 0.0))
-        place += len(_places(count))
+    counts = [len(update.micro_batches) for update in losses.updates]
+    chosen, costs = _places(len(counts)), []
+    for marks, place in zip(optimizer.marks, chosen, strict=False):
+        missing = counts[place] - len(_places(counts[place]))
+        left_out = times(difference(marks[2], marks[1]), missing) if missing else {}
+        mode.add(LATER, left_out)
+        costs.append(plus(difference(marks[-1], marks[0]), left_out))
+    if len(chosen) < len(counts):  # the other updates cost as much as the second
+        mode.add(LATER, times(costs[1], len(counts) - len(chosen)))
 
 
 def _places(count: int) -> list[int]:
-    """The first two and the last of `count` micro-batches. The others are equal to the second."""
+    """The first two and the last of `count` updates or micro-batches.
+
+    The others are equal to the second.
+    """
     return sorted({*range(min(count, 2)), count - 1}) if count else []

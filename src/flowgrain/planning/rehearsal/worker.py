@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import sysconfig
-import time
 import traceback
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -22,9 +21,9 @@ from flowgrain.config.load import validate
 from flowgrain.config.schema import Config
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.planning.rehearsal import accelerator
-from flowgrain.planning.rehearsal.depth import Depth, combine, depths
+from flowgrain.planning.rehearsal.depth import Depth, depths
 from flowgrain.planning.rehearsal.model import build_backbone, part_config
-from flowgrain.planning.rehearsal.step import Measurement, measure
+from flowgrain.planning.rehearsal.step import measure
 from flowgrain.registry import load_plugin
 from flowgrain.settings import SettingsError
 from flowgrain.training.load import load_dtypes
@@ -32,37 +31,44 @@ from flowgrain.training.load import load_dtypes
 _PACKAGE = Path(__file__).parents[2]
 
 
-def run(config: Config, gpus: int, depth: Depth = "lines") -> Measurement:
+def run(
+    config: Config, gpus: int, depth: Depth = "lines", share: int = 0, of: int = 1
+) -> list[dict[str, Any]]:
     """Measure the first training step of `config` on one of `gpus` ranks.
 
     Args:
         config: settings, see `rehearse.prepared`.
         gpus: number of ranks.
         depth: which transformers are measured, see `Depth`.
+        share: measure every `of`-th transformer, from this one.
+        of: number of processes that share the transformers.
+
+    Returns:
+        Number, factor and measurement of each transformer.
     """
     device = accelerator.register()
     dtypes = load_dtypes(config, device=torch.device("cuda"))
     chosen = depths(part_config(config.model, "transformer"), depth)
-    measured = [
-        measure(config, partial(build_backbone, config.model, dtypes, shape), gpus, device)
-        for shape in chosen.configs
-    ]
-    return combine(measured, chosen.factors)
+    parts = []
+    for number in range(share, len(chosen.configs), of):
+        build = partial(build_backbone, config.model, dtypes, chosen.configs[number])
+        found = asdict(measure(config, build, gpus, device))
+        parts.append({"number": number, "factor": chosen.factors[number], "measurement": found})
+    return parts
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The measurement for a request, or the error that the step raises."""
-    begin = time.perf_counter()
+    """The measurements for a request, or the error that the step raises."""
     try:
         for plugin in request["config"]["runtime"]["plugins"]:
             load_plugin(plugin)
         config = validate(request["config"])
-        found = run(config, request["gpus"], request["depth"])
+        work = (request["gpus"], request["depth"], request["share"], request["of"])
+        return {"parts": run(config, *work)}
     except SettingsError as error:
         return {"settings_error": str(error)}
     except Exception as error:  # any error of a first step on a GPU
         return {"error": _message(error), "traceback": traceback.format_exc()}
-    return {"measurement": asdict(found), "seconds": time.perf_counter() - begin}
 
 
 def _message(error: Exception) -> str:
