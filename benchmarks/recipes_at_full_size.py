@@ -1,6 +1,6 @@
-"""Rehearse every recipe at full size, and write a table.
+"""Rehearse recipes at full size, by default all of them, and write a table.
 
-    python benchmarks/recipes_at_full_size.py [--gpus 8] [--gpu h100] [--out recipes.json]
+    python benchmarks/recipes_at_full_size.py [RECIPE ...] [--gpus 8] [--gpu h100] [--out recipes.json]
 
 The results are saved after every recipe. A recipe with a result is not rehearsed again.
 """
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("recipes", nargs="*")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--out", type=Path, default=Path("recipes.json"))
@@ -29,7 +30,7 @@ def main() -> None:
     card = gpu_named(args.gpu)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     with Rehearser() as process:
-        for recipe in recipe_names():
+        for recipe in args.recipes or recipe_names():
             if recipe in found:
                 continue
             config = load_config(recipe)
