@@ -98,7 +98,9 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not all(isinstance(t, FakeTensor) for t in tensors):
             args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
         with self._fake:
-            out = func(*args, **kwargs)
+            out = self._of_unknown_shape(func, args)
+            out = func(*args, **kwargs) if out is None else out
+        _mark_finite(func, args, kwargs, out)
         if self._record(func, args, kwargs, out):
             return out
         return tree_map_only(FakeTensor, _with_values, out)
@@ -165,6 +167,30 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger.add(out)
         return out
 
+    def _of_unknown_shape(self, func: Any, args: Any) -> Tensor | None:
+        """The result of an operator whose shape depends on values, if every value is selected.
+
+        The host waits for the shape. None for other operators.
+        """
+        if func is _aten.nonzero.default:
+            values = args[0]
+            self._count_sync()
+            return values.new_empty((values.numel(), values.dim()), dtype=torch.int64)
+        if func is _aten.masked_select.default:
+            self._count_sync()
+            return args[0].new_empty(torch.broadcast_shapes(*(t.shape for t in args)).numel())
+        if func is not _aten.index.Tensor or not any(map(_is_mask, args[1])):
+            return None
+        self._count_sync()
+        places: list[Tensor | None] = []
+        for index in args[1]:
+            if index is not None and _is_mask(index):
+                places += [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
+            else:
+                places.append(index)
+        found: Tensor = func(args[0], places)
+        return found
+
     def _as_fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self._fake.from_tensor(tensor)
 
@@ -227,6 +253,27 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             received = 2 * max(sizes) * (ranks - 1) / ranks
             place = "between machines" if machines > 1 else place
         self.moved[f"{self.ledger.phase}: {name.strip('_')} {place}"] += received
+
+
+def _mark_finite(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Give the answers to "is any value NaN or infinite?" their value: False."""
+    if not isinstance(out, Tensor) or out.is_floating_point():
+        return
+    if func in (_aten.isnan.default, _aten.isinf.default):
+        setattr(out, _KNOWN, torch.zeros((), dtype=torch.bool).expand(out.shape))
+        return
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if tensors and all(_is_known_mask(t) for t in tensors):
+        args, kwargs = tree_map_only(Tensor, lambda t: getattr(t, _KNOWN), (args, kwargs))
+        setattr(out, _KNOWN, func(*args, **kwargs))
+
+
+def _is_known_mask(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bool and hasattr(tensor, _KNOWN)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _plausible(tensor: Tensor) -> Tensor:
