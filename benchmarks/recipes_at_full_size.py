@@ -39,7 +39,7 @@ def main() -> None:
                 found[recipe] = {"error": str(error)}
             else:
                 phase, peak = rehearsal.peak
-                expected = forecast(rehearsal, card)
+                expected = forecast(rehearsal, card, rehearsal.compiled)
                 found[recipe] = {
                     "lora": config.lora.rank,
                     "peak": peak.total,

@@ -173,12 +173,14 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         The host waits for the shape. None for other operators.
         """
         if func is _aten.nonzero.default:
-            values = args[0]
             self._count_sync()
-            return values.new_empty((values.numel(), values.dim()), dtype=torch.int64)
+            numbers: Tensor = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+            return numbers
         if func is _aten.masked_select.default:
             self._count_sync()
-            return args[0].new_empty(torch.broadcast_shapes(*(t.shape for t in args)).numel())
+            shape = torch.broadcast_shapes(*(t.shape for t in args))  # type: ignore[no-untyped-call]
+            selected: Tensor = args[0].new_empty(shape.numel())
+            return selected
         if func is not _aten.index.Tensor or not any(map(_is_mask, args[1])):
             return None
         self._count_sync()
