@@ -1,6 +1,6 @@
 """Rehearse recipes at full size, by default all of them, and write a table.
 
-    python benchmarks/recipes_at_full_size.py [RECIPE ...] [--gpus 8] [--gpu h100] [--out recipes.json]
+    python benchmarks/recipes_at_full_size.py [RECIPE ...] [--gpus 8] [--gpu h100] [--out FILE]
 
 The results are saved after every recipe. A recipe with a result is not rehearsed again.
 """
@@ -40,7 +40,7 @@ def main() -> None:
                 found[recipe] = {"error": str(error)}
             else:
                 phase, peak = rehearsal.peak
-                expected = forecast(rehearsal, card)
+                expected = forecast(rehearsal, card, rehearsal.compiled)
                 found[recipe] = {
                     "lora": config.lora.rank,
                     "peak": peak.total,

@@ -119,6 +119,14 @@ def test_steps_that_are_done_are_not_repeated(tmp_path):
         run_bench(Bench(bench.out, "cpu", False), steps, 10, notes.append, again)
 
 
+def test_results_keep_the_steps_of_earlier_calls(tmp_path):
+    bench = Bench(tmp_path / "bench", "cpu", True)
+    for steps in (["machine", "resume"], ["tails"]):
+        run_bench(bench, steps, 10, lambda _: None, Launches())
+    records = {record["step"]: record["status"] for record in read_results(bench.out)}
+    assert records == dict.fromkeys(("tails", "machine", "resume"), "done")
+
+
 def test_no_step_starts_without_time(tmp_path):
     launches, bench = Launches(), Bench(tmp_path, "cpu", True)
     assert run_bench(bench, ["machine"], 0.1, lambda _: None, launches) == ["machine"]
@@ -241,6 +249,8 @@ def test_memory_is_compared_with_the_rehearsal():
     assert good["update_relative_error"] == pytest.approx(-0.05)
     bad = memory.compare_memory(config, measured, lambda _: {"sample": 10e9, "update": 10e9})
     assert not bad["passed"]
+    with pytest.raises(Skipped, match=r"model.path=tiny: the configuration"):
+        memory.compare_memory(config, measured)
     with pytest.raises(Skipped, match="on a GPU only"):
         memory.compare_memory(config, {})
     with pytest.raises(Skipped, match="none of the stages"):

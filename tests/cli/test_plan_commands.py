@@ -42,6 +42,7 @@ def test_plan_for_several_gpus():
     assert numbers["forecast"]["total"] == sum(numbers["forecast"]["seconds"].values())
     assert numbers["rehearsal"]["peak"]["total"] > 0
     assert "--gpu b300" in refused("plan", "demo", "--gpus", "16", "--gpu", "b300")
+    assert "--gpu h200: has no effect without --gpus" in refused("plan", "demo", "--gpu", "h200")
 
 
 def test_rehearse():
@@ -50,6 +51,26 @@ def test_rehearse():
     assert "weights" in output
     assert "Most memory:" in output
     assert "--gpu b300" in refused("rehearse", "demo", "--gpu", "b300")
+    assert "--full-depth: has no effect" in refused("rehearse", "demo", "--search", "--full-depth")
+
+
+def test_rehearse_search(monkeypatch):
+    """Progress goes to stderr. --gpus selects a number of GPUs."""
+    from flowgrain.planning import search
+
+    asked = []
+
+    def proposals(config, gpu, numbers, progress):
+        asked.append(numbers)
+        progress("8 GPUs: a layout")
+        return [search.Proposal(n, True, ["sampling.batch_size=4"], 1e9, 2.0, 3.0) for n in numbers]
+
+    monkeypatch.setattr(search, "proposals", proposals)
+    found = flowgrain("rehearse", "g2rpo", *SMALL, "--search", "--json")
+    assert [proposal["gpus"] for proposal in json.loads(found.stdout)] == [1, 2, 4, 8, 16]
+    assert "a layout" in found.stderr
+    assert "sampling.batch_size=4" in succeeded("rehearse", "g2rpo", "--search", "--gpus", "4")
+    assert asked == [search.NUMBERS, (4,)]
 
 
 @pytest.mark.slow

@@ -48,6 +48,14 @@ def test_a_policy_holds_what_the_model_says(method, changes, tmp_path):
     assert parts["VAE"] == held_bytes(trainer.backbone.vae)
 
 
+def test_ranks_of_a_context_group_hold_the_latents_of_the_same_prompts():
+    config = load_config("flux/g2rpo")
+    divided = config.with_changes({"runtime.context_parallel": 2})
+    size, dtype = model_size(config.model), torch.bfloat16
+    whole, half = (memory(config, size, dtype, gpus).parts["latents"] for gpus in (4, 8))
+    assert memory(divided, size, dtype, 8).parts["latents"] == whole == 2 * half
+
+
 def test_latents_are_those_of_a_rollout(tiny, tmp_path):
     trainer = Trainer(tiny, tmp_path)
     rollout = trainer.collector.collect(1).rollout

@@ -1,5 +1,6 @@
 """Rehearsals: what they count, and which errors of a first GPU run they find."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from flowgrain.planning.forecast import forecast
 from flowgrain.planning.gpus import EAGER, GPUS, gpu_named
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.rehearse import RehearsalError, Rehearser, prepared, rehearse
+from flowgrain.planning.search import proposals
 from flowgrain.training.memory import memory
 from flowgrain.training.sizes import model_size
 
@@ -72,6 +74,30 @@ def test_what_a_run_holds(process, method, changes, gpus):
         assert found.get(name, 0.0) == pytest.approx(formula, rel=0.05, abs=2e5), name
 
 
+@pytest.mark.parametrize(("memory", "least"), [(0.01, 8e6), (0.0002, 0)])
+def test_kept_graphs_take_the_memory_of_their_setting(process, memory, least):
+    """A graph of one row takes 1.6 MB, so that the smaller memory has room for none."""
+    settings = {**SMALL, "method.updates_per_rollout": 1}
+    usual, kept = (
+        process.rehearse(load_config("flow_grpo", {**settings, **changes}), 1, H100)
+        for changes in ({}, {"training.graph_memory": memory})
+    )
+    more = kept.phases["sample"].total - usual.phases["sample"].total
+    assert least <= more <= 1.1e9 * memory
+    assert least or more <= 1e4
+    # One and two rows are measured to find the memory of a graph.
+    assert kept.measured.counts["gradient"] == usual.measured.counts["gradient"] + 3
+
+
+@pytest.mark.parametrize("method", ["draft", "refl"])
+def test_methods_that_train_on_the_gradient_of_the_reward(process, method):
+    changes = {name: value for name, value in SMALL.items() if name != "method.group_size"}
+    config = load_config(method, changes)
+    found = process.rehearse(config, 1, H100)
+    assert found.measured.counts["gradient"] == 4 * prompt_cost(config).train_forward_passes
+    assert found.phases["first micro-batch"].total > found.phases["sample"].total
+
+
 def dtype_of(config):
     import torch
 
@@ -103,6 +129,32 @@ def test_activations_of_the_update_grow_with_its_rows(process):
 
     six, twelve, all_rows = (update(**{"training.micro_batch_size": n}) for n in (6, 12, 24))
     assert all_rows - twelve == pytest.approx(2 * (twelve - six), rel=0.02)
+
+
+def test_values_are_finite(process, tmp_path):
+    """A check of a method for NaN and infinity does not raise an error."""
+    plugin = tmp_path / "finite.py"
+    mistake = (
+        "assert not edges.x_next.isnan().any(); "
+        "assert not (edges.x_next.isnan() | edges.x_next.isinf()).flatten(1).any(1).sum().item(); "
+        "assert not edges.advantage.isnan().cpu().any(); assert edges.x_next.isfinite().all()"
+    )
+    plugin.write_text(PLUGIN.format(class_name="Finite", name="finite", mistake=mistake))
+    process.rehearse(load_config("finite", SMALL, plugins=[plugin]), 1, H100)
+
+
+def test_masks_select_every_row(process, tmp_path):
+    plugin = tmp_path / "masks.py"
+    mistake = (
+        "known = edges.advantage > 0; inner(edges).loss[known].sum(); edges.advantage.nonzero(); "
+        "edges.advantage.masked_select(known)"
+    )
+    text = PLUGIN.format(class_name="Masks", name="masks", mistake=mistake)
+    plugin.write_text(text)
+    masks = process.rehearse(load_config("masks", SMALL, plugins=[plugin]), 1, H100).measured
+    usual = process.rehearse(load_config("flow_grpo", SMALL), 1, H100).measured
+    assert masks.counts == usual.counts
+    assert sum(masks.syncs.values()) > sum(usual.syncs.values())  # the host waits for a shape
 
 
 PLUGIN = """
@@ -170,14 +222,39 @@ def test_the_forecast_divides_flops_by_the_rate_of_the_gpu(process):
 def test_settings_that_cannot_be_rehearsed():
     with pytest.raises(SettingsError, match=r"--gpu h10: there is no such GPU.*'h100'"):
         gpu_named("h10")
-    quantized = load_config("flow_grpo", {**SMALL, "sampling.tail_weights": "int8"})
-    with pytest.raises(
-        SettingsError, match=r"cannot be rehearsed\. Use sampling.tail_weights=same"
-    ):
-        rehearse(quantized, 1, H100)
+    explore = {"sampling.explore.candidates": 16, "sampling.explore.num_steps": 2}
+    for section, changes in (("sampling", {}), ("sampling.explore", explore)):
+        setting = f"{section}.tail_weights"
+        quantized = load_config("flow_grpo", {**SMALL, **changes, setting: "int8"})
+        with pytest.raises(SettingsError, match=rf"^{setting}=int8.*Use {setting}=same"):
+            rehearse(quantized, 1, H100)
     unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
     with pytest.raises(SettingsError, match="configuration of transformer is not known"):
         rehearse(unknown, 1, H100)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [("float32", "sharded"), ("auto", "replica"), ("bfloat16", "replica")]
+)
+def test_a_replica_is_rehearsed_if_it_fits_in_its_dtype(dtype, layout):
+    """FLUX.1-dev has 11.9e9 parameters, and 40% of 80 GB are 32 GB."""
+    config = load_config("flux/g2rpo", {"runtime.dtype": dtype})
+    assert prepared(config, 8, H100).runtime.rollout_weights == layout
+
+
+@pytest.mark.slow
+def test_the_search_finds_settings_that_fit_exactly():
+    config = load_config("flow_grpo", SMALL)
+    small = dataclasses.replace(H100, memory=45e6)
+    (found,) = proposals(config, small, (1,))
+    assert found.fits
+    assert found.memory <= 0.9 * small.memory
+    rows = [setting for setting in found.settings if "batch_size" in setting]
+    assert len(rows) == 3
+    images = config.training.prompts_per_step * prompt_cost(config).decodes
+    assert found.images_per_second == pytest.approx(images / found.seconds)
+    (nothing,) = proposals(config, dataclasses.replace(H100, memory=1e6), (1,))
+    assert not nothing.fits
 
 
 def test_numbers_as_json(process):

@@ -10,6 +10,7 @@ from flowgrain.bench.record import Skipped
 from flowgrain.config import Config
 from flowgrain.planning.gpus import GPUS
 from flowgrain.planning.rehearse import rehearse
+from flowgrain.settings import SettingsError
 from flowgrain.training.timer import StageTimer
 
 MEMORY_LIMIT = 0.1
@@ -25,9 +26,16 @@ Prediction = Callable[[Config], Mapping[str, float]]
 
 
 def rehearsed_bytes(config: Config) -> Mapping[str, float]:
-    """The memory that the rehearsal predicts: bytes on the GPU by stage, without text encoders."""
+    """The memory that the rehearsal predicts: bytes on the GPU by stage, without text encoders.
+
+    Raises:
+        Skipped: the model cannot be rehearsed, such as the tiny models.
+    """
     any_gpu = next(iter(GPUS.values()))  # matters for several GPUs only
-    found = rehearse(config, 1, any_gpu)
+    try:
+        found = rehearse(config, 1, any_gpu)
+    except SettingsError as error:
+        raise Skipped(str(error)) from error
     predicted: dict[str, float] = {}
     for phase, peak in found.phases.items():
         if phase not in _BEFORE:

@@ -67,6 +67,8 @@ def run_bench(
 ) -> list[str]:
     """Run the steps that are not done, and write results.json and results.md.
 
+    These files also contain the steps of earlier calls with the same directory.
+
     Args:
         bench: what is measured, and where the results are written.
         steps: names of the steps, in order.
@@ -99,14 +101,20 @@ def run_bench(
         record = _with_status(bench, step, status)
         error = f" ({record['error']})" if record.get("error") else ""
         note(f"{label}: {record['status']} in {time.monotonic() - begin:.0f} s{error}")
-        write_results(bench.out, all_records(bench, steps))
-    write_results(bench.out, all_records(bench, steps))
+        write_results(bench.out, all_records(bench, _with_earlier(bench, steps)))
+    write_results(bench.out, all_records(bench, _with_earlier(bench, steps)))
     return [step for step in steps if read_record(bench.file(step))["status"] != "done"]
 
 
 def all_records(bench: Bench, steps: Sequence[str]) -> list[dict[str, Any]]:
     """The records of `steps`, in order."""
     return [read_record(bench.file(step)) for step in steps]
+
+
+def _with_earlier(bench: Bench, steps: Sequence[str]) -> list[str]:
+    """`steps`, and the other steps of the directory, which earlier calls ran."""
+    found = {file.stem for file in bench.out.joinpath("steps").glob("*.json")}
+    return [*steps, *sorted(found - set(steps))]
 
 
 def choose_steps(chosen: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 def plan(
     words: Words = None,
     gpus: Annotated[
-        int, typer.Option(min=0, max=1024, help="Rehearse a step on this number of GPUs.")
-    ] = 0,
-    gpu: Annotated[str, typer.Option(help="Kind of the GPUs: a100, h100 or h200.")] = "h100",
+        int | None, typer.Option(min=1, max=1024, help="Rehearse a step on this number of GPUs.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of the GPUs: a100, h100 or h200. Default: h100.")
+    ] = None,
     plugins: Plugins = None,
     preset: Preset = None,
     as_json: Json = False,
@@ -40,10 +42,13 @@ def plan(
     """
     from flowgrain.planning.plan import RunPlan
 
+    if gpu is not None and gpus is None:
+        raise SettingsError(f"--gpu {gpu}: has no effect without --gpus. Add --gpus, or remove it.")
+    gpu = gpu or "h100"
     run = RunPlan(config_from(words, plugins, preset))
     numbers = run.to_dict()
     found: Rehearsal | None = None
-    if gpus:
+    if gpus is not None:
         found = _rehearsed(run, gpus, gpu)
         numbers["rehearsal"] = found.to_dict()
         numbers["forecast"] = _forecast(found, gpu)

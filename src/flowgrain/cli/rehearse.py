@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, note, out, say
+from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
+    from flowgrain.config.schema import Config
     from flowgrain.planning.gpus import Gpu
     from flowgrain.planning.rehearse import Rehearsal
     from flowgrain.planning.search import Proposal
@@ -19,13 +21,19 @@ if TYPE_CHECKING:
 @app.command("rehearse")
 def rehearse_command(
     words: Words = None,
-    gpus: Annotated[int, typer.Option(min=1, max=1024, help="Number of GPUs.")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1024, help="Number of GPUs. Default: 8, or 1, 2, 4, 8 and 16 with --search."
+        ),
+    ] = None,
     gpu: Annotated[str, typer.Option(help="Kind of the GPUs: a100, h100 or h200.")] = "h100",
     search: Annotated[
-        bool, typer.Option(help="Search the fastest settings that fit on 1, 2, 4, 8 and 16 GPUs.")
+        bool, typer.Option("--search", help="Search the fastest settings that fit.")
     ] = False,
     full_depth: Annotated[
-        bool, typer.Option(help="Run all blocks of the transformer. Takes minutes.")
+        bool,
+        typer.Option("--full-depth", help="Run all blocks of the transformer. Takes minutes."),
     ] = False,
     plugins: Plugins = None,
     preset: Preset = None,
@@ -41,6 +49,7 @@ def rehearse_command(
     * `flowgrain rehearse flux/g2rpo --gpus 8 --gpu h100`
     * `flowgrain rehearse sd3/flow_grpo --gpus 4 lora.rank=64 --json`
     * `flowgrain rehearse flux/g2rpo --search`
+    * `flowgrain rehearse flux/g2rpo --search --gpus 4 --gpu h200`
     """
     from flowgrain.models.quiet import quiet_libraries
     from flowgrain.planning.gpus import gpu_named
@@ -48,18 +57,14 @@ def rehearse_command(
     quiet_libraries()
     from flowgrain.planning.rehearse import RehearsalError, rehearse
 
+    if search and full_depth:
+        raise SettingsError("--full-depth: has no effect with --search. Remove one of the two.")
     card, config = gpu_named(gpu), config_from(words, plugins, preset)
     try:
         if search:
-            from flowgrain.planning.search import proposals
-
-            found = proposals(config, card, progress=say)
-            if as_json:
-                typer.echo(json.dumps([proposal.to_dict() for proposal in found]))
-            else:
-                _show_proposals(found, gpu)
+            _search(config, card, gpu, gpus, as_json)
             return
-        rehearsal = rehearse(config, gpus, card, "full" if full_depth else "lines")
+        rehearsal = rehearse(config, gpus or 8, card, "full" if full_depth else "lines")
     except RehearsalError as error:
         if as_json:
             typer.echo(json.dumps({"error": str(error), "traceback": error.details}))
@@ -72,6 +77,20 @@ def rehearse_command(
     else:
         _show(rehearsal, gpu, card)
     if not rehearsal.fits(card.memory):
+        raise typer.Exit(1)
+
+
+def _search(config: "Config", card: "Gpu", name: str, gpus: int | None, as_json: bool) -> None:
+    """Search settings for `gpus` GPUs, by default for several numbers of them."""
+    from flowgrain.planning.search import NUMBERS, proposals
+
+    # Progress goes to stderr, so that stdout contains only the result.
+    found = proposals(config, card, NUMBERS if gpus is None else (gpus,), progress=note)
+    if as_json:
+        typer.echo(json.dumps([proposal.to_dict() for proposal in found]))
+    else:
+        _show_proposals(found, name)
+    if not any(proposal.fits for proposal in found):
         raise typer.Exit(1)
 
 

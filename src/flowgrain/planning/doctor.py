@@ -82,10 +82,10 @@ def examine(config: Config, out: Path | None = None, gpus: int = 1) -> list[Find
     if measured.result is None:
         return [*findings, measured.finding, *check_separately(config, None), cost]
     size, backbone = measured.result
-    enough = check_memory(config, size, device, loaded=backbone is not None, gpus=gpus)
+    enough = check_memory(asked, size, device, loaded=backbone is not None, gpus=gpus)
     findings += [enough, check_disk(config, size, out)]
     if enough.ok and backbone is None:
-        findings += check_first_step(config, size, device, gpus)
+        findings += check_first_step(asked, size, device, gpus)
     if not all(finding.ok for finding in findings if finding.name in ("memory", "first step")):
         return [*findings, *check_files(config, None), cost]
     loading = attempt("start", partial(_trainer, config, out, backbone), lambda _: "")

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
 from flowgrain.distributed.threads import available_cores
@@ -249,20 +251,23 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
     Raises:
         SettingsError: a setting cannot be rehearsed, or the size of the model is not known.
     """
-    sampling = config.sampling
-    if sampling.tail_weights != "same":
-        raise SettingsError(
-            f"sampling.tail_weights={sampling.tail_weights}: quantized weights cannot be "
-            "rehearsed. Use sampling.tail_weights=same for the rehearsal."
-        )
+    for name, section in (
+        ("sampling.tail_weights", config.sampling),
+        ("sampling.explore.tail_weights", config.sampling.explore),
+    ):
+        if section.tail_weights != "same":
+            raise SettingsError(
+                f"{name}={section.tail_weights}: quantized weights cannot be rehearsed. Use "
+                f"{name}=same for the rehearsal."
+            )
     if config.runtime.context_parallel > 1:
         raise SettingsError(
             f"runtime.context_parallel={config.runtime.context_parallel}: context parallelism "
             "cannot be rehearsed. Use runtime.context_parallel=1 for the rehearsal."
         )
     changes: dict[str, Any] = {"runtime.compile": None, "runtime.trackers": []}
-    if config.runtime.dtype == "auto":
-        changes["runtime.dtype"] = "bfloat16"
+    dtype = "bfloat16" if config.runtime.dtype == "auto" else config.runtime.dtype
+    changes["runtime.dtype"] = dtype
     if config.runtime.rollout_weights == "auto" and gpus > 1:
         size = size_before_loading(config)
         if size is None:
@@ -270,6 +275,6 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
                 f"model.path={config.model.path}: the size of this model is not known. Give a "
                 "local directory of a diffusers pipeline."
             )
-        fits = 2.0 * size.transformer < _REPLICA_SHARE * gpu.memory
+        fits = getattr(torch, dtype).itemsize * size.transformer < _REPLICA_SHARE * gpu.memory
         changes["runtime.rollout_weights"] = "replica" if fits else "sharded"
     return without_workers(config).with_changes(changes)

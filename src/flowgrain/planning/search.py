@@ -108,8 +108,8 @@ def _largest(
     changes = changes | _rows(*rows)
     final = process.rehearse(config.with_changes(changes), gpus, gpu)
     seconds = forecast(final, gpu, final.compiled).total
-    prompts = -(-config.training.prompts_per_step // gpus) * gpus
-    images = prompts * prompt_cost(config).decodes
+    # Repeated prompts, if they do not divide evenly among the GPUs, do not count.
+    images = config.training.prompts_per_step * prompt_cost(config).decodes
     fits = final.fits(gpu.memory)
     memory = final.peak[1].total
     return Proposal(gpus, fits, _written(changes), memory, seconds, images / max(seconds, 1e-9))

@@ -196,7 +196,6 @@ def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int
         parameters = Need(sum(parts.values()), "the adapters", "lora.rank", rank)
     else:
         parameters = Need(sum(parts.values()), "the parameters", "model.name", model.name, False)
-    latents *= config.runtime.context_parallel  # the ranks of a group have the same latents
     needs = [parameters, _of_step(config, latents, "the latents of a step")]
     if activations and isinstance(config.method, DifferentiableReward):
         images = config.method.decode_batch_size

@@ -125,19 +125,20 @@ def graph_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     Parameters and buffers of `model` are not counted. Storages are counted once.
     """
-    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    # Not data_ptr(), which is 0 for every fake tensor of a rehearsal.
+    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in owned:
+            found[storage._cdata] = storage.nbytes()
         return tensor.detach()  # keeps the storage, so that its address is not used again
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     storage = result.untyped_storage()
-    found[storage.data_ptr()] = storage.nbytes()
+    found[storage._cdata] = storage.nbytes()
     return sum(found.values())
 
 

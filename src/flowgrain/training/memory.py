@@ -152,11 +152,13 @@ def _decoder_activations(config: Config) -> float:
 def _latents(config: Config, size: ModelSize, gpus: int) -> float:
     """Bytes of the float32 latents that a rollout keeps.
 
-    These are leaves, trained edges, their parents, and kept rows. A repair moves every leaf.
+    These are leaves, trained edges, their parents, and kept rows. A repair moves every leaf. The
+    ranks of a context group have the same prompts.
     """
     tree = config.tree()
     kept = len(tree.leaves) + len(tree.edges) + len(tree.trained_parents) + int(tree.kept.sum())
     if isinstance(config.method, Repair):
         kept += len(tree.leaves)
-    prompts = -(-config.training.prompts_per_step // gpus)
+    groups = max(gpus // config.runtime.context_parallel, 1)
+    prompts = -(-config.training.prompts_per_step // groups)
     return 4.0 * size.latent * prompts * kept

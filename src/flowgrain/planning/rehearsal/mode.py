@@ -98,7 +98,9 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not all(isinstance(t, FakeTensor) for t in tensors):
             args, kwargs = tree_map_only(Tensor, self._as_fake, (args, kwargs))
         with self._fake:
-            out = func(*args, **kwargs)
+            out = _of_unknown_shape(func, args, self._count_sync)
+            out = func(*args, **kwargs) if out is None else out
+        _mark_finite(func, args, kwargs, out)
         if self._record(func, args, kwargs, out):
             return out
         return tree_map_only(FakeTensor, _with_values, out)
@@ -239,6 +241,54 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             received = 2 * max(sizes) * (ranks - 1) / ranks
             place = "between machines" if machines > 1 else place
         self.moved[f"{self.ledger.phase}: {name.strip('_')} {place}"] += received
+
+
+def _of_unknown_shape(func: Any, args: Any, wait: Callable[[], None]) -> Tensor | None:
+    """The result of an operator whose shape depends on values, if every value is selected.
+
+    None for other operators. The host waits for the shape: `wait` is called.
+    """
+    if func is _aten.nonzero.default:
+        wait()
+        numbers: Tensor = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        return numbers
+    if func is _aten.masked_select.default:
+        wait()
+        shape = torch.broadcast_shapes(*(t.shape for t in args))  # type: ignore[no-untyped-call]
+        selected: Tensor = args[0].new_empty(shape.numel())
+        return selected
+    if func is not _aten.index.Tensor or not any(map(_is_mask, args[1])):
+        return None
+    wait()
+    places: list[Tensor | None] = []
+    for index in args[1]:
+        if index is not None and _is_mask(index):
+            places += [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
+        else:
+            places.append(index)
+    found: Tensor = func(args[0], places)
+    return found
+
+
+def _mark_finite(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Give the answers to "is any value NaN or infinite?" their value: False."""
+    if not isinstance(out, Tensor) or out.is_floating_point():
+        return
+    if func in (_aten.isnan.default, _aten.isinf.default):
+        setattr(out, _KNOWN, torch.zeros((), dtype=torch.bool).expand(out.shape))
+        return
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if tensors and all(_is_known_mask(t) for t in tensors):
+        args, kwargs = tree_map_only(Tensor, lambda t: getattr(t, _KNOWN), (args, kwargs))
+        setattr(out, _KNOWN, func(*args, **kwargs))
+
+
+def _is_known_mask(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bool and hasattr(tensor, _KNOWN)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _plausible(tensor: Tensor) -> Tensor:

@@ -220,9 +220,15 @@ def _update(
     batch: RolloutBatch,
     sigmas: Tensor,
 ) -> None:
-    """Run the updates with at most three micro-batches each, and add the cost of the others."""
+    """Run the updates with at most three micro-batches each, and add the cost of the others.
+
+    With kept graphs, micro-batches differ, so that all of them run.
+    """
     losses, mode = rollout_loss(config, method, policy, batch, sigmas), optimizer.mode
     optimizer.marks = [[mode.counted()]]
+    if config.training.graph_memory:
+        run_updates(losses, policy, optimizer, batch.world)
+        return
     run_updates(losses, policy, optimizer, batch.world, _places)
     counts = [len(update.micro_batches) for update in losses.updates]
     chosen, costs = _places(len(counts)), []
