@@ -125,7 +125,10 @@ def assert_same(a, b):
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("g2rpo", {"sampling.guidance_scale": 2.0, "lora.rank": 2, "sampling.decode_batch_size": 3}),
+        (
+            "g2rpo",
+            {"sampling.guidance_scale": 2.0, "lora.rank": 2, "sampling.decode_batch_size": 3},
+        ),
         ("diffusionnft", {"optimizer.learning_rate": 1e-2}),
     ],
 )
