@@ -117,7 +117,7 @@ CASES = {
         {
             **LORA,
             "method.group_size": 3,
-            "training.adaptive_groups": {"probe": 2, "min_spread": 0.004},
+            "training.adaptive_groups": {"probe": 2, "min_spread": 0.0012},
         },
         "flow_grpo",
     ),
