@@ -138,10 +138,9 @@ def test_workers_change_no_number(tmp_path, in_process, method, changes):
     assert_same(tmp_path / "two", tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
-def test_quantized_tails_of_workers_follow_the_parameters(
-    tmp_path, in_process, monkeypatch, rank
-):
+def test_quantized_tails_of_workers_follow_the_parameters(tmp_path, in_process, monkeypatch, rank):
     monkeypatch.syspath_prepend(Path(sys.prefix) / "aside")
     pytest.importorskip("torchao")
     changes = {"method.sde_steps": [0], "sampling.tail_weights": "int8", "lora.rank": rank}
