@@ -197,18 +197,16 @@ class RolloutCollector:
             cond = self.policy.encode([p.text for p in mine]) if encoded is None else encoded
         budget = self.graph_reuse.budget() if trains else None
         size = sampling.prompts_per_chunk or len(mine)
-        batch_sizes = self.config.reward_batch_sizes
         rewards = self.rewards if self.world.is_first_of_group else {}
         rollouts, decoded = [], []
-        with Scorer(rewards, batch_sizes, background=size < len(mine)) as scorer:
+        with Scorer(rewards, self.config.reward_batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
                 chunk = _Chunk(self, cond, noise, assigned, first, len(prompts), budget)
                 tree = prompt_tree.repeat(len(mine[first : first + size]))
                 with timer.measure("sample"):
                     rollouts.append(chunk.rollout(tree, kernel))
                 with timer.measure("decode"):
-                    latents = rollouts[-1].at(tree.leaves)
-                    decoded.append(decode(self.policy, latents, sampling.batch_size, measured))
+                    decoded.append(chunk.decode(rollouts[-1], measured))
                 with timer.measure("score"):
                     owners = [mine[first + p] for p in tree.prompt[tree.leaves]]
                     groups = self.method.leaf_groups(tree)
@@ -220,9 +218,7 @@ class RolloutCollector:
         everything = Decoded.concatenate(decoded)
         if encoded is None:
             check_images(everything.images, self.config.training.max_failed_rewards, self.world)
-        whole = rollouts[0]
-        if len(rollouts) > 1:
-            whole = concatenate(prompt_tree.repeat(len(mine)), rollouts)
+        whole = _joined(prompt_tree.repeat(len(mine)), rollouts)
         gathered, monitors = self._gather(scores, everything.monitors, len(prompts), len(assigned))
         return ScoredTree(cond, whole, everything.images, gathered, monitors)
 
@@ -248,6 +244,11 @@ class RolloutCollector:
             reason = next((reason[name] for _, reason, _ in ranks if reason[name]), None)
             gathered[name] = Scores(values, int(values.isnan().sum()), reason)
         return gathered, {name: whole([own[name] for _, _, own in ranks]) for name in monitors}
+
+
+def _joined(tree: Tree, chunks: Sequence[Rollout]) -> Rollout:
+    """The rollout of `tree` from its chunks. A single chunk is not copied."""
+    return chunks[0] if len(chunks) == 1 else concatenate(tree, chunks)
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,10 @@ class _Chunk:
             tail_schedule=collector.config.tail_schedule,
             keeper=self.keeper(tree),
         )
+
+    def decode(self, sampled: Rollout, measured: bool) -> Decoded:
+        latents, size = sampled.at(sampled.tree.leaves), self.collector.config.sampling.batch_size
+        return decode(self.collector.policy, latents, size, measured)
 
     def keeper(self, tree: Tree) -> GraphKeeper | None:
         if self.budget is None:
