@@ -97,6 +97,40 @@ CASES = {
     "flux kl": ("flux", {"method.kl_weight": 0.1}, "flow_grpo"),
     "flux2 old policy": ("flux2", LORA, "diffusionnft"),
     "flux reward gradient": ("flux", {"method.last_steps": 2}, "draft"),
+    "flux lora, reused graphs": (
+        "flux",
+        {
+            **LORA,
+            "runtime.rollout_weights": "replica",
+            "method.updates_per_rollout": 1,
+            "training.graph_memory": "all",
+        },
+        "flow_grpo",
+    ),
+    "flux lora, explored": (
+        "flux",
+        {**LORA, "sampling.explore": {"candidates": 5, "num_steps": 2}},
+        "flow_grpo",
+    ),
+    "flux lora, adaptive": (
+        "flux",
+        {
+            **LORA,
+            "method.group_size": 3,
+            "training.adaptive_groups": {"probe": 2, "min_spread": 0.0012},
+        },
+        "flow_grpo",
+    ),
+    "flux reduced often": (
+        "flux",
+        {
+            **SHARDED,
+            "runtime.gradient_reduction": "micro_batch",
+            "training.micro_batch_size": 2,
+            "sampling.decode_batch_size": 1,
+        },
+        "flow_grpo",
+    ),
 }
 
 
@@ -263,6 +297,16 @@ def test_the_doctor_checks_the_model_in_one_process(tmp_path, folder_of, name):
         ("g2rpo", {"runtime.compile": "inductor"}, "combined with runtime.compile=inductor"),
         ("g2rpo", {"sampling.tail_cache": "taylorseer:3"}, "sampling.tail_cache=taylorseer:3"),
         ("g2rpo", {"sampling.tail_weights": "int8"}, "combined with sampling.tail_weights=int8"),
+        (
+            "g2rpo",
+            {"sampling.explore": {"candidates": 40, "tail_cache": "first_block:0.1"}},
+            "combined with sampling.explore.tail_cache=first_block:0.1",
+        ),
+        (
+            "g2rpo",
+            {"sampling.explore": {"candidates": 40, "tail_weights": "int8"}},
+            "combined with sampling.explore.tail_weights=int8",
+        ),
         ("mend", {}, "method 'mend' scores candidates"),
     ],
 )

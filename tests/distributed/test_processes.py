@@ -63,6 +63,22 @@ MORE = {
         "diffusionnft",
         {**SHARDED, "training.adaptive_groups": {"probe": 2, "min_spread": 0.1}},
     ),
+    "reduced often": (
+        "g2rpo",
+        {
+            **SHARDED,
+            "runtime.gradient_reduction": "micro_batch",
+            "sampling.decode_batch_size": 3,
+        },
+    ),
+    "reduced often, adaptive": (
+        "flow_grpo",
+        {
+            "runtime.gradient_reduction": "micro_batch",
+            "training.micro_batch_size": 2,
+            "training.adaptive_groups": {"probe": 2, "min_spread": 0.1},
+        },
+    ),
     "in chunks": ("mixgrpo", {"sampling.prompts_per_chunk": 2, "training.ema_decay": 0.9}),
 }
 CASES = {**FULL, **LORA, **MORE}

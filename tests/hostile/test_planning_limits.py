@@ -91,6 +91,11 @@ def test_needs_grow_with_their_settings():
     assert needs()[evaluation] == base[evaluation] / 4  # 64 images at the start and the end
     # 24 images of 3 x 32 x 32 float32 twice, and 24 x 11 rows, for each of the prompts
     assert base[step] == 100 * (24 * 2 * 4 * 3 * 32 * 32 + 24 * 11 * 100)
+    explored = {"training__prompts_per_step": 100, "sampling__explore__candidates": 96}
+    # 96 candidates of 7 rows, which are freed before the exact images
+    assert needs(**explored)["the images of the candidates"] == (
+        100 * (96 * 2 * 4 * 3 * 32 * 32 + 96 * 7 * 100)
+    )
 
 
 def test_the_disk_counts_only_checkpoints_that_are_written():

@@ -96,6 +96,22 @@ def failing(every):
     return reward
 
 
+@pytest.mark.parametrize("method", ["flow_grpo", "g2rpo", "mixgrpo"])
+def test_graphs_of_the_exact_samples_are_reused(tmp_path, method):
+    """Candidates keep no graph. The update is that of a second forward pass."""
+    one_update = {"method.updates_per_rollout": 1}
+    plain = toy_trainer(config_of(method, one_update), tmp_path / "plain")
+    config = config_of(method, {**one_update, "training.graph_memory": "all"})
+    reusing = toy_trainer(config, tmp_path / "reusing")
+    expected, metrics = plain.step(1), reusing.step(1)
+    assert metrics["reused_forward_passes"] == expected["train_forward_passes"] > 0
+    assert metrics["train_forward_passes"] == 0
+    for name in ("forward_passes", "decodes", "explore/spearman", "ratio/mean"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+    for name, value in plain.policy.parameters.items():
+        torch.testing.assert_close(reusing.policy.parameters[name], value, atol=1e-5, rtol=1e-5)
+
+
 def test_candidates_without_a_score_are_not_chosen(tmp_path):
     config = config_of("flow_grpo", {"rewards": ["mine"]})
     trainer = toy_trainer(config, tmp_path, rewards={"mine": failing(9)})
@@ -130,6 +146,12 @@ REFUSED = [
         "Remove one of the two",
     ),
     ("sft", {"data.images": "x.jsonl", "method.group_size": 24}, "no images are sampled"),
+    (
+        "flow_grpo",
+        {"sampling.explore.tail_cache": "first_block:0.1", "sampling.explore.num_steps": 1},
+        "completed in 1 step. Remove it",
+    ),
+    ("flow_grpo", {"sampling.explore.tail_cache": "taylorseer:2"}, "completed in 2 steps"),
 ]
 
 
@@ -162,6 +184,7 @@ def test_approximate_candidates(tiny, tmp_path):
 
 
 def test_a_cache_that_the_model_does_not_support(tmp_path):
-    config = config_of("g2rpo", {"sampling.explore.tail_cache": "taylorseer:2"})
+    cached = {"sampling.explore.tail_cache": "taylorseer:2", "sampling.explore.num_steps": 5}
+    config = config_of("g2rpo", cached)
     with pytest.raises(SettingsError, match=r"sampling\.explore\.tail_cache=taylorseer:2"):
         toy_trainer(config, tmp_path)

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import select
+import socket
 import threading
 import time
 
@@ -22,6 +23,7 @@ from flowgrain.rewards.reachable import check_server
 from flowgrain.rewards.remote import Remote
 from flowgrain.rewards.replicas import FEWEST_TIMES
 from flowgrain.settings import SettingsError
+from flowgrain.training.restart import _repeats
 
 IDENTITY = {"name": "red", "options": "a", "torch": "1"}
 IMAGES = torch.rand(12, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -270,6 +272,21 @@ def test_servers_are_compared_before_a_run(servers, caplog):
     good.behavior = "down"
     with pytest.raises(SettingsError, match=r"no server answers .*flowgrain serve red"):
         check_server("remote", remote([good, other]))
+
+
+def test_a_restart_tries_again_if_no_server_listens(monkeypatch):
+    """Like with one address. A server of another reward would be an error again."""
+    monkeypatch.setattr("flowgrain.rewards.replica_call.HEALTH_SECONDS", 1.0)
+    closed = []
+    for _ in range(2):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            closed.append(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    for addresses in (closed, closed[0]):
+        with pytest.raises(SettingsError, match="no server answers") as error:
+            check_server("remote", Remote(addresses, "red"))
+        assert not _repeats(error.value)
+    assert _repeats(SettingsError("another reward"))
 
 
 def test_options_of_several_addresses():

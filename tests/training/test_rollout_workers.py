@@ -125,13 +125,27 @@ def assert_same(a, b):
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("g2rpo", {"sampling.guidance_scale": 2.0, "lora.rank": 2}),
+        (
+            "g2rpo",
+            {"sampling.guidance_scale": 2.0, "lora.rank": 2, "sampling.decode_batch_size": 3},
+        ),
         ("diffusionnft", {"optimizer.learning_rate": 1e-2}),
     ],
 )
 def test_workers_change_no_number(tmp_path, in_process, method, changes):
     train(tmp_path / "none", method, **changes)
     train(tmp_path / "two", method, **changes, **WORKERS)
+    assert_same(tmp_path / "two", tmp_path / "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_quantized_tails_of_workers_follow_the_parameters(tmp_path, in_process, monkeypatch, rank):
+    monkeypatch.syspath_prepend(Path(sys.prefix) / "aside")
+    pytest.importorskip("torchao")
+    changes = {"method.sde_steps": [0], "sampling.tail_weights": "int8", "lora.rank": rank}
+    train(tmp_path / "none", "flow_grpo", **changes)
+    train(tmp_path / "two", "flow_grpo", **changes, **WORKERS)
     assert_same(tmp_path / "two", tmp_path / "none")
 
 
@@ -280,12 +294,44 @@ def test_a_stop_while_the_workers_sample_is_resumed_exactly(tmp_path, in_process
         ("diffusionnft", STALE, r"max_staleness=1: method 'diffusionnft' has no importance ratio"),
         ("draft", {**STALE, "rewards": [{"name": "towers"}]}, r"max_staleness=1: method 'draft'"),
         ("sft", {**WORKERS, "data.images": "x.jsonl"}, r"workers=2: has no effect with data"),
+        (
+            "g2rpo",
+            {**WORKERS, "runtime.context_parallel": 2},
+            r"workers=2: not possible together with runtime.context_parallel=2",
+        ),
+        (
+            "g2rpo",
+            {**WORKERS, "sampling.explore.candidates": 9},
+            r"workers=2: not possible together with sampling.explore.candidates=9",
+        ),
+        (
+            "flow_grpo",
+            {**WORKERS, "method.group_size": 4, "training.adaptive_groups.probe": 2},
+            r"workers=2: not possible together with training.adaptive_groups.probe=2",
+        ),
+        (
+            "g2rpo",
+            {**WORKERS, "training.graph_memory": "all"},
+            r"workers=2: not possible together with training.graph_memory=all",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(method, changes, message):
     options = {k: v for k, v in SMALL.items() if method != "sft" or not k.startswith("method")}
     with pytest.raises(SettingsError, match=message):
         load_config(method, {**options, **changes})
+
+
+def test_workers_that_cannot_start_leave_no_run_behind(tmp_path, in_process, monkeypatch):
+    def refuse(config, device):
+        raise SettingsError("no cluster")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "Cluster", refuse)
+        with pytest.raises(SettingsError, match="no cluster"):
+            Trainer(settings(**WORKERS), tmp_path).train()
+    Trainer(settings(**WORKERS), tmp_path).train()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_several_training_processes_are_refused(tmp_path, in_process, monkeypatch):
@@ -357,6 +403,7 @@ def ray():
             patch.syspath_prepend(str(ASIDE))
             paths = [str(ASIDE), os.environ.get("PYTHONPATH", "")]
             patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of a cluster that is not to be used
         config = settings(**WORKERS)
         try:
             ray = import_ray(config)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from flowgrain.config.economy import check_economy
+from flowgrain.config.economy import check_economy, shortest_tail
 from flowgrain.config.graphs import check_graph_memory
 from flowgrain.config.noise import check_noise
 from flowgrain.config.rollout import check_rollout
@@ -60,7 +60,7 @@ def _check_tail(config: "Config") -> None:
     cache = config.sampling.tail_cache
     if cache == "none":
         return
-    needed = 3 if cache.startswith("taylorseer") else 2
+    needed = shortest_tail(cache)
     length = tail_length(config.tree())
     if length < needed:
         raise ValueError(

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Literal
 
 from flowgrain.config.limits import MAX_STEPS
-from flowgrain.core.explore import branch_groups, choice_groups
-from flowgrain.core.tree import MAX_ROWS, ROOT
+from flowgrain.core.cost import tail_length
+from flowgrain.core.explore import branch_groups, candidates_of, choice_groups
+from flowgrain.core.tree import MAX_ROWS, ROOT, Tree
 from flowgrain.methods import ForwardProcess
 from flowgrain.settings import Section, Setting
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 TAIL_CACHE = r"^(none|first_block:0?\.\d+|taylorseer:[2-9])$"
 """Pattern of a feature cache."""
+
+
+def shortest_tail(cache: str) -> int:
+    """The number of consecutive steps from which a feature cache skips work."""
+    return 3 if cache.startswith("taylorseer") else 2
 
 
 class ExploreConfig(Section):
@@ -153,6 +159,23 @@ def _check_explore(config: "Config") -> None:
                 f"sampling.explore.{name}={value}: changes the blocks that "
                 f"runtime.compile={config.runtime.compile} compiles. Remove one of the two."
             )
+    if explore.tail_cache != "none":
+        _check_cheap_tail(explore, candidates_of(tree, largest, explore.num_steps).tree)
+
+
+def _check_cheap_tail(explore: ExploreConfig, tree: Tree) -> None:
+    """Check that the completions in `tree`, of candidates, are long enough for their cache.
+
+    Raises:
+        ValueError: they are not.
+    """
+    cache, length = explore.tail_cache, tail_length(tree)
+    if length < shortest_tail(cache):
+        raise ValueError(
+            f"sampling.explore.tail_cache={cache}: has no effect on candidates that are completed "
+            f"in {length} {'step' if length == 1 else 'steps'}. Remove it, or use a larger "
+            f"value than sampling.explore.num_steps={explore.num_steps}."
+        )
 
 
 def _check_adaptive(config: "Config") -> None:

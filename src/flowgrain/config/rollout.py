@@ -71,6 +71,13 @@ def check_rollout(config: Config) -> None:
                 f"rollout.workers={rollout.workers}: not possible together with {name}={value}, "
                 "which the training process samples itself. Remove one of the two settings."
             )
+    degree = config.runtime.context_parallel
+    if degree > 1:
+        raise ValueError(
+            f"rollout.workers={rollout.workers}: not possible together with "
+            f"runtime.context_parallel={degree}, which needs several training processes. Remove "
+            "one of the two settings."
+        )
     if rollout.max_staleness and not isinstance(method, PolicyGradient):
         raise ValueError(
             f"rollout.max_staleness={rollout.max_staleness}: method {method.name!r} has no "

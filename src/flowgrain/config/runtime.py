@@ -30,6 +30,8 @@ def check_runtime(
         ("runtime.compile", compile_, None),
         ("sampling.tail_cache", cache, "none"),
         ("sampling.tail_weights", sampling.tail_weights, "same"),
+        ("sampling.explore.tail_cache", sampling.explore.tail_cache, "none"),
+        ("sampling.explore.tail_weights", sampling.explore.tail_weights, "same"),
     ):
         if value != default:
             raise ValueError(

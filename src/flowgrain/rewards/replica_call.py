@@ -176,7 +176,8 @@ def check_replicas(server: Replicas) -> None:
     Raises:
         SettingsError: no replica answers, or a replica does not serve the same reward.
     """
-    reasons = []
+    reasons: list[str] = []
+    last: Failure | None = None
     with ReplicaCall(server) as call:
         for replica in server.replicas:
             try:
@@ -187,6 +188,7 @@ def check_replicas(server: Replicas) -> None:
                         f"{replica.url} {failure}. Start all servers with the same command, "
                         "versions and token, or remove this address."
                     ) from failure
+                last = failure
                 reasons.append(f"{replica.url} {failure}")
                 if len(reasons) < len(server.replicas):
                     server.record_failure(replica, failure)
@@ -194,4 +196,4 @@ def check_replicas(server: Replicas) -> None:
         raise SettingsError(
             f"no server answers ({reasons[0]}). Start at least one of them with "
             f"flowgrain serve {server.reward}, or correct the addresses."
-        )
+        ) from last

@@ -198,16 +198,15 @@ class RolloutCollector:
         budget = self.graph_reuse.budget() if trains else None
         size = sampling.prompts_per_chunk or len(mine)
         rewards = self.rewards if self.world.is_first_of_group else {}
-        rollouts, decoded, sizes = [], [], self.config.reward_batch_sizes
-        with Scorer(rewards, sizes, background=size < len(mine)) as scorer:
+        rollouts, decoded = [], []
+        with Scorer(rewards, self.config.reward_batch_sizes, background=size < len(mine)) as scorer:
             for first in range(0, len(mine), size):
                 chunk = _Chunk(self, cond, noise, assigned, first, len(prompts), budget)
                 tree = prompt_tree.repeat(len(mine[first : first + size]))
                 with timer.measure("sample"):
                     rollouts.append(chunk.rollout(tree, kernel))
                 with timer.measure("decode"):
-                    latents = rollouts[-1].at(tree.leaves)
-                    decoded.append(decode(self.policy, latents, sampling.batch_size, measured))
+                    decoded.append(chunk.decode(rollouts[-1], measured))
                 with timer.measure("score"):
                     owners = [mine[first + p] for p in tree.prompt[tree.leaves]]
                     images, groups = decoded[-1].images, self.method.leaf_groups(tree)
@@ -251,6 +250,10 @@ class _Chunk:
             tail_schedule=collector.config.tail_schedule,
             keeper=self.keeper(tree),
         )
+
+    def decode(self, sampled: Rollout, measured: bool) -> Decoded:
+        latents, size = sampled.at(sampled.tree.leaves), self.collector.config.sampling.batch_size
+        return decode(self.collector.policy, latents, size, measured)
 
     def keeper(self, tree: Tree) -> GraphKeeper | None:
         if self.budget is None:

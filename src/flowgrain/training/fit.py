@@ -16,6 +16,8 @@ import psutil
 import torch
 
 from flowgrain.config.schema import Config
+from flowgrain.core.explore import candidates_of
+from flowgrain.core.tree import Tree
 from flowgrain.distributed import env_rank, local_world_size
 from flowgrain.methods import DifferentiableReward, PolicyGradient
 from flowgrain.methods.calibration import calibration_tree
@@ -211,15 +213,14 @@ def _of_host(config: Config, size: ModelSize, groups: int) -> list[Need]:
 
     `groups`: number of context groups, see `World.data_size`.
     """
-    tree, training = config.tree(), config.training
+    tree = config.tree()
     height, width = image_size(config)
     image = 2 * 4.0 * 3 * height * width  # the parts, and all of them in one tensor
-    images = image * len(tree.leaves) * training.prompts_per_step / groups
-    rows = float(_ROW_BYTES * len(tree) * training.prompts_per_step)
+    images = _images_of_step(config, tree, image / groups)
     evaluation = config.evaluation
     evaluated = 0 if evaluation.every == 0 else evaluation.images_of_run
     needs = [
-        _of_step(config, images + rows, "the images of a step"),
+        images,
         Need(
             image * evaluated / groups,
             "the images of an evaluation",
@@ -244,6 +245,29 @@ def _of_host(config: Config, size: ModelSize, groups: int) -> list[Need]:
     return needs
 
 
+def _images_of_step(config: Config, tree: Tree, image: float) -> Need:
+    """The images of a step, or of its candidates if these are larger.
+
+    `tree`: exact tree of one prompt. `image`: bytes of an image, divided by the context groups.
+    """
+
+    def size(of_prompt: Tree) -> float:
+        bytes_ = image * len(of_prompt.leaves) + _ROW_BYTES * len(of_prompt)
+        return float(bytes_ * config.training.prompts_per_step)
+
+    explore = config.sampling.explore
+    exact = _of_step(config, size(tree), "the images of a step")
+    if not explore.candidates:
+        return exact
+    cheap = size(candidates_of(tree, explore.candidates, explore.num_steps).tree)
+    candidates = ("sampling.explore.candidates", explore.candidates)
+    return max(exact, Need(cheap, "the images of the candidates", *candidates), key=_size)
+
+
+def _size(need: Need) -> float:
+    return need.size
+
+
 def _of_step(config: Config, size: float, purpose: str) -> Need:
     """A need that grows with the prompts and the group. Names the one to make smaller."""
     prompts, group = config.training.prompts_per_step, config.method.group_size
@@ -257,7 +281,7 @@ def _refuse(needs: list[Need], available: float, sentence: str) -> None:
     total = sum(need.size for need in needs)
     if total <= available:
         return
-    largest = max(needs, key=lambda need: need.size)
+    largest = max(needs, key=_size)
     scaled = sum(need.size for need in needs if need.setting == largest.setting)
     share = (available - (total - scaled)) / scaled
     limit = int(int(str(largest.value)) * share) if largest.scales else 0

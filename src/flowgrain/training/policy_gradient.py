@@ -132,7 +132,7 @@ class PolicyGradientLoss:
     def metrics(self, means: Mapping[str, float], record: TermRecord) -> Metrics:
         """Ratio, clip fraction, KL and forward passes of the step."""
         passes = sum(len(update.rows) for update in self.updates)
-        reused = sum(self.batch.world.gather(self._reused_rows)) if self._reuses else 0
+        reused = sum(self.batch.world.gather_data(self._reused_rows)) if self._reuses else 0
         largest = max((float(r.max()) for r in record.values["ratio"]), default=-math.inf)
         metrics: Metrics = {
             "loss": means["loss"],

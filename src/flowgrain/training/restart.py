@@ -78,7 +78,16 @@ def _repeats(error: Exception) -> bool:
     """Whether a restart would repeat an error, or would ignore a signal of the user."""
     if isinstance(error, Interrupted):
         return signal_arrived()  # a signal to another machine stops this one, too
-    return not isinstance(error.__cause__, ConnectionError | TimeoutError)
+    return not _lost_connection(error)
+
+
+def _lost_connection(error: BaseException | None) -> bool:
+    """Whether the error, or an error that led to it, is that of a connection."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def _raise_last() -> None:

@@ -176,6 +176,7 @@ def begin(trainer: Trainer, start: Callable[[], None] | None = None) -> None:
         check_disk(trainer.config, trainer.size, trainer.out)
         for message in trainer.lock.acquire():
             log.warning("%s: %s", trainer.out, message)
+        trainer.collector.source.start()  # before files, so that an error leaves no run behind
         remember_job(trainer.out)
         trainer.recorder.start()
     except OSError as error:
@@ -184,7 +185,6 @@ def begin(trainer: Trainer, start: Callable[[], None] | None = None) -> None:
         raise SettingsError(
             f"--out {trainer.out}: cannot be created ({error}). Set another directory."
         ) from error
-    trainer.collector.source.start()
     if start is not None:
         start()
 

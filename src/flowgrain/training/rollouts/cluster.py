@@ -138,7 +138,9 @@ def ray_options(config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if config.rollout.address is not None:
         return options | {"address": config.rollout.address}
-    return options | {"num_cpus": config.rollout.workers, "include_dashboard": False}
+    # Without "local", Ray would connect to a cluster of RAY_ADDRESS or of this machine.
+    local = {"address": "local", "num_cpus": config.rollout.workers, "include_dashboard": False}
+    return options | local
 
 
 def other_gpus(visible: str | None, count: int) -> list[str]:

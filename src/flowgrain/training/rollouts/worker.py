@@ -71,7 +71,8 @@ class RolloutWorker:
         device = compute_device(config.runtime.device)
         backbone = load_model(config, train=_old_samples(config))
         self.policy = sampling_policy(config, backbone, device)
-        self.parameters = self.policy.parameters or dict(self.policy.model.named_parameters())
+        if not self.policy.parameters:  # of a full fine-tune. Quantized tails follow these
+            self.policy.parameters = dict(self.policy.model.named_parameters())
         rewards = {reward.name: build_reward(reward) for reward in config.rewards}
         self.collector = RolloutCollector(config, config.method, self.policy, rewards, [])
 
@@ -89,7 +90,7 @@ class RolloutWorker:
         """
         with torch.no_grad():
             for name, value in parameters.items():
-                self.parameters[name].copy_(value)
+                self.policy.parameters[name].copy_(value)
         self.policy.version += 1
         self.policy.unconditional = self._on_device(request.unconditional)
         collector = self.collector
