@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, note, out, say
@@ -151,19 +150,22 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
 
 
 def _show_proposals(found: "list[Proposal]", name: str) -> None:
-    table = Table(
-        f"{name}, GPUs", "settings", "GB", "seconds per step", "images per second", box=box.SIMPLE
-    )
+    """Numbers of every proposal, and its settings, ready to copy."""
+    from flowgrain.units import duration
+
+    table = Table(f"{name}, GPUs", "GB on a GPU", "forecast", "images per second", box=box.SIMPLE)
     for proposal in found:
         table.add_row(
             str(proposal.gpus),
-            escape(" ".join(proposal.settings)) if proposal.fits else "nothing fits",
-            f"{proposal.memory / 1e9:,.1f}",
-            f"{proposal.seconds:,.0f}" if proposal.fits else "",
-            f"{proposal.images_per_second:,.2f}" if proposal.fits else "",
+            _number(proposal.memory / 1e9),
+            f"{duration(proposal.seconds)} per step" if proposal.fits else "does not fit",
+            f"{proposal.images_per_second:,.3g}" if proposal.fits else "",
         )
     out.print(table)
-    say("Seconds are a forecast from FLOPs and data sheets, without rewards.")
+    for proposal in found:
+        closest = "" if proposal.fits else ", which need least memory"
+        say(f"{proposal.gpus} GPUs{closest}: {' '.join(proposal.settings)}")
+    say("The forecast follows from FLOPs and data sheets, without rewards.")
 
 
 def _number(value: float) -> str:
