@@ -267,9 +267,10 @@ def test_numbers_as_json(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe(process, recipe):
-    """The first step of every recipe, at full width, on eight GPUs."""
-    config = load_config(recipe, {"model.gradient_checkpointing": True} if recipe != "demo" else {})
+    """The first step of every recipe, at full width, on eight GPUs with one prompt each."""
+    config = load_config(recipe, {"training.prompts_per_step": 8})
     found = process.rehearse(config, 8, H100, depth="shallow")
-    cost, prompts = prompt_cost(config), -(-config.training.prompts_per_step // 8)
-    assert found.measured.counts["decoded"] >= prompts * cost.decodes
+    # A repair decodes candidates of the images that it can repair, which depends on rewards.
+    assert found.measured.counts["decoded"] >= len(config.tree().leaves)
+    assert found.measured.counts["gradient"] > 0
     assert found.measured.checkpoint > 0
