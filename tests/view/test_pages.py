@@ -140,8 +140,9 @@ def test_alarms_are_on_runs_curves_and_configuration(page) -> None:
     page.open("curves?runs=alpha-0&keys=eval/monitor/edge_density")
     plot = tab.locator(".u-over")
     plot.wait_for()
-    box = plot.bounding_box()
-    plot.hover(position={"x": box["width"] / 2, "y": 20})  # the alarm is at half of the steps
+    # A plot that is drawn again has no size for a moment.
+    width = tab.wait_for_function("document.querySelector('.u-over')?.offsetWidth").json_value()
+    plot.hover(position={"x": width / 2, "y": 20})  # the alarm is at half of the steps
     assert "edge_density, step 10" in tab.locator(".tooltip .alarm-text").inner_text()
 
 
