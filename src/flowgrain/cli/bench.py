@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from flowgrain.cli.app import Json, app, note, writing
+from flowgrain.settings import SettingsError
 
 
 @app.command()
@@ -58,8 +59,13 @@ def bench(
     from flowgrain.training.load import compute_device
 
     device = "cpu" if dry_run else device
-    compute_device(device)
     chosen = choose_steps(step or (), list(STEPS))
+    try:
+        compute_device(device)
+    except SettingsError as error:
+        raise SettingsError(
+            f"--device {device}: torch finds no GPU. Use --device cpu, or --dry-run."
+        ) from error
     measured = Bench(out_dir, device, tiny or dry_run)
     with writing(f"--out {out_dir}", out_dir):
         undone = run_bench(measured, chosen, minutes, note)

@@ -63,6 +63,7 @@ def rehearse_command(
         if search:
             _search(config, card, gpu, gpus, as_json)
             return
+        note("The first step runs on fake tensors. For a large model this takes about a minute.")
         rehearsal = rehearse(config, gpus or 8, card, "full" if full_depth else "lines")
     except RehearsalError as error:
         if as_json:
@@ -135,14 +136,14 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     counts = measured.counts
     return [
         f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}{batch}. This {fits} in "
-        f"{usable / 1e9:,.0f} GB of a {name} with 10% left free.",
-        f"Forward passes of this GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
+        f"{usable / 1e9:,.0f} GB of one {name} with 10% left free.",
+        f"Forward passes on each GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
         f"{counts.get('gradient', 0):,.0f} with gradient. Decoded images: "
         f"{counts.get('decoded', 0):,.0f}.",
-        f"{sum(measured.flops.values()) / 1e12:,.0f} TFLOP, {in_bytes(moved)} received over links, "
+        f"{sum(measured.flops.values()) / 1e12:,.4g} TFLOP, {in_bytes(moved)} received over links, "
         f"{in_bytes(measured.checkpoint)} in a checkpoint, per GPU.",
         f"Forecast: {duration(expected.total)} per step without rewards ({seconds}).",
-        f"The host waits for the GPU {syncs:,} times: {places}."
+        f"The host waits for the GPU {syncs:,} times, most often at {places}."
         if most
         else "The host never waits.",
         f"The rehearsal took {found.seconds:.0f} s.",
