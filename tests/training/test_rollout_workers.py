@@ -1,4 +1,4 @@
-"""Rollouts in worker processes: the numbers of the training process, whoever samples.
+"""Rollouts in worker processes give the same numbers as the training process.
 
 Most tests run the workers in this process, behind the interface of `Cluster`. Ray itself is used
 where processes are started and killed.

@@ -13,7 +13,10 @@ from flowgrain.settings import SettingsError
 @app.command()
 def bench(
     out_dir: Annotated[
-        Path, typer.Option("--out", help="Directory of the results. A step in it is not repeated.")
+        Path,
+        typer.Option(
+            "--out", help="Directory of the results. Steps that are done are not repeated."
+        ),
     ] = Path("bench"),
     device: Annotated[
         Literal["cuda", "cpu"], typer.Option(help="Device that is measured.")
@@ -56,16 +59,10 @@ def bench(
         return
     from flowgrain.bench.runner import Bench, all_records, choose_steps, run_bench
     from flowgrain.bench.steps import STEPS
-    from flowgrain.training.load import compute_device
 
     device = "cpu" if dry_run else device
     chosen = choose_steps(step or (), list(STEPS))
-    try:
-        compute_device(device)
-    except SettingsError as error:
-        raise SettingsError(
-            f"--device {device}: torch finds no GPU. Use --device cpu, or --dry-run."
-        ) from error
+    _check_device(device)
     measured = Bench(out_dir, device, tiny or dry_run)
     with writing(f"--out {out_dir}", out_dir):
         undone = run_bench(measured, chosen, minutes, note)
@@ -74,3 +71,15 @@ def bench(
     if undone:
         note(f"{len(undone)} of {len(chosen)} steps are not done: {', '.join(undone)}.")
         raise typer.Exit(1)
+
+
+def _check_device(device: str) -> None:
+    """Check that this machine has the device of --device."""
+    from flowgrain.training.load import compute_device
+
+    try:
+        compute_device(device)
+    except SettingsError as error:
+        raise SettingsError(
+            f"--device {device}: torch finds no GPU. Use --device cpu, or --dry-run."
+        ) from error
