@@ -48,7 +48,6 @@ def bench(
     Examples:
     * `flowgrain bench --out bench/h100`
     * `flowgrain bench --dry-run --out bench/dry`
-    * `flowgrain bench --step numerics --step sampling-flux`
     * `flowgrain bench --report bench/h100`
     """
     from flowgrain.bench.tables import markdown, read_results

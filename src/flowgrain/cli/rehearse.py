@@ -47,7 +47,6 @@ def rehearse_command(
     Examples:
     * `flowgrain rehearse flux/g2rpo --gpus 8 --gpu h100`
     * `flowgrain rehearse sd3/flow_grpo --gpus 4 lora.rank=64 --json`
-    * `flowgrain rehearse flux/g2rpo --search`
     * `flowgrain rehearse flux/g2rpo --search --gpus 4 --gpu h200`
     """
     from flowgrain.models.quiet import quiet_libraries
