@@ -13,12 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch._C._profiler import _EventType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -35,6 +37,11 @@ BLOCK = 512
 """Allocations are rounded up to this many bytes, as on CUDA."""
 FIRST, LATER, OPTIMIZER = "first micro-batch", "later micro-batches", "optimizer"
 HOST, OTHER = "host", "activations"
+COLLECTIVES = (
+    *("all_gather_single", "reduce_scatter_single", "all_reduce"),
+    *("all_gather_into_tensor", "reduce_scatter_tensor"),  # names before torch 2.13
+)
+"""Collectives of FSDP2 and of flowgrain. None of them is called with `async_op=True`."""
 FLOAT32 = {
     *(functional.layer_norm, functional.group_norm, functional.softmax, functional.mse_loss),
     *(torch.exp, torch.log, torch.pow, torch.rsqrt, torch.sum, torch.cumsum, torch.softmax),
@@ -161,7 +168,30 @@ def patched(marks: Marks) -> Iterator[None]:
             marks.tag({"unsharded parameters": param.all_gather_outputs})
 
         stack.enter_context(patch.object(FSDPParam, "alloc_all_gather_outputs", tagged))
+        for name in filter(partial(hasattr, dist), COLLECTIVES):
+            collective = on_copies(getattr(dist, name))
+            stack.enter_context(patch.object(dist, name, collective))
         yield
+
+
+def on_copies(collective: Any) -> Any:
+    """`collective` with copies of its tensors, which count as tensors of the host.
+
+    A thread of gloo may hold the last reference to a tensor. The profiler does not see what that
+    thread releases, and the tensor would count as held.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with record_function("gloo:copies"):
+            mine = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            copies = {id(t): t.clone() for t in mine}
+            of_gloo = tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
+            result = collective(*of_gloo[0], **of_gloo[1])
+            for tensor in mine:
+                tensor.copy_(copies[id(tensor)])
+        return result
+
+    return call
 
 
 def measured_step(make_trainer: Any) -> Measured:
