@@ -40,7 +40,7 @@ def main() -> None:
                 found[recipe] = {"error": str(error)}
             else:
                 phase, peak = rehearsal.peak
-                expected = forecast(rehearsal, card, rehearsal.compiled)
+                expected = forecast(rehearsal, card)
                 found[recipe] = {
                     "lora": config.lora.rank,
                     "peak": peak.total,

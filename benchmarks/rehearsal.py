@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowgrain.config import load_config
 from flowgrain.models import Dtypes, ModelConfig
-from flowgrain.planning.rehearsal.model import build_backbone, part_config
+from flowgrain.models.published import required_config
+from flowgrain.planning.rehearsal.model import build_backbone
 from flowgrain.planning.rehearse import Rehearser
 
 SMALL = 0.01
@@ -137,12 +138,12 @@ def compare_published() -> None:
     meta, kinds = torch.device("meta"), Dtypes(*[torch.bfloat16] * 3)
     for name, part, published, source in PARAMETERS:
         model = ModelConfig(name="flux" if name == FLUX else "sd3", path=name)
-        backbone: Any = build_backbone(model, kinds, part_config(model, "transformer"), meta)
+        backbone: Any = build_backbone(model, kinds, required_config(model, "transformer"), meta)
         count = sum(p.numel() for p in backbone.pipe.components[part].parameters())
         numbers = f"{count / 1e6:,.1f} M | {published / 1e6:,.1f} M"
         print(f"| {name} | {part} | {numbers} | {difference((count, published)):+.1%} | {source} |")
     model = ModelConfig(name="flux", path=FLUX, height=1024, width=1024, max_prompt_tokens=512)
-    backbone = build_backbone(model, kinds, part_config(model, "transformer"), meta)
+    backbone = build_backbone(model, kinds, required_config(model, "transformer"), meta)
     shapes = {"embeds": (1, 512, 4096), "pooled": (1, 768), "guidance": (1,)}
     cond = {key: torch.empty(shape, device=meta) for key, shape in shapes.items()}
     x = torch.empty(1, *backbone.latent_shape, device=meta, dtype=torch.bfloat16)

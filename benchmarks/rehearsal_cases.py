@@ -19,9 +19,9 @@ from torch import Tensor
 from flowgrain.config import Config, load_config
 from flowgrain.data import Prompt
 from flowgrain.models import Backbone, load_backbone
-from flowgrain.models.published import PUBLISHED
+from flowgrain.models.published import PUBLISHED, required_config
 from flowgrain.planning.gpus import gpu_named
-from flowgrain.planning.rehearsal.model import build_backbone, part_config
+from flowgrain.planning.rehearsal.model import build_backbone
 from flowgrain.planning.rehearse import Rehearser, prepared
 from flowgrain.training import Trainer
 from flowgrain.training.load import load_dtypes
@@ -178,7 +178,7 @@ def trainer_of(config: Config, loaded: Backbone | None) -> Trainer:
         backbone: Any = copy.deepcopy(loaded)
         prompts = backbone.bundled_prompts("train")[:8]
     else:
-        transformer = part_config(config.model, "transformer")
+        transformer = required_config(config.model, "transformer")
         device = torch.device("cpu")
         backbone = build_backbone(config.model, load_dtypes(config), transformer, device)
         backbone.check = _accept

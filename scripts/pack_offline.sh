@@ -44,6 +44,8 @@ for package in $PROVIDED; do
 done
 # Installed versions are constraints, so that pip reports a conflict instead of replacing a package.
 "\$PYTHON" -m pip list --format=freeze --disable-pip-version-check | grep -i -v '^flowgrain=' >"\$here/installed.txt"
+# Also if this version is installed: its code may be another.
+"\$PYTHON" -m pip install --no-index --no-deps --force-reinstall "\$here"/wheels/flowgrain-*.whl
 "\$PYTHON" -m pip install --no-index --find-links "\$here/wheels" --constraint "\$here/installed.txt" 'flowgrain[quantize]'
 "\$PYTHON" -m flowgrain --version
 INSTALL

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowgrain.bench import memory, runner
+from flowgrain.bench import STEP_NAMES, memory, runner
 from flowgrain.bench.iteration import scaled
 from flowgrain.bench.numerics import LIMITS, Pair, relative_error, velocity
 from flowgrain.bench.published_loop import PublishedLoop
@@ -18,10 +18,12 @@ from flowgrain.bench.setup import Setup
 from flowgrain.bench.sizes import REAL, TINY, bench_config
 from flowgrain.bench.steps import STEPS, run_step
 from flowgrain.bench.tables import markdown, read_results
+from flowgrain.bench.timing import listed
 from flowgrain.config import load_config
+from flowgrain.models.published import required_config
+from flowgrain.planning.gpus import GPUS
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.settings import SettingsError
-from flowgrain.training.sizes import published_config
 
 
 @pytest.fixture
@@ -73,17 +75,40 @@ def test_a_measurement_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     assert reasons["rows 16"] == "a smaller batch was out of memory"
 
 
-def test_memory_and_time_that_run_out_are_not_failures(tmp_path):
+def test_memory_and_time_that_run_out(tmp_path):
     def too_large():
         raise torch.OutOfMemoryError("tried to allocate 80 GB")
 
     record = StepRecord("step", tmp_path / "step.json")
     record.run("rows 8", too_large, sweep="rows")
+    record.run("rows 16", too_large, sweep="rows")
+    record.finish()
+    assert record.status == "done"
+    assert [entry["outcome"] for entry in record.measurements] == ["out of memory", "skipped"]
+    record.run("early", lambda: {"seconds": 1.0})
     record.seconds = -1.0
     record.run("late", lambda: {"seconds": 1.0})
     record.finish()
-    assert record.status == "done"
+    assert (record.status, record.error) == ("timeout", "the time limit of the step is reached")
     assert record.measurements[-1]["outcome"] == "skipped"
+    again = StepRecord("step", tmp_path / "step.json", seconds=-1.0)
+    again.run("early", lambda: {"seconds": 2.0})
+    assert again.measurements[-1]["values"] == {"seconds": 1.0}  # kept from before
+
+
+def test_a_failed_check_without_a_limit_is_in_the_table(tmp_path):
+    record = StepRecord("resume", tmp_path / "step.json")
+    record.run("resume", lambda: {"different": ["a"], "passed": False})
+    record.finish()
+    lines = markdown([read_record(record.file)]).splitlines()
+    assert any(line.startswith("| resume | failed |") and "different" in line for line in lines)
+
+
+def test_data_sheets_of_names():
+    assert listed("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    assert listed("NVIDIA A100-SXM4-80GB") is GPUS["a100"]
+    assert listed("NVIDIA H200") is GPUS["h200"]
+    assert {listed(f"NVIDIA {name}") for name in ("H100 PCIe", "H100 NVL", "L40S")} == {None}
 
 
 class Launches:
@@ -117,6 +142,15 @@ def test_steps_that_are_done_are_not_repeated(tmp_path):
     assert [record["status"] for record in read_results(bench.out)] == ["done"] * 4
     with pytest.raises(SettingsError, match="contains results of"):
         run_bench(Bench(bench.out, "cpu", False), steps, 10, notes.append, again)
+    (bench.out / "bench.json").write_text('{"device": "cp')
+    with pytest.raises(SettingsError, match=r"^--out .*bench: bench.json in it is damaged"):
+        run_bench(bench, steps, 10, notes.append, again)
+
+
+def test_names_and_results_of_steps(tmp_path):
+    assert tuple(STEPS) == STEP_NAMES
+    with pytest.raises(SettingsError, match=r"^--report .*results.json is missing or damaged"):
+        read_results(tmp_path)
 
 
 def test_results_keep_the_steps_of_earlier_calls(tmp_path):
@@ -228,10 +262,10 @@ def test_a_recipe_is_scaled_from_its_own_units(setup):
 def test_sizes_of_the_published_models_are_built_in():
     for sizes in REAL.kinds.values():
         config = bench_config(sizes, "cpu", *sizes.iteration)
-        assert published_config(config.model.path, "transformer")["_class_name"]
+        assert required_config(config.model, "transformer")["_class_name"]
         assert all(rows >= 1 for rows in (*sizes.sampling, *sizes.training))
-    with pytest.raises(SettingsError, match="no configuration is built in"):
-        published_config("tiny", "vae")
+    with pytest.raises(SettingsError, match="configuration of vae is not known"):
+        required_config(bench_config(TINY.sd3, "cpu").model, "vae")
 
 
 def test_phases_of_a_rehearsal_are_stages():
@@ -251,7 +285,7 @@ def test_memory_is_compared_with_the_rehearsal():
     assert not bad["passed"]
     with pytest.raises(Skipped, match=r"model.path=tiny: the configuration"):
         memory.compare_memory(config, measured)
-    with pytest.raises(Skipped, match="on a GPU only"):
+    with pytest.raises(Skipped, match="this needs a GPU"):
         memory.compare_memory(config, {})
     with pytest.raises(Skipped, match="none of the stages"):
         memory.compare_memory(config, measured, lambda _: {"other": 1.0})

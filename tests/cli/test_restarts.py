@@ -155,10 +155,12 @@ def test_a_signal_by_torchrun_is_told_from_a_signal_by_the_user(tmp_path, torchr
     result = flowgrain(*words())
     assert result.status == 130
     assert "ended at once" in result.stderr
-    torchrun(0)
+    torchrun(0)  # a machine joined. Later a process fails, which is another restart
+    killed_in(3, monkeypatch)
+    torchrun(1)
     result = flowgrain(*words())
     assert result.status == 0
-    assert "The run continues from step 1." in result.stderr
+    assert "The run continues from step 2." in result.stderr
 
 
 def test_the_lock_of_a_machine_that_is_gone(tmp_path, torchrun, monkeypatch):

@@ -98,6 +98,16 @@ def test_needs_grow_with_their_settings():
     )
 
 
+def test_older_parameters_need_memory_of_the_host():
+    changes = {"rollout.workers": 1, "rollout.max_staleness": 1, "lora.rank": 0}
+    config = load_config("flow_grpo", changes)
+    size = size_before_loading(config)
+    found = {need.setting: need for need in fit._of_host(config, size, 1)}
+    assert found["rollout.max_staleness"].size == 3 * 4 * size.transformer
+    with pytest.raises(SettingsError, match=r"^rollout.max_staleness=1: .*max_staleness=0"):
+        fit._refuse([found["rollout.max_staleness"]], 1e6, "of memory, but this machine has")
+
+
 def test_the_disk_counts_only_checkpoints_that_are_written():
     def bytes_of(**changes):
         config = load_config("demo", {f"training.{k}": v for k, v in changes.items()})

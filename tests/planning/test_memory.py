@@ -71,6 +71,12 @@ def test_a_quantized_copy_is_smaller():
     size = model_size(config.model)
     parts = memory(config, size, torch.bfloat16).parts
     assert size.transformer < parts["quantized copy"] < parts["sampling copy"]
+    explore = {"sampling.explore.candidates": 24, "sampling.explore.tail_weights": "int8"}
+    for changes, copies in (({}, 1), ({"sampling.explore.tail_cache": "first_block:0.1"}, 2)):
+        both = memory(config.with_changes({**explore, **changes}), size, torch.bfloat16).parts
+        assert both["quantized copy"] == copies * parts["quantized copy"]
+    candidates = memory(load_config("g2rpo", {**FLUX, **explore}), size, torch.bfloat16).parts
+    assert candidates["quantized copy"] == parts["quantized copy"]
 
 
 @pytest.mark.parametrize("changes", [{}, {"runtime.dtype": "bfloat16"}, {"lora.rank": 4}])

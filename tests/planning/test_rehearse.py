@@ -8,11 +8,12 @@ import pytest
 from flowgrain import SettingsError
 from flowgrain.config import load_config
 from flowgrain.config.load import recipe_names
+from flowgrain.planning import search
 from flowgrain.planning.forecast import forecast
-from flowgrain.planning.gpus import EAGER, GPUS, gpu_named
+from flowgrain.planning.gpus import COMPILED, EAGER, GPUS, gpu_named
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.rehearse import RehearsalError, Rehearser, prepared, rehearse
-from flowgrain.planning.search import proposals
+from flowgrain.planning.search import Proposal, proposals
 from flowgrain.training.memory import memory
 from flowgrain.training.sizes import model_size
 
@@ -215,7 +216,8 @@ def test_the_forecast_divides_flops_by_the_rate_of_the_gpu(process):
     flops = found.measured.flops["sample"]
     assert expected.seconds["sampling"] == flops / (EAGER * 989e12)
     assert expected.total == sum(expected.seconds.values())
-    assert forecast(found, H100, compiled=True).total < expected.total
+    compiled = dataclasses.replace(found, compiled=True)
+    assert forecast(compiled, H100).total == pytest.approx(expected.total * EAGER / COMPILED)
     assert expected.moved == {}
 
 
@@ -255,6 +257,28 @@ def test_the_search_finds_settings_that_fit_exactly():
     assert found.images_per_second == pytest.approx(images / found.seconds)
     (nothing,) = proposals(config, dataclasses.replace(H100, memory=1e6), (1,))
     assert not nothing.fits
+
+
+def test_the_search_leaves_out_settings_that_fail(monkeypatch):
+    config, said = load_config("flow_grpo", SMALL), []
+    proposal = Proposal(1, True, [], 1e9, 1.0, 1.0)
+
+    def largest(process, config, changes, gpus, gpu):
+        if not changes["model.gradient_checkpointing"]:
+            raise RehearsalError("no such operator", "Traceback")
+        return proposal
+
+    monkeypatch.setattr(search, "_largest", largest)
+    assert proposals(config, H100, (1,), said.append) == [proposal]
+    assert "model.gradient_checkpointing=false" in said[1]
+    assert said[1].endswith(": no such operator")
+
+    def failing(*_):
+        raise RehearsalError("no such operator", "Traceback")
+
+    monkeypatch.setattr(search, "_largest", failing)
+    with pytest.raises(RehearsalError, match="no such operator"):
+        proposals(config, H100, (1,))
 
 
 def test_numbers_as_json(process):

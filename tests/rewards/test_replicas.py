@@ -60,7 +60,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.state.checked += 1
-        if self.state.behavior == "down":
+        if self.state.behavior == "hung":
+            self.state.release.wait(20)
+        elif self.state.behavior == "down":
             self.send(500, {})
         else:
             self.send(200, {"rewards": ["red"], "identities": {"red": self.state.identity}})
@@ -224,7 +226,8 @@ def test_a_server_that_failed_is_used_again_after_a_health_check(servers, caplog
     check_server("remote", reward)
     assert score(reward, IMAGES, PROMPTS).failed == 0
     before, flaky.behavior = flaky.scored, "ok"
-    assert counters(reward)[0].failed >= 1
+    assert counters(reward)[0].failures >= 1
+    assert counters(reward)[0].failed == 0  # health checks are no requests
     deadline = time.monotonic() + 20
     while flaky.scored == before and time.monotonic() < deadline:
         assert torch.equal(score(reward, IMAGES, PROMPTS).values, red(IMAGES))
@@ -272,6 +275,11 @@ def test_servers_are_compared_before_a_run(servers, caplog):
     good.behavior = "down"
     with pytest.raises(SettingsError, match=r"no server answers .*flowgrain serve red"):
         check_server("remote", remote([good, other]))
+
+
+def test_a_server_that_hangs_takes_no_time_from_the_check_of_another(servers):
+    hung, good = servers("hung", "ok")
+    check_server("remote", remote([hung, good], deadline=0.5))
 
 
 def test_a_restart_tries_again_if_no_server_listens(monkeypatch):

@@ -21,9 +21,10 @@ from toy import Toy, red
 
 from flowgrain import METHODS, Interrupted, SettingsError, Trainer, load_config
 from flowgrain.planning.doctor import examine
+from flowgrain.planning.plan import prompt_cost
 from flowgrain.training import checkpoint
 from flowgrain.training.policy_gradient import PolicyGradientLoss
-from flowgrain.training.rollouts import workers
+from flowgrain.training.rollouts import cluster, workers
 from flowgrain.training.rollouts.checks import import_ray
 from flowgrain.training.rollouts.cluster import other_gpus, ray_options
 from flowgrain.training.rollouts.source import LocalRollouts
@@ -57,7 +58,7 @@ OPTIONS = {
 """Options that fit four steps."""
 WORKERS = {"rollout.workers": 2}
 STALE = {"rollout.workers": 2, "rollout.max_staleness": 1}
-SAMPLED = [name for name in METHODS if METHODS.get(name).trains_on is None]
+SAMPLED = list(METHODS)
 
 
 class LocalCluster:
@@ -210,6 +211,8 @@ def test_stale_rollouts_are_those_of_the_parameters_before_the_update(
     found, expected = lines(tmp_path / "workers"), lines(tmp_path / "older")
     assert [line.pop("staleness") for line in found] == [0, 1, 1]
     assert found == expected
+    planned = prompt_cost(settings(**changes, **STALE)).frozen_forward_passes
+    assert [line["frozen_forward_passes"] for line in found[1:]] == [3 * planned] * 2
     for name, value in tensors(tmp_path / "older").items():
         assert torch.equal(tensors(tmp_path / "workers")[name], value), name
 
@@ -252,9 +255,10 @@ def test_ratio_is_taken_against_the_parameters_that_sampled(tmp_path):
 
 # ------------------------------------------------------------------------------ resuming
 @pytest.mark.parametrize("mode", [pytest.param(WORKERS, marks=pytest.mark.slow), STALE])
-def test_resumed_equals_uninterrupted(tmp_path, in_process, mode):
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_resumed_equals_uninterrupted(tmp_path, in_process, mode, step):
     train(tmp_path / "whole", **{**mode, "training.max_steps": 3})
-    train(tmp_path / "cut", **{**mode, "training.max_steps": 2})
+    train(tmp_path / "cut", **{**mode, "training.max_steps": step})
     assert any("sampled_with" in name for name in tensors(tmp_path / "cut")) == (mode == STALE)
     train(tmp_path / "cut", **{**mode, "training.max_steps": 3})
     assert_same(tmp_path / "cut", tmp_path / "whole")
@@ -424,6 +428,15 @@ def plugin(tmp_path):
 
 def test_ray_listens_on_this_machine_only(ray):
     assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
+
+
+@pytest.mark.slow
+def test_a_message_says_that_the_start_waits(ray, monkeypatch, caplog):
+    monkeypatch.setattr(cluster, "_START_SECONDS", 0)
+    started = cluster.Cluster(settings(**WORKERS), torch.device("cpu"))
+    started.close()
+    assert "0 of 2 rollout workers have started" in caplog.text
+    assert "CPUs and 0 GPUs" in caplog.text
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def compare_memory(
         Skipped: nothing was measured, or there is no prediction.
     """
     if not measured:
-        raise Skipped("the memory by stage is measured on a GPU only")
+        raise Skipped("no memory by stage was measured: this needs a GPU, and a step that fits")
     predicted = predict(config)
     errors = {
         stage: predicted[stage] / size - 1

@@ -1,9 +1,9 @@
 """A training step as published code runs it: row by row, without shared states.
 
 Sampling makes one forward pass with one row for every step of every branch. A step that several
-granularities have in common is made once, which published code repeats. Images are decoded and
-scored one at a time. The update makes one forward pass with gradient, with one row, for every state
-before a trained step.
+granularities share is computed once, while published code computes it for each of them. Images are
+decoded and scored one at a time. The update makes one forward pass with gradient, with one row, for
+every state before a trained step.
 
 Shapes: *L latent, E trained edges below a state.
 """

@@ -16,9 +16,9 @@ from flowgrain.data import Prompt
 from flowgrain.models import Backbone, Dtypes, ModelConfig
 from flowgrain.models.flux import FluxBackbone
 from flowgrain.models.pipeline import PipelineBackbone
+from flowgrain.models.published import required_config
 from flowgrain.models.sd3 import SD3Backbone
 from flowgrain.training.load import load_dtypes
-from flowgrain.training.sizes import published_config
 
 _CLIP_TOKENS = 77
 """Tokens of CLIP, which come before the tokens of T5 in SD3."""
@@ -79,11 +79,11 @@ def random_backbone(
         device: where the weights are created, without a copy in main memory.
         seed: the weights on one kind of device are a function of it.
     """
-    path, dtypes = str(config.model.path), load_dtypes(config)
-    parts = sizes.parts or {part: published_config(path, part) for part in ("transformer", "vae")}
+    model, dtypes = config.model, load_dtypes(config)
+    parts = sizes.parts or {part: required_config(model, part) for part in ("transformer", "vae")}
     transformer = random_module(parts["transformer"], device, dtypes.transformer, seed)
     vae = random_module(parts["vae"], device, dtypes.vae, seed + 1)
-    return _BACKBONES[config.model.name](config.model, dtypes, transformer, vae)
+    return _BACKBONES[model.name](model, dtypes, transformer, vae)
 
 
 def random_module(

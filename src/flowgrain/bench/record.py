@@ -23,6 +23,7 @@ Status = Literal["running", "done", "failed", "timeout", "crashed", "not started
 Values = Mapping[str, Any]
 """Numbers and words of a measurement by name. `passed` says whether a check is within its limit."""
 
+_NO_TIME = "the time limit of the step is reached"
 CHECK = "passed"
 """Name of the value that says whether a check is within its limit."""
 
@@ -43,7 +44,8 @@ class StepRecord:
     Attributes:
         name: name of the step.
         file: JSON file, written after every measurement.
-        seconds: time limit of the step. Measurements that start after it are skipped.
+        seconds: time limit of the step. Later measurements keep the values of an earlier run of
+            the step, or are skipped.
         status: see `Status`.
         error: why the step failed, if it did not reach its end.
         measurements: one entry per measurement, in order.
@@ -59,6 +61,11 @@ class StepRecord:
     def __post_init__(self) -> None:
         self._begin = time.monotonic()
         self._exhausted: set[str] = set()
+        self._earlier = {
+            entry["name"]: entry
+            for entry in read_record(self.file)["measurements"]
+            if entry["outcome"] in ("measured", "passed")
+        }
         self.write()
 
     @property
@@ -81,7 +88,11 @@ class StepRecord:
         if sweep in self._exhausted:
             reason = "a smaller batch was out of memory"
         elif self.elapsed > self.seconds:
-            reason = "the time limit of the step is reached"
+            if name in self._earlier:
+                self.measurements.append(self._earlier[name])
+                self.write()
+                return
+            reason = _NO_TIME
         else:
             try:
                 values = dict(work())
@@ -107,10 +118,11 @@ class StepRecord:
         self.write()
 
     def finish(self) -> None:
-        """Set the status: failed if a measurement failed, otherwise done."""
+        """Set the status: failed if a measurement failed, timeout if one had no time, or done."""
         failed = [entry["name"] for entry in self.measurements if entry["outcome"] == "failed"]
-        self.status = "failed" if failed else "done"
-        self.error = f"failed: {', '.join(failed)}" if failed else None
+        late = any(entry.get("reason") == _NO_TIME for entry in self.measurements)
+        self.status = "failed" if failed else "timeout" if late else "done"
+        self.error = f"failed: {', '.join(failed)}" if failed else _NO_TIME if late else None
         self.write()
 
     def write(self) -> None:
@@ -126,7 +138,7 @@ class StepRecord:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """The record of a step. A step without a readable file was not started."""
+    """The record of a step. A step whose file is missing or damaged counts as not started."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

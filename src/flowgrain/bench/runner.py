@@ -161,9 +161,10 @@ def _with_status(bench: Bench, step: str, status: Status | None) -> dict[str, An
     if status is not None:
         log = bench.log(step)
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        last = lines[-1][:300] if status == "crashed" and lines else None
-        error = f"the process died: {last}" if last else "the time limit is reached"
-        record |= {"status": status, "error": error if status != "crashed" or last else "died"}
+        error = "the time limit is reached"
+        if status == "crashed":
+            error = f"the process died: {lines[-1][:300]}" if lines else "the process died"
+        record |= {"status": status, "error": error}
         write_atomically(bench.file(step), to_json(record))
     return record
 
@@ -172,12 +173,17 @@ def _check_same(bench: Bench) -> None:
     """Check that the directory has results of the same device and size, or none yet.
 
     Raises:
-        SettingsError: it has others.
+        SettingsError: it has others, or the file that says so is damaged.
     """
     file = bench.out / _SETTINGS
     own = {"device": bench.device, "tiny": bench.tiny}
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SettingsError(
+                f"--out {bench.out}: {_SETTINGS} in it is damaged ({error}). Use another directory."
+            ) from error
         if found != own:
             raise SettingsError(
                 f"--out {bench.out}: contains results of {found}, not of {own}. "

@@ -35,8 +35,8 @@ def read_results(out: Path) -> list[dict[str, Any]]:
         return list(content["steps"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"--report {out}: contains no results of flowgrain bench ({type(error).__name__}). "
-            "Give the directory of --out."
+            f"--report {out}: contains no results of flowgrain bench: {JSON} is missing or "
+            "damaged. Give the directory of --out."
         ) from error
 
 
@@ -96,7 +96,8 @@ def _steps(records: Sequence[Record]) -> Iterator[Row]:
 
 
 def _is_check(entry: Record) -> bool:
-    return "limit" in entry.get("values", {}) or entry["outcome"] == "passed"
+    failed = entry["outcome"] == "failed" and entry.get("reason") is None
+    return "limit" in entry.get("values", {}) or entry["outcome"] == "passed" or failed
 
 
 def _checks(records: Sequence[Record]) -> Iterator[Row]:

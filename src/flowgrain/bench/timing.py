@@ -48,11 +48,15 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> dic
 
 def data_sheet(device: torch.device) -> Gpu | None:
     """The data sheet of the GPU, by its name. None for a CPU or a GPU that is not listed."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device).lower()
-    # "h100" is not part of "h200", but longer names come first in any case.
-    return next((GPUS[key] for key in sorted(GPUS, reverse=True) if key in name), None)
+    return None if device.type != "cuda" else listed(torch.cuda.get_device_name(device))
+
+
+def listed(name: str) -> Gpu | None:
+    """The data sheet of the GPU with the name of the driver. The PCIe variants are slower."""
+    words = name.lower().split()
+    if "h100" in words or "h200" in words:
+        words = [] if {"pcie", "nvl"} & set(words) else words
+    return next((gpu for key, gpu in GPUS.items() if any(w.startswith(key) for w in words)), None)
 
 
 def utilization(flops: float, seconds: float, device: torch.device) -> dict[str, float]:

@@ -100,8 +100,10 @@ def micro_batch(setup: Setup, policy: Policy, config: Config, rows: int) -> dict
     def work() -> None:
         policy.train_velocity(x, sigma, cond, guidance).square().mean().backward()  # type: ignore[no-untyped-call]
 
-    values = timed(work, setup.device, setup.sizes.repeats)
-    policy.model.zero_grad(set_to_none=True)
+    try:
+        values = timed(work, setup.device, setup.sizes.repeats)
+    finally:  # also if the memory was not sufficient
+        policy.model.zero_grad(set_to_none=True)
     result = {
         "resolution": config.model.height,
         "batch": rows,

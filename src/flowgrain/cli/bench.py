@@ -6,8 +6,18 @@ from typing import Annotated, Literal
 
 import typer
 
+from flowgrain.bench import STEP_NAMES
 from flowgrain.cli.app import Json, app, note, writing
 from flowgrain.settings import SettingsError
+
+Step = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--step",
+        metavar="NAME",
+        help=f"Run only this step. Repeatable. Steps: {', '.join(STEP_NAMES)}.",
+    ),
+]
 
 
 @app.command()
@@ -31,10 +41,7 @@ def bench(
     minutes: Annotated[
         float, typer.Option(min=0.1, help="Total time. Later steps are not started.")
     ] = 25.0,
-    step: Annotated[
-        list[str] | None,
-        typer.Option("--step", metavar="NAME", help="Run only this step. Repeatable."),
-    ] = None,
+    step: Step = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Print the results in this directory, and exit.")
     ] = None,

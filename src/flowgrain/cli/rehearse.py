@@ -1,7 +1,7 @@
 """The command `rehearse`: the first training step at full size, without GPUs."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -28,7 +28,7 @@ def rehearse_command(
     ] = None,
     gpu: Annotated[str, typer.Option(help="Kind of the GPUs: a100, h100 or h200.")] = "h100",
     search: Annotated[
-        bool, typer.Option("--search", help="Search the fastest settings that fit.")
+        bool, typer.Option("--search", help="Search settings that fit, the fastest layouts first.")
     ] = False,
     full_depth: Annotated[
         bool,
@@ -71,8 +71,7 @@ def rehearse_command(
         note(error.details)
         raise typer.Exit(1) from None
     if as_json:
-        numbers = rehearsal.to_dict()
-        typer.echo(json.dumps({**numbers, "gpu": gpu, "fits": rehearsal.fits(card.memory)}))
+        typer.echo(json.dumps({**rehearsal.to_dict(), **_verdict(rehearsal, gpu, card)}))
     else:
         _show(rehearsal, gpu, card)
     if not rehearsal.fits(card.memory):
@@ -91,6 +90,15 @@ def _search(config: "Config", card: "Gpu", name: str, gpus: int | None, as_json:
         _show_proposals(found, name)
     if not any(proposal.fits for proposal in found):
         raise typer.Exit(1)
+
+
+def _verdict(found: "Rehearsal", name: str, card: "Gpu") -> dict[str, Any]:
+    """Whether the step fits, and the forecast of its seconds by part."""
+    from flowgrain.planning.forecast import forecast
+
+    expected = forecast(found, card)
+    seconds = {**expected.seconds, "total": expected.total}
+    return {"gpu": name, "fits": found.fits(card.memory), "forecast_seconds": seconds}
 
 
 def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
@@ -122,26 +130,28 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     from flowgrain.units import duration
 
     phase, peak = found.peak
-    measured, usable = found.measured, card.memory
+    measured, available = found.measured, card.memory
     setting = found.batch_of_peak
     batch = f" ({setting[0]}={setting[1]})" if setting else ""
-    fits = "fits" if found.fits(usable) else "does not fit"
-    expected = forecast(found, card, found.compiled)
-    seconds = ", ".join(f"{part} {duration(value)}" for part, value in expected.seconds.items())
+    fits = "fits" if found.fits(available) else "does not fit"
+    expected = forecast(found, card)
+    parts = [f"{p} {duration(s)}" for p, s in expected.seconds.items() if s >= 0.05]
+    seconds = duration(expected.total) if parts else "less than 0.1 s"
+    of_parts = f" ({', '.join(parts)})" if parts else ""
     syncs = sum(measured.syncs.values())
     most = sorted(measured.syncs.items(), key=lambda item: -item[1])[:3]
     places = ", ".join(f"{place} ({count:,})" for place, count in most)
     moved = sum(expected.moved.values())
     counts = measured.counts
     return [
-        f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}{batch}. This {fits} in "
-        f"{usable / 1e9:,.0f} GB of one {name} with 10% left free.",
+        f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}{batch}. It {fits} on "
+        f"one {name} ({available / 1e9:,.0f} GB) with 10% left free.",
         f"Forward passes on each GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
         f"{counts.get('gradient', 0):,.0f} with gradient. Decoded images: "
         f"{counts.get('decoded', 0):,.0f}.",
         f"{sum(measured.flops.values()) / 1e12:,.4g} TFLOP, {in_bytes(moved)} received over links, "
         f"{in_bytes(measured.checkpoint)} in a checkpoint, per GPU.",
-        f"Forecast: {duration(expected.total)} per step without rewards ({seconds}).",
+        f"Forecast: {seconds} per step without rewards{of_parts}.",
         f"The host waits for the GPU {syncs:,} times, most often at {places}."
         if most
         else "The host never waits.",
@@ -182,7 +192,7 @@ _LABELS = {
     "text encoders": "encoders",
     "conditioning": "embeddings",
 }
-"""Short names for the table. "update 1": the first micro-batch of an update."""
+"""Short names for the table. "update 1": the first micro-batch of the first update."""
 _ORDER = (
     *("weights", "unsharded parameters", "gradients", "optimizer", "EMA", "reference"),
     *("old policy", "sampling copy", "VAE", "text encoders", "rewards", "latents"),

@@ -49,10 +49,10 @@ def train(
     """
     from flowgrain.distributed import destroy_process_group
     from flowgrain.models.quiet import quiet_libraries
-    from flowgrain.training.restart import ends_with_errors_that_repeat
+    from flowgrain.training.restart import no_restart_after_permanent_errors
 
     quiet_libraries()
-    with ends_with_errors_that_repeat():
+    with no_restart_after_permanent_errors():
         try:
             if resume is None:
                 trainer = _start(words, plugins, preset, folder)

@@ -63,8 +63,9 @@ def _check_tail(config: "Config") -> None:
     needed = shortest_tail(cache)
     length = tail_length(config.tree())
     if length < needed:
+        steps = "step" if length == 1 else "steps"
         raise ValueError(
-            f"sampling.tail_cache={cache}: has no effect on a tail of {length} steps. "
+            f"sampling.tail_cache={cache}: has no effect on a tail of {length} {steps}. "
             f"Remove it, or end the stochastic steps earlier, so that at least {needed} "
             "steps follow."
         )

@@ -63,8 +63,8 @@ class AdaptiveGroupsConfig(Section):
     )
     min_spread: float = Setting(
         0.0,
-        "A prompt is replaced if the standard deviation of the rewards of its first samples is at "
-        "most this value.",
+        "A prompt is replaced if the standard deviation of the weighted rewards of its first "
+        "samples is at most this value.",
         ge=0,
         le=1e6,
     )

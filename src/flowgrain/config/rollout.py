@@ -51,9 +51,10 @@ def check_rollout(config: Config) -> None:
         for name in ("max_staleness", "address"):
             value = getattr(rollout, name)
             if value:
+                default = RolloutConfig.model_fields[name].default
                 raise ValueError(
                     f"rollout.{name}={value}: has no effect without workers. Set rollout.workers, "
-                    f"or use rollout.{name}={RolloutConfig.model_fields[name].default or 'null'}."
+                    f"or use rollout.{name}={'null' if default is None else default}."
                 )
         return
     if config.data.kind is not None:

@@ -180,7 +180,9 @@ def extremes(score: Sequence[float], keep: int) -> Ints:
 def one_score(
     rewards: Mapping[str, Tensor], weights: Mapping[str, float], groups: Ints, by: RewardMix
 ) -> Tensor:
-    """One score [I] of several rewards. NaN where no reward, or with "reward" any, is missing.
+    """One score [I] of several rewards.
+
+    NaN for an image without any score. With "reward", also if one of several scores is missing.
 
     Args:
         rewards: rewards [I] by name.

@@ -70,7 +70,8 @@ class SampledPart:
 def assemble(tree: Tree, parts: Sequence[SampledPart]) -> Rollout:
     """The rollout of `tree` for P prompts, from parts that together contain all of its rows.
 
-    Only latents that the update or the decoder needs are kept. Passes and batches are those of all
+    Only latents that the update or the decoder needs are kept. The latents of all parts have the
+    same device and dtype. Passes and batches are those of all
     parts, also of prompts that no prompt of the whole uses.
 
     Args:

@@ -30,23 +30,23 @@ def attempt_store(rank: int, size: int, timeout: timedelta) -> Store | None:
 def agree_on_name(store: Store, rank: int, size: int) -> str:
     """A random name that is the same on all ranks of this attempt.
 
-    No environment variable of torchrun counts attempts for all machines together. Rank 0 therefore
-    answers to a random number of each rank, until each rank has confirmed its answer. Keys of
+    No environment variable of torchrun counts attempts for all machines together. Every rank writes
+    a random number. Rank 0 replies to it with the name, until the rank confirms the reply. Keys of
     earlier attempts have no effect, because their random numbers differ.
     """
     own = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"flowgrain/ask/{rank}", own)
-        name = store.get(f"flowgrain/answer/{own}").decode()
-        store.set(f"flowgrain/heard/{name}/{rank}", "yes")
+        store.set(f"flowgrain/request/{rank}", own)
+        name = store.get(f"flowgrain/reply/{own}").decode()
+        store.set(f"flowgrain/confirmed/{name}/{rank}", "yes")
         return name
     waiting = set(range(1, size))
     while waiting:
         for other in sorted(waiting):
-            if store.check([f"flowgrain/ask/{other}"]):
-                number = store.get(f"flowgrain/ask/{other}").decode()
-                store.set(f"flowgrain/answer/{number}", own)
-            if store.check([f"flowgrain/heard/{own}/{other}"]):
+            if store.check([f"flowgrain/request/{other}"]):
+                number = store.get(f"flowgrain/request/{other}").decode()
+                store.set(f"flowgrain/reply/{number}", own)
+            if store.check([f"flowgrain/confirmed/{own}/{other}"]):
                 waiting.discard(other)
         time.sleep(_POLL_SECONDS)
     return own

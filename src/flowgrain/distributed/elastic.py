@@ -100,6 +100,13 @@ def record_error(kind: str, message: str) -> None:
         write_atomically(file, json.dumps(asdict(LastError(kind, message, attempt()))))
 
 
+def forget_error() -> None:
+    """Delete the recorded error."""
+    file = _error_file()
+    if file is not None:
+        file.unlink(missing_ok=True)
+
+
 def last_error() -> LastError | None:
     """The error that an earlier attempt recorded on this machine."""
     file = _error_file()

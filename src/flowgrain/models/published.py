@@ -1,7 +1,17 @@
-"""Configurations of the parts of published models, by Hub name. No file of the Hub is needed."""
+"""Configurations of the parts of a model: from its files, or of published models by Hub name.
 
+No file of the Hub is needed.
+"""
+
+import json
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+from flowgrain.models.base import ModelConfig
+from flowgrain.models.shapes import WEIGHTS
+from flowgrain.settings import SettingsError
 
 _VAE_16 = {
     "_class_name": "AutoencoderKL",
@@ -73,3 +83,45 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 """Configurations by part. Values that are not given are the defaults of the part's class."""
+
+
+def part_config(
+    model: ModelConfig, part: str, name: str = "config.json"
+) -> Mapping[str, Any] | None:
+    """The configuration of a part of the pipeline: its file, or the published configuration.
+
+    Args:
+        model: settings of the model.
+        part: name of the part, such as "transformer".
+        name: name of the file.
+
+    Returns:
+        None if there is neither.
+    """
+    folder = WEIGHTS if model.name == "shapes" and not model.path else Path(model.path or "")
+    file = folder / part / name
+    if folder.name and file.is_file():
+        return _read(file, file.stat().st_mtime_ns)
+    return PUBLISHED.get(model.path or "", {}).get(part)
+
+
+def required_config(model: ModelConfig, part: str) -> Mapping[str, Any]:
+    """The configuration of a part: its config.json, or the published configuration.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    config = part_config(model, part)
+    if config is None:
+        known = " or ".join(PUBLISHED)
+        raise SettingsError(
+            f"model.path={model.path}: the configuration of {part} is not known. Give a local "
+            f"directory of a diffusers pipeline, {known}."
+        )
+    return config
+
+
+@lru_cache(maxsize=64)
+def _read(file: Path, _changed: int) -> Mapping[str, Any]:
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config

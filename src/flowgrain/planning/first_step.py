@@ -39,7 +39,9 @@ def check_first_step(
     except SettingsError as error:
         return [Finding("first step", True, f"Not rehearsed: {error}")]
     except RehearsalError as error:
-        return [Finding("first step", False, f"It raises {error}. See `flowgrain rehearse`.")]
+        return [
+            Finding("first step", False, f"The rehearsal fails: {error}. See `flowgrain rehearse`.")
+        ]
     phase, peak = found.peak
     kinds = sorted(peak.kinds.items(), key=lambda item: -item[1])[:4]
     parts = ", ".join(f"{kind} {in_bytes(value)}" for kind, value in kinds)

@@ -38,7 +38,7 @@ class Forecast:
         return sum(self.seconds.values())
 
 
-def forecast(found: Rehearsal, gpu: Gpu, compiled: bool = False) -> Forecast:
+def forecast(found: Rehearsal, gpu: Gpu) -> Forecast:
     """The forecast of the step that was rehearsed.
 
     Computation and transfers of a part overlap: the slower one counts.
@@ -46,9 +46,8 @@ def forecast(found: Rehearsal, gpu: Gpu, compiled: bool = False) -> Forecast:
     Args:
         found: the rehearsal.
         gpu: kind of the GPUs.
-        compiled: whether runtime.compile is set.
     """
-    measured, speed = found.measured, (COMPILED if compiled else EAGER) * gpu.flops
+    measured, speed = found.measured, (COMPILED if found.compiled else EAGER) * gpu.flops
     seconds, moved = {}, {}
     for part, phases in _STAGES.items():
         flops = sum(measured.flops.get(phase, 0.0) for phase in phases)

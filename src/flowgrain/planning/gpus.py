@@ -32,8 +32,9 @@ GPUS: Mapping[str, Gpu] = {
 
 EAGER, COMPILED = 0.31, 0.47
 """Share of the bfloat16 FLOP/s of an H100 that forward passes of FLUX.1-dev reach: 28 steps at
-1024 x 1024 in a published 6.7 s (eager) and 4.5 s (compiled). Other models, other GPUs and backward
-passes are assumed to reach the same share.
+1024 x 1024 in 6.7 s (eager) and 4.5 s (compiled), published in
+https://docs.pytorch.org/devlogs/inductor/2026-05-11-torch-compile-and-diffusers/. Other models,
+other GPUs and backward passes are assumed to reach the same share.
 """
 
 

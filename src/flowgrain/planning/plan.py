@@ -127,7 +127,8 @@ def prompt_cost(config: Config, step: int = 1, tree: Tree | None = None) -> Cost
 
     With training.graph_memory in GB, no forward pass counts as reused: the memory of a graph is
     measured when the run starts. Replaced prompts of adaptive groups are not counted: their number
-    depends on the rewards.
+    depends on the rewards. With rollout.max_staleness=1, the cost is that of the steps after the
+    first.
 
     Args:
         config: settings of the run.
@@ -147,6 +148,9 @@ def prompt_cost(config: Config, step: int = 1, tree: Tree | None = None) -> Cost
     if config.training.graph_memory == "all":
         reused = exact.train_forward_passes
         exact = replace(exact, train_forward_passes=0, reused_forward_passes=reused)
+    if config.rollout.max_staleness:  # the old policy is not the one of the first update
+        passes = exact.train_forward_passes * (1 + (config.method.kl_weight > 0))
+        exact = replace(exact, frozen_forward_passes=passes)
     if not config.sampling.explore.candidates:
         return exact
     more = candidates_cost(config, tree)

@@ -19,18 +19,18 @@ import torch
 from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
 from flowgrain.distributed.threads import available_cores
+from flowgrain.distributed.world import GPUS_PER_MACHINE
 from flowgrain.planning.gpus import Gpu
 from flowgrain.planning.rehearsal.depth import Depth, combine
 from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.step import FIRST, LATER, OPTIMIZER, Measurement
 from flowgrain.settings import SettingsError
+from flowgrain.training.copies import REPLICA_SHARE
 from flowgrain.training.memory import USABLE_SHARE
 from flowgrain.training.sizes import size_before_loading
 
 _PROCESSES = 2
 """Largest number of processes that share the transformers of a rehearsal."""
-_REPLICA_SHARE = 0.4
-"""runtime.rollout_weights=auto takes a replica below this share of the free memory."""
 PHASES = ("rewards", "encode", "sample", "decode", "score", "update", FIRST, LATER, OPTIMIZER)
 """Phases of a step, in order. A rehearsal also has a start, in which it builds all parts."""
 
@@ -120,7 +120,9 @@ class _Worker:
     """A process that measures steps, see `rehearsal.worker`."""
 
     def __init__(self) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in `close`)
+        self._errors = tempfile.TemporaryFile(  # noqa: SIM115  (closed in `close`)
+            "w+", encoding="utf-8", errors="replace"
+        )
         # The same package as in this process, whatever the working directory.
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
@@ -161,8 +163,13 @@ class _Worker:
         assert stdout is not None
         line = stdout.readline()
         if not line:
+            code = self._process.wait()
             self._errors.seek(0)
-            raise RehearsalError("the process of the rehearsal ended", self._errors.read())
+            raise RehearsalError(
+                f"the process of the rehearsal ended with exit code {code}, for example because "
+                "the memory was not sufficient",
+                self._errors.read(),
+            )
         answer: dict[str, Any] = json.loads(line)
         if "settings_error" in answer:
             raise SettingsError(answer["settings_error"])
@@ -249,8 +256,14 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
     """`config` as it is rehearsed: on a GPU, without compilation, prompts or trackers.
 
     Raises:
-        SettingsError: a setting cannot be rehearsed, or the size of the model is not known.
+        SettingsError: a setting or the number of GPUs cannot be rehearsed, or the size of the model
+            is not known.
     """
+    if gpus > GPUS_PER_MACHINE and gpus % GPUS_PER_MACHINE:
+        raise SettingsError(
+            f"--gpus {gpus}: a rehearsal assumes machines with {GPUS_PER_MACHINE} GPUs. Use at "
+            f"most {GPUS_PER_MACHINE}, or a multiple of it."
+        )
     for name, section in (
         ("sampling.tail_weights", config.sampling),
         ("sampling.explore.tail_weights", config.sampling.explore),
@@ -275,6 +288,6 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
                 f"model.path={config.model.path}: the size of this model is not known. Give a "
                 "local directory of a diffusers pipeline."
             )
-        fits = getattr(torch, dtype).itemsize * size.transformer < _REPLICA_SHARE * gpu.memory
+        fits = getattr(torch, dtype).itemsize * size.transformer < REPLICA_SHARE * gpu.memory
         changes["runtime.rollout_weights"] = "replica" if fits else "sharded"
     return without_workers(config).with_changes(changes)

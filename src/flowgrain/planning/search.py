@@ -1,4 +1,6 @@
-"""The fastest settings that fit on a number of GPUs: `flowgrain rehearse --search`.
+"""Settings that fit on a number of GPUs: `flowgrain rehearse --search`.
+
+Layouts are tried in a fixed order, usually the fastest first, until one fits.
 
 Memory grows with the rows of a call by the same amount for every row. Rehearsals with one and two
 rows give a line, and the line gives the largest number of rows that fits.
@@ -14,7 +16,7 @@ from flowgrain.planning.forecast import forecast
 from flowgrain.planning.gpus import Gpu
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.rehearsal.step import FIRST, LATER
-from flowgrain.planning.rehearse import Rehearsal, Rehearser
+from flowgrain.planning.rehearse import Rehearsal, RehearsalError, Rehearser
 from flowgrain.training.memory import USABLE_SHARE
 
 NUMBERS = (1, 2, 4, 8, 16)
@@ -55,33 +57,50 @@ def proposals(
     numbers: tuple[int, ...] = NUMBERS,
     progress: Callable[[str], None] | None = None,
 ) -> list[Proposal]:
-    """The fastest settings for each number of GPUs.
+    """Settings for each number of GPUs: the first layout that fits, with the largest batches.
 
-    A full fine-tune is proposed as LoRA where it does not fit.
+    A full fine-tune is proposed as LoRA where it does not fit. Settings whose step raises an error
+    are left out.
 
     Args:
         config: settings of the run.
         gpu: kind of the GPUs.
         numbers: numbers of GPUs.
-        progress: called with a line of text before every rehearsal.
+        progress: called with a line of text before every rehearsal, and for every error.
+
+    Raises:
+        SettingsError: this configuration cannot be rehearsed.
+        RehearsalError: all settings raise an error for a number of GPUs. The error is the last one.
     """
-    found = []
+    note = progress or (lambda _: None)
     with Rehearser() as process:
-        for gpus in numbers:
-            tried: list[Proposal] = []
-            for changes in _candidates(config, gpus):
-                if progress is not None:
-                    progress(f"{gpus} GPUs: {' '.join(_written(changes))}")
-                tried.append(_largest(process, config, changes, gpus, gpu))
-                if tried[-1].fits:
-                    break
-            fitting = [proposal for proposal in tried if proposal.fits]
-            found.append(fitting[0] if fitting else min(tried, key=lambda p: p.memory))
-    return found
+        return [_first_that_fits(process, config, gpu, gpus, note) for gpus in numbers]
+
+
+def _first_that_fits(
+    process: Rehearser, config: Config, gpu: Gpu, gpus: int, progress: Callable[[str], None]
+) -> Proposal:
+    """The first candidate that fits on `gpus` GPUs, or the one that needs least memory."""
+    tried: list[Proposal] = []
+    failure: RehearsalError | None = None
+    for changes in _candidates(config, gpus):
+        label = f"{gpus} GPUs: {' '.join(_written(changes))}"
+        progress(label)
+        try:
+            tried.append(_largest(process, config, changes, gpus, gpu))
+        except RehearsalError as error:
+            progress(f"{label}: {error}")
+            failure = error
+            continue
+        if tried[-1].fits:
+            return tried[-1]
+    if failure is not None and not tried:
+        raise failure
+    return min(tried, key=lambda proposal: proposal.memory)
 
 
 def _candidates(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
-    """Changes of `config`, the fastest first."""
+    """Changes of `config`, usually the fastest first."""
     lora = [{}] if config.lora.rank else [{}, _LORA]
     replicas: list[dict[str, Any]] = [{}]
     if gpus > 1:
@@ -107,7 +126,7 @@ def _largest(
     rows = (max(sampling, 1), max(training, 1), max(decoding, 1))
     changes = changes | _rows(*rows)
     final = process.rehearse(config.with_changes(changes), gpus, gpu)
-    seconds = forecast(final, gpu, final.compiled).total
+    seconds = forecast(final, gpu).total
     # Repeated prompts, if they do not divide evenly among the GPUs, do not count.
     images = config.training.prompts_per_step * prompt_cost(config).decodes
     fits = final.fits(gpu.memory)

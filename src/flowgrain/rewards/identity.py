@@ -17,6 +17,9 @@ def reward_identity(config: RewardConfig) -> dict[str, str]:
 
     Options are hashed, because they may contain private paths. The index of a GPU is left out. The
     identity of a custom reward contains a hash of its file. Model files are not read.
+
+    Raises:
+        PackageNotFoundError: a package has no metadata.
     """
     options = dict(config.options)
     if isinstance(options.get("device"), str):

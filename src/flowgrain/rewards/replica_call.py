@@ -69,7 +69,7 @@ class ReplicaCall(ScoringCall):
                 self.check(replica, Attempt())
             except Failure as failure:
                 if not self.ended:
-                    self.server.record_failure(replica, failure)
+                    self.server.record_failure(replica, failure, of_request=False)
             finally:
                 replica.checking = False
 
@@ -125,10 +125,10 @@ class _Race(Generic[T]):
         self.tried.append(replica)
         self.running[replica] = attempt = Attempt()
         arguments = (replica, attempt, reason == "hedge")
-        threading.Thread(target=self._ask, args=arguments, daemon=True).start()
+        threading.Thread(target=self._send, args=arguments, daemon=True).start()
         return True
 
-    def _ask(self, replica: Replica, attempt: Attempt, hedge: bool) -> None:
+    def _send(self, replica: Replica, attempt: Attempt, hedge: bool) -> None:
         """Send the request to a replica. Its answer or its error goes to `results`."""
         seconds, begin = None, time.monotonic()
         outcome: Callable[[], T]
@@ -151,14 +151,13 @@ class _Race(Generic[T]):
 
     def _failure(self) -> Failure:
         """The failure of all replicas as one."""
-        if not self.failures:
-            return Failure("have no replica that can be used", again=True)
         failures = [failure for _, failure in self.failures]
         busy = [f.busy_seconds for f in failures if f.busy_seconds is not None]
         replica, last = self.failures[-1]
-        others = f", and {len(failures) - 1} other replicas failed" if failures[1:] else ""
+        count = len(failures) - 1
+        others = f", and {count} other {'replica' if count == 1 else 'replicas'} failed"
         return Failure(
-            f"sent no usable answer: {replica.url} {last}{others}",
+            f"sent no usable answer: {replica.url} {last}{others if count else ''}",
             any(failure.again for failure in failures),
             min(busy) if len(busy) == len(failures) else None,
         )
@@ -178,20 +177,20 @@ def check_replicas(server: Replicas) -> None:
     """
     reasons: list[str] = []
     last: Failure | None = None
-    with ReplicaCall(server) as call:
-        for replica in server.replicas:
-            try:
+    for replica in server.replicas:
+        try:
+            with ReplicaCall(server) as call:  # every check has a deadline of its own
                 call.check(replica, Attempt())
-            except Failure as failure:
-                if not failure.again:
-                    raise SettingsError(
-                        f"{replica.url} {failure}. Start all servers with the same command, "
-                        "versions and token, or remove this address."
-                    ) from failure
-                last = failure
-                reasons.append(f"{replica.url} {failure}")
-                if len(reasons) < len(server.replicas):
-                    server.record_failure(replica, failure)
+        except Failure as failure:
+            if not failure.again:
+                raise SettingsError(
+                    f"{replica.url} {failure}. Start all servers with the same command, "
+                    "versions and token, or remove this address."
+                ) from failure
+            last = failure
+            reasons.append(f"{replica.url} {failure}")
+            if len(reasons) < len(server.replicas):
+                server.record_failure(replica, failure, of_request=False)
     if len(reasons) == len(server.replicas):
         raise SettingsError(
             f"no server answers ({reasons[0]}). Start at least one of them with "

@@ -43,6 +43,7 @@ class Replica:
         not_before: time of `time.monotonic` before which it gets no requests.
         failures: failures since the last health check that it passed.
         open: open requests of this process.
+        checking: a thread is checking its health.
         requests, failed: requests that were sent, and that failed.
         retries: requests that were sent after another replica failed.
         hedges: requests that were sent because another replica was slow.
@@ -82,6 +83,10 @@ class Replicas(Server):
             quantile of the times of the last answers.
         limits: timeout, deadline, retries and backoff of `Server`. A retry is a round of all
             replicas.
+
+    Attributes:
+        replicas: the servers.
+        identity: identity of the first replica that passed a health check. None before.
     """
 
     def __init__(
@@ -106,9 +111,16 @@ class Replicas(Server):
     def choose(
         self, tried: Collection[Replica], reason: Literal["", "retry", "hedge"]
     ) -> Replica | None:
-        """The replica for the next request, which counts as open. None if there is none.
+        """The replica for the next request, which counts as open.
 
         Replicas that did not fail go first. A hedged request only goes to an idle one of them.
+
+        Args:
+            tried: replicas that already have this request.
+            reason: "" for the first request, "retry" after a failure, "hedge" beside a slow one.
+
+        Returns:
+            None if all replicas were tried, or if none is idle for a hedged request.
         """
         with self._lock:
             now = time.monotonic()
@@ -158,25 +170,28 @@ class Replicas(Server):
             if seconds is not None:
                 self._times.append(seconds)
 
-    def record_failure(self, replica: Replica, failure: Failure) -> None:
-        """Give no requests to a replica that failed or is busy, for some time."""
+    def record_failure(self, replica: Replica, failure: Failure, of_request: bool = True) -> None:
+        """Give no requests to a replica that failed or is busy, for some time.
+
+        Args:
+            replica: the replica.
+            failure: why it cannot be used.
+            of_request: whether a request failed, and not a health check without a request.
+        """
         with self._lock:
             now = time.monotonic()
             if failure.busy_seconds is not None:
                 replica.not_before = now + failure.busy_seconds
                 return
             first = replica.failures == 0
-            replica.failed += 1
+            replica.failed += of_request
             replica.failures += 1
             replica.healthy = False
             replica.not_before = now + min(2.0 ** min(replica.failures - 1, 30), LONGEST_PAUSE)
         if first:
-            text = str(replica)
             log.warning(
-                "%s %s. Its requests go to the other replicas (%s).",
-                text[0].upper() + text[1:],
-                failure,
-                replica.counters,
+                "The reward server at %s %s. Its requests go to the other replicas (%s).",
+                *(replica.url, failure, replica.counters),
             )
 
     def record_health(self, replica: Replica, identity: dict[str, str]) -> None:
@@ -194,8 +209,9 @@ class Replicas(Server):
         if identity != expected:
             raise Mismatch(_difference(self.reward, identity, expected))
         if back:
-            text = str(replica)
-            log.warning("%s is used again (%s).", text[0].upper() + text[1:], replica.counters)
+            log.warning(
+                "The reward server at %s is used again (%s).", replica.url, replica.counters
+            )
 
 
 class Mismatch(Failure):

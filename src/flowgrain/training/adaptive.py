@@ -53,19 +53,24 @@ class Spread:
     Attributes:
         weights: weight of each reward by name.
         by: how several rewards are combined.
-        smallest: largest standard deviation without spread.
+        min_spread: largest standard deviation (divided by n) that counts as no spread, in units of
+            the weighted rewards.
     """
 
     weights: Mapping[str, float]
     by: RewardMix
-    smallest: float
+    min_spread: float
 
     def missing(self, scores: Mapping[str, Scores], places: int) -> list[bool]:
         """Whether the rewards of each of `places` places have no spread.
 
-        With "reward" it is the spread of the sum of the weighted rewards. With "advantage", no
-        reward may have a spread. A place with fewer than two scores has an unknown spread, which
-        does not count as missing.
+        With "reward", the sum of the weighted rewards counts. With "advantage", a place has no
+        spread if none of its weighted rewards has one. The spread of a place with fewer than two
+        scores is unknown, and does not count as missing.
+
+        Args:
+            scores: scores [places * J] by reward.
+            places: number of places.
         """
         values = {name: of_reward.values for name, of_reward in scores.items()}
         if self.by == "reward":
@@ -85,7 +90,7 @@ class Spread:
         # As for advantages, a difference of float32 rounding is none.
         if float(centered.abs().max()) <= 1e-6 * float(values.abs().max()):
             return True
-        return float(centered.square().mean().sqrt()) <= self.smallest
+        return float(centered.square().mean().sqrt()) <= self.min_spread
 
 
 def replacements(
@@ -159,6 +164,10 @@ def sample_adaptively(
         missing = spread.missing(part.scores, len(rows))
         for place in flat:
             probes.origin[place] = (number, position[place])
+        used = {part for part, _ in probes.origin}
+        probes.parts[:] = [
+            part if i in used else _without_images(part) for i, part in enumerate(probes.parts)
+        ]
         flat = [place for place in flat if missing[position[place]]]
     last = sample(rest.tree, current, noise)
     scored = _join(plan, probes, first, last, rest, world)
@@ -173,6 +182,13 @@ def sample_adaptively(
             "adaptive/wasted_forward_passes": passes,
         },
     )
+
+
+def _without_images(part: ScoredTree) -> ScoredTree:
+    """`part` without images and latents, which take most of the memory."""
+    latents = part.rollout.latents
+    rollout = replace(part.rollout, latents=latents.new_empty(0, *latents.shape[1:]))
+    return replace(part, rollout=rollout, images=part.images.new_empty(0, *part.images.shape[1:]))
 
 
 def padded(places: Sequence[int], ranks: int) -> list[int]:

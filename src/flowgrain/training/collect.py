@@ -38,7 +38,7 @@ from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
 from flowgrain.training.rollouts import rollout_source
 from flowgrain.training.rollouts.steps import step_noise, step_prompts, step_tree
-from flowgrain.training.sample_step import cheap_collector, sample_step
+from flowgrain.training.sample_step import cheap_collector, check_group_rewards, sample_step
 from flowgrain.training.scored_tree import ScoredTree, gather_scores
 from flowgrain.training.signals import check_stop, interruptible, stop_together
 from flowgrain.training.tails import Tails
@@ -80,6 +80,7 @@ class RolloutCollector:
         self.source = rollout_source(config, self)
         weights = config.reward_weights
         self.reward_weights = method.mix_weights({name: weights.get(name, 1.0) for name in rewards})
+        check_group_rewards(config.training.adaptive_groups.probe, rewards)
         self.cheap = cheap_collector(self)
 
     def collect(self, step: int) -> RolloutBatch:

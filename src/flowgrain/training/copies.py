@@ -26,6 +26,9 @@ from flowgrain.models import Backbone, EmptyBackbone
 from flowgrain.models.weights import WeightFiles, fill
 from flowgrain.settings import SettingsError, did_you_mean
 
+REPLICA_SHARE = 0.4
+"""runtime.rollout_weights=auto takes a replica below this share of the free memory."""
+
 
 @dataclass
 class Copies:
@@ -224,8 +227,8 @@ def holds_replica(
 ) -> bool:
     """Whether every rank samples with a full copy.
 
-    With runtime.rollout_weights=auto, the copy must take less than 40% of the free memory of
-    every rank.
+    With runtime.rollout_weights=auto, the copy must take less than `REPLICA_SHARE` of the free
+    memory of every rank.
     """
     if config.runtime.rollout_weights != "auto":
         return config.runtime.rollout_weights == "replica"
@@ -234,4 +237,4 @@ def holds_replica(
         free = torch.cuda.mem_get_info()[0]
     else:
         free = psutil.virtual_memory().available // local_world_size()
-    return all(world.gather(size < 0.4 * free))
+    return all(world.gather(size < REPLICA_SHARE * free))

@@ -98,35 +98,41 @@ class DecodedRewards:
         Raises:
             RunStopped: a reward or the decoder never has a gradient.
         """
-        rewards, slopes, reason = [], [], None
         size = self.method.decode_batch_size
-        for first in range(0, len(x0), size):
-            latents = x0[first : first + size].detach().requires_grad_()
-            with torch.enable_grad():
-                images = self.policy.backbone.decode(latents)
-            if not images.requires_grad:
-                raise RunStopped(
-                    f"method {self.method.name!r} needs the gradient of the decoder, but the "
-                    "images that this backbone decodes have none"
-                )
-            try:
-                reward, slope = total_gradient(
-                    self.rewards,
-                    self.weights,
-                    images.detach(),
-                    prompts[first : first + size],
-                    self.batch_sizes,
-                )
-            except NoGradient as error:
-                raise RunStopped(f"no gradient of the rewards: {describe(error)}") from error
-            except Exception as error:  # user code may raise anything
-                reason = describe(error)
-                rewards.append(torch.full((len(latents),), torch.nan, device=x0.device))
-                slopes.append(torch.zeros_like(latents, dtype=torch.float32))
-                continue
-            rewards.append(reward)
-            slopes.append(torch.autograd.grad(images, latents, slope.to(images))[0].float())
-        return _finite(torch.cat(rewards), torch.cat(slopes), reason)
+        parts = [
+            self.gradient_of_batch(x0[first : first + size], prompts[first : first + size])
+            for first in range(0, len(x0), size)
+        ]
+        reasons = [part.reason for part in parts if part.reason is not None]
+        return _finite(
+            torch.cat([part.reward for part in parts]),
+            torch.cat([part.slope for part in parts]),
+            reasons[-1] if reasons else None,
+        )
+
+    def gradient_of_batch(self, x0: Tensor, prompts: Sequence[Prompt]) -> Gradients:
+        """Like `gradient`, of latents that are decoded together."""
+        latents = x0.detach().requires_grad_()
+        with torch.enable_grad():
+            images = self.policy.backbone.decode(latents)
+        if not images.requires_grad:
+            raise RunStopped(
+                f"method {self.method.name!r} needs the gradient of the decoder, but the images "
+                "that this backbone decodes have none"
+            )
+        try:
+            reward, slope = total_gradient(
+                self.rewards, self.weights, images.detach(), prompts, self.batch_sizes
+            )
+        except NoGradient as error:
+            raise RunStopped(f"no gradient of the rewards: {describe(error)}") from error
+        except Exception as error:  # user code may raise anything
+            missing = torch.full((len(latents),), torch.nan, device=x0.device)
+            return Gradients(
+                missing, torch.zeros_like(latents, dtype=torch.float32), describe(error)
+            )
+        slope = torch.autograd.grad(images, latents, slope.to(images))[0].float()
+        return Gradients(reward, slope, None)
 
     @torch.no_grad()
     def values(

@@ -34,6 +34,7 @@ from flowgrain.training.trackers.base import check_installed
 
 _ROW_BYTES = 100
 """Bytes of a row of the tree of all prompts, with the copies that are made of it."""
+_FIX = "Use lora.rank=32, a smaller model, or more GPUs"
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 """Memory limit of a container on Linux."""
 
@@ -47,14 +48,14 @@ class Need:
         purpose: what needs them.
         setting: full path of the setting.
         value: value of the setting.
-        scales: whether the bytes are proportional to the value.
+        fix: what to do if the value cannot be made smaller. None: the bytes are proportional to it.
     """
 
     size: float
     purpose: str
     setting: str
     value: object
-    scales: bool = True
+    fix: str | None = None
 
 
 def check_start(config: Config, given: Sequence[str] = ()) -> None:
@@ -197,7 +198,7 @@ def _of_device(config: Config, size: ModelSize, device: torch.device, ranks: int
     if adapter > size.transformer:
         parameters = Need(sum(parts.values()), "the adapters", "lora.rank", rank)
     else:
-        parameters = Need(sum(parts.values()), "the parameters", "model.name", model.name, False)
+        parameters = Need(sum(parts.values()), "the parameters", "model.name", model.name, _FIX)
     needs = [parameters, _of_step(config, latents, "the latents of a step")]
     if activations and isinstance(config.method, DifferentiableReward):
         images = config.method.decode_batch_size
@@ -228,6 +229,12 @@ def _of_host(config: Config, size: ModelSize, groups: int) -> list[Need]:
             evaluated,
         ),
     ]
+    if config.rollout.max_staleness:
+        # The parameters of two steps, and a copy while the old log-probabilities are computed.
+        trained = config.lora.rank * size.adapter if config.lora.rank else size.transformer
+        fix = "Use rollout.max_staleness=0"
+        setting = ("rollout.max_staleness", config.rollout.max_staleness)
+        needs.append(Need(12.0 * trained, "the parameters of older steps", *setting, fix))
     if isinstance(config.method, PolicyGradient) and config.method.needs_calibration:
         of_round, samples = (
             calibration_tree(config.method, config.sampling.num_steps),
@@ -284,10 +291,8 @@ def _refuse(needs: list[Need], available: float, sentence: str) -> None:
     largest = max(needs, key=_size)
     scaled = sum(need.size for need in needs if need.setting == largest.setting)
     share = (available - (total - scaled)) / scaled
-    limit = int(int(str(largest.value)) * share) if largest.scales else 0
-    fix = f"Use at most about {limit:,}" if limit > 0 else "Use a smaller value"
-    if not largest.scales:
-        fix = "Use lora.rank=32, a smaller model, or more GPUs"
+    limit = 0 if largest.fix else int(int(str(largest.value)) * share)
+    fix = f"Use at most about {limit:,}" if limit > 0 else largest.fix or "Use a smaller value"
     raise SettingsError(
         f"{largest.setting}={largest.value}: {largest.purpose} need {in_bytes(largest.size)} "
         f"{sentence} {in_bytes(available)}. {fix}."

@@ -124,11 +124,16 @@ def _sampling_copy(size: ModelSize, dtype: torch.dtype, layout: Layout) -> float
 
 
 def _quantized_copy(config: Config, size: ModelSize, width: int) -> float:
-    """Bytes of the copy for tails: 1 per quantized parameter, `width` per other parameter."""
-    if config.sampling.tail_weights == "same":
-        return 0.0
+    """Bytes of the copies for tails: 1 per quantized parameter, `width` per other parameter.
+
+    The tails and the candidates have a copy each, unless their settings are equal.
+    """
+    sampling, explore = config.sampling, config.sampling.explore
+    exact, cheap = ((part.tail_weights, part.tail_cache) for part in (sampling, explore))
+    copies = int(exact[0] != "same")
+    copies += explore.candidates > 0 and cheap[0] != "same" and cheap != exact
     other = size.transformer - size.quantizable + config.lora.rank * size.adapter
-    return float(size.quantizable + width * other)
+    return copies * float(size.quantizable + width * other)
 
 
 def _vae_width(config: Config) -> float:

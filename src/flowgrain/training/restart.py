@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flowgrain.distributed.elastic import (
     attempt,
+    forget_error,
     is_of_this_job,
     last_error,
     record_error,
@@ -56,7 +57,7 @@ def resume_after_restart(trainer: Trainer) -> list[str] | None:
 
 
 @contextmanager
-def ends_with_errors_that_repeat() -> Iterator[None]:
+def no_restart_after_permanent_errors() -> Iterator[None]:
     """Record an error that a restart by torchrun would repeat, and raise it at once in a restart.
 
     torchrun restarts a job after every error. Errors of settings and errors that end a run would
@@ -95,7 +96,9 @@ def _raise_last() -> None:
     if error is None:
         return
     if error.kind == Interrupted.__name__ and error.attempt == number:
-        return  # torchrun sent the signal itself, because a machine joined or left
+        # torchrun sent the signal itself, because a machine joined or left.
+        forget_error()
+        return
     kinds: dict[str, type[SettingsError | RunStopped]] = {
         "SettingsError": SettingsError,
         Interrupted.__name__: Interrupted,

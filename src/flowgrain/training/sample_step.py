@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from flowgrain.core.rollout import Noise
 from flowgrain.core.tree import Tree
 from flowgrain.data import Prompt
-from flowgrain.rewards import GroupReward, Scores
+from flowgrain.rewards import GroupReward, Reward, Scores
 from flowgrain.settings import SettingsError
 from flowgrain.training.adaptive import Spread, replacements, sample_adaptively
 from flowgrain.training.explore import cheap_config, exact_score, explore
@@ -79,24 +79,28 @@ def sample_step(
     return SampledStep(groups.prompts, groups.scored, noise, groups.decodes, groups.metrics)
 
 
+def check_group_rewards(probe: int, rewards: Mapping[str, Reward]) -> None:
+    """Check that every reward can score the first `probe` images of a group. 0: all images.
+
+    Raises:
+        SettingsError: a reward compares the images of a whole group.
+    """
+    for name, reward in rewards.items():
+        if probe and isinstance(reward, GroupReward):
+            raise SettingsError(
+                f"training.adaptive_groups.probe={probe}: reward {name!r} compares the images of a "
+                "whole group, so it cannot score a part of it. Remove the setting."
+            )
+
+
 def cheap_collector(collector: RolloutCollector) -> RolloutCollector:
     """The collector of candidates: `collector`, or another with approximate tails.
 
     Raises:
-        SettingsError: this model or device does not support the approximate tails, or a reward
-            cannot score a part of a group.
+        SettingsError: this model or device does not support the approximate tails.
     """
-    config = collector.config
-    if config.training.adaptive_groups.probe:
-        for name, reward in collector.rewards.items():
-            if isinstance(reward, GroupReward):
-                raise SettingsError(
-                    f"training.adaptive_groups.probe={config.training.adaptive_groups.probe}: "
-                    f"reward {name!r} compares the images of a whole group, so it cannot score a "
-                    "part of it. Remove the setting."
-                )
-    cheap = cheap_config(config)
-    if cheap is config:
+    cheap = cheap_config(collector.config)
+    if cheap is collector.config:
         return collector
     try:
         return type(collector)(

@@ -2,12 +2,10 @@
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,9 +17,9 @@ from flowgrain.config.schema import Config
 from flowgrain.models import BACKBONES, Backbone, ModelConfig
 from flowgrain.models.acceleration import QuantizedCopy
 from flowgrain.models.pipeline import JOINT_ATTENTION
-from flowgrain.models.published import PUBLISHED
+from flowgrain.models.published import PUBLISHED, part_config
 from flowgrain.models.quiet import quiet_libraries
-from flowgrain.models.shapes import WEIGHTS, ShapesBackbone
+from flowgrain.models.shapes import ShapesBackbone
 from flowgrain.settings import SettingsError
 from flowgrain.training.copies import names_of_blocks
 
@@ -139,22 +137,6 @@ def meta_vae(model: ModelConfig) -> tuple[Any, tuple[int, ...]] | None:
     return vae, (1, vae.config["latent_channels"], height, width)
 
 
-def published_config(path: str, part: str) -> Mapping[str, Any]:
-    """The built-in configuration of a part of the published model `path`.
-
-    Args:
-        path: Hub name, such as black-forest-labs/FLUX.1-dev.
-        part: transformer or vae.
-
-    Raises:
-        SettingsError: no configuration of this model is built in.
-    """
-    if path not in PUBLISHED:
-        names = " or ".join(PUBLISHED)
-        raise SettingsError(f"model.path={path}: no configuration is built in. Use {names}.")
-    return PUBLISHED[path][part]
-
-
 def embeds_guidance(model: ModelConfig) -> bool:
     """Whether guidance is an input of the transformer (FLUX.1-dev) and costs no second row."""
     parts = _meta_parts(model)
@@ -207,21 +189,9 @@ def _on_meta(module: nn.Module) -> nn.Module:
 @lru_cache(maxsize=4)
 def _meta_parts(model: ModelConfig) -> tuple[Any, Any] | None:
     """The transformer and the VAE of `model` on the meta device. None without configurations."""
-    configs = [_part_config(model, part) for part in ("transformer", "vae")]
+    configs = [part_config(model, part) for part in ("transformer", "vae")]
     transformer, vae = (None if config is None else _build(config) for config in configs)
     return None if transformer is None or vae is None else (transformer, vae)
-
-
-def _part_config(model: ModelConfig, part: str) -> Mapping[str, Any] | None:
-    """Configuration of a part of the pipeline: its config.json, or the published configuration."""
-    folder = WEIGHTS if model.name == "shapes" and not model.path else Path(model.path or "")
-    if not folder.name or not folder.is_dir():
-        return PUBLISHED.get(model.path or "", {}).get(part)
-    file = folder / part / "config.json"
-    if not file.is_file():
-        return None
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
 
 
 def _build(config: Mapping[str, Any]) -> Any:

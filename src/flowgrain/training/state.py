@@ -84,6 +84,7 @@ def _restore(trainer: Trainer) -> tuple[list[str], Path | None]:
         )
     policy, optimizer, source = trainer.policy, trainer.optimizer, trainer.collector.source
     optimizer.allocate(state["stepped"])
+    policy.updates = state["policy"]["updates"]  # decides which tensors the source has
     source.load_state_dict(state["step"], state.get("rollout", {}))
     older = source.tensors(state["step"])
     checkpoint.read(path, {**policy.tensors(), **optimizer.tensors(), **older}, world)

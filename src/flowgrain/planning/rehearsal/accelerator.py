@@ -33,7 +33,7 @@ _FLOAT32 = (
 
 
 class _Stream:
-    """A stream in whose order nothing happens."""
+    """A stream that does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = torch.device(NAME, 0)
@@ -71,7 +71,7 @@ class _Event:
 
 
 def _device_module() -> types.SimpleNamespace:
-    """What torch and FSDP2 ask of the module of a device."""
+    """The functions that torch and FSDP2 call on the module of a device."""
     return types.SimpleNamespace(
         Stream=_Stream,
         Event=_Event,

@@ -60,15 +60,13 @@ def depths(config: Configuration, depth: Depth = "lines") -> Depths:
         depth: see `Depth`.
     """
     counts = {} if depth == "full" else _blocks(config)
-    base = {kind: min(count, SHALLOW) for kind, count in counts.items()}
     longer = {kind: count for kind, count in counts.items() if count > SHALLOW + MORE}
-    for kind in set(counts) - set(longer):
-        base[kind] = counts[kind]
+    base = {kind: SHALLOW if kind in longer else count for kind, count in counts.items()}
     if not longer:
         return Depths([config], [1.0])
     if depth == "shallow":
         return Depths([_with_blocks(config, base)], [1.0])
-    slopes = {kind: (count - base[kind]) / MORE for kind, count in longer.items()}
+    slopes = {kind: (count - SHALLOW) / MORE for kind, count in longer.items()}
     configs = [_with_blocks(config, base)]
     configs += [_with_blocks(config, base | {kind: base[kind] + MORE}) for kind in longer]
     return Depths(configs, [1.0 - sum(slopes.values()), *slopes.values()])

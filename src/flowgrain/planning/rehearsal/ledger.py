@@ -98,7 +98,7 @@ class Ledger:
         return len(self._events)
 
     def highest(self, since: int) -> list[tuple[int, int]]:
-        """What was allocated since event `since` and held when it was most."""
+        """Number and bytes of allocations since event `since` that are held at their peak."""
         events = self._events[since:]
         if not events:
             return []

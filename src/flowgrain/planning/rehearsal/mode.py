@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -28,7 +29,10 @@ _SMALL = 65_536
 """Largest number of values of a tensor that has real values on the host."""
 _KNOWN = "_rehearsal_values"
 """Attribute of a tensor on the device that was copied from the host."""
-_COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "broadcast_")
+_COLLECTIVES = (
+    *("_allgather_base_", "_reduce_scatter_base_", "allreduce_"),  # of FSDP2 and of flowgrain
+    "all_gather_into_tensor",  # of a DTensor
+)
 
 
 class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -223,23 +227,23 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         phase = self.ledger.phase
         if counted is not None:
             self.flops[phase] += counted(*args, **kwargs, out_val=out)
-        elif func.namespace == "c10d":
-            self._record_collective(func, args)
+        elif func.namespace in ("c10d", "_c10d_functional"):
+            self._record_collective(func, args, out)
         return all_on_device
 
-    def _record_collective(self, func: Any, args: Any) -> None:
+    def _record_collective(self, func: Any, args: Any, out: Any) -> None:
         """Bytes that this rank receives, in a ring."""
         name = func._overloadpacket.__name__
         if name not in _COLLECTIVES:
             return
-        sizes = [t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor)]
+        sizes = [t.nbytes for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
         received = float(max(sizes) - min(sizes))  # of an all-gather or a reduce-scatter
         place = "in a machine"
-        if name == "allreduce_":  # of replicas
-            machines = self._world_size // GPUS_PER_MACHINE
-            ranks = machines if machines > 1 else self._world_size
+        if name == "allreduce_":  # of all ranks, or of the replicas of a shard
+            ranks = ProcessGroup.unbox(args[1]).size()
             received = 2 * max(sizes) * (ranks - 1) / ranks
-            place = "between machines" if machines > 1 else place
+            if self._world_size > GPUS_PER_MACHINE:
+                place = "between machines"
         self.moved[f"{self.ledger.phase}: {name.strip('_')} {place}"] += received
 
 

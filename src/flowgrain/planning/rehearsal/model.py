@@ -1,9 +1,6 @@
 """A backbone without weights, built from configuration files on the device of a rehearsal."""
 
-import json
 from collections.abc import Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,8 +12,8 @@ from torch import nn
 from flowgrain.models import BACKBONES, Backbone, Dtypes, ModelConfig
 from flowgrain.models.loading import apply_options
 from flowgrain.models.pipeline import PipelineBackbone
-from flowgrain.models.published import PUBLISHED
-from flowgrain.models.shapes import WEIGHTS, ShapesBackbone, WordTable
+from flowgrain.models.published import part_config, required_config
+from flowgrain.models.shapes import ShapesBackbone, WordTable
 from flowgrain.settings import SettingsError
 
 _Scheduler: Any = FlowMatchEulerDiscreteScheduler
@@ -40,8 +37,8 @@ def build_backbone(
     """
     backbone_class: Any = BACKBONES.get(model.name)
     with torch.device(device):
-        network = _diffusers_part(transformer).to(dtypes.transformer)
-        vae = _diffusers_part(part_config(model, "vae")).to(dtypes.vae)
+        network = _diffusers_part(model, "transformer", transformer).to(dtypes.transformer)
+        vae = _diffusers_part(model, "vae", required_config(model, "vae")).to(dtypes.vae)
         if backbone_class is ShapesBackbone:
             return ShapesBackbone(network, WordTable(), vae)
         if not issubclass(backbone_class, PipelineBackbone):
@@ -57,43 +54,19 @@ def build_backbone(
     return _assembled(backbone_class, model, dtypes, pipe, device)
 
 
-def part_config(model: ModelConfig, part: str) -> Mapping[str, Any]:
-    """The configuration of a part: its config.json, or the published configuration.
-
-    Raises:
-        SettingsError: there is none.
-    """
-    folder = WEIGHTS if model.name == "shapes" and not model.path else Path(model.path or "")
-    file = folder / part / "config.json"
-    if folder.name and file.is_file():
-        return _read(file, file.stat().st_mtime_ns)
-    published = PUBLISHED.get(model.path or "", {}).get(part)
-    if published is None:
-        known = " or ".join(PUBLISHED)
-        raise SettingsError(
-            f"model.path={model.path}: the configuration of {part} is not known. Give a local "
-            f"directory of a diffusers pipeline, {known}."
-        )
-    return published
-
-
-@lru_cache(maxsize=64)
-def _read(file: Path, _changed: int) -> Mapping[str, Any]:
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
-
-
 def _scheduler_config(model: ModelConfig) -> dict[str, Any]:
-    file = Path(model.path or "") / "scheduler" / "scheduler_config.json"
-    found = _read(file, file.stat().st_mtime_ns) if file.is_file() else None
-    config = found or PUBLISHED.get(model.path or "", {}).get("scheduler", {})
+    config = part_config(model, "scheduler", "scheduler_config.json") or {}
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _diffusers_part(config: Mapping[str, Any]) -> Any:
-    part_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
+def _diffusers_part(model: ModelConfig, part: str, config: Mapping[str, Any]) -> Any:
+    name = str(config.get("_class_name"))
+    part_class: Any = getattr(diffusers, name, None)
     if part_class is None:
-        raise SettingsError(f"diffusers has no class {config.get('_class_name')}.")
+        raise SettingsError(
+            f"model.path={model.path}: diffusers has no class {name}, which {part}/config.json "
+            "names. Correct the file, or install another version of diffusers."
+        )
     return part_class.from_config(dict(config))
 
 
@@ -103,7 +76,7 @@ def _encoder(model: ModelConfig, name: str, dtype: torch.dtype) -> Any:
         return _Tokenizer(model, name)
     if name == "text_encoder_3" and not model.t5:
         return None
-    config = part_config(model, name)
+    config = required_config(model, name)
     encoder_class: Any = getattr(transformers, config["architectures"][0])
     loaded = encoder_class.config_class.from_dict(dict(config))
     encoder: nn.Module = encoder_class(loaded).to(dtype)
@@ -135,7 +108,7 @@ class _Tokenizer:
         )
 
     def tokenize(self, _: str) -> list[str]:
-        """No token with a meaning of its own."""
+        """An empty list."""
         return []
 
     def batch_decode(self, *_: Any, **__: Any) -> list[str]:

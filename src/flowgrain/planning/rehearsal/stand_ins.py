@@ -12,7 +12,7 @@ from flowgrain.data import Prompt
 from flowgrain.image_data import ImagePrompt
 from flowgrain.models import Backbone
 from flowgrain.planning.rehearsal.ledger import Ledger
-from flowgrain.rewards import Reward, differentiable
+from flowgrain.rewards import Reward, RewardConfig, differentiable
 
 PARAMETERS: Mapping[str, int] = {
     "clip": 986_109_441,
@@ -37,17 +37,31 @@ class _StandIn:
         return torch.linspace(0, 1, len(prompts))
 
 
-def rewards_of(config: Config, device: torch.device, ledger: Ledger) -> dict[str, Reward]:
-    """A stand-in for every trained reward, which holds the memory of the reward's model."""
+def rewards_of(
+    config: Config, device: torch.device, ledger: Ledger
+) -> tuple[dict[str, Reward], list[Tensor]]:
+    """A stand-in for every trained reward, which holds the memory of the reward's model.
+
+    Also returns the memory of the other rewards of evaluations, which a run loads at its start.
+    """
     found: dict[str, Reward] = {}
     for reward in config.rewards:
-        count = PARAMETERS.get(reward.name, 0)
-        options = reward.model_extra or {}
-        on_device = str(options.get("device", "cpu")).startswith("cuda")
-        weights = torch.empty(count, device=device) if count and on_device else None
-        ledger.tag("rewards", [weights])
-        found[reward.name] = differentiable(_StandIn(weights))
-    return found
+        found[reward.name] = differentiable(_StandIn(_weights(reward, device, ledger)))
+    others = [
+        _weights(reward, device, ledger)
+        for reward in config.evaluation.rewards
+        if reward.name not in found
+    ]
+    return found, [weights for weights in others if weights is not None]
+
+
+def _weights(reward: RewardConfig, device: torch.device, ledger: Ledger) -> Tensor | None:
+    """Memory of the model of a reward. None if it is not on the device, or not known."""
+    count, options = PARAMETERS.get(reward.name, 0), reward.model_extra or {}
+    on_device = str(options.get("device", "cpu")).startswith("cuda")
+    weights = torch.empty(count, device=device) if count and on_device else None
+    ledger.tag("rewards", [weights])
+    return weights
 
 
 def prompts_of(config: Config, backbone: Backbone) -> list[Prompt]:

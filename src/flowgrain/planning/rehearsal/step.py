@@ -4,15 +4,17 @@ Equal model calls are run once and counted as often as they occur: calls without
 shape, and micro-batches after the second.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from flowgrain.config.schema import Config
+from flowgrain.data import Prompt
 from flowgrain.distributed.fake_ranks import fake_world
 from flowgrain.distributed.sharding import fsdp_parameters, local_tensor
 from flowgrain.methods import Method
@@ -23,6 +25,7 @@ from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.mode import RehearsalMode
 from flowgrain.planning.rehearsal.stand_ins import prompts_of, rewards_of
 from flowgrain.training.collect import RolloutCollector
+from flowgrain.training.decoded_rewards import DecodedRewards, Gradients
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
 from flowgrain.training.rollout_batch import RolloutBatch
@@ -132,14 +135,18 @@ def measure(
     """What the first training step of `config` needs on one of `gpus` ranks.
 
     Args:
-        config: settings. runtime.dtype and runtime.rollout_weights are not auto.
+        config: settings. runtime.dtype is not auto, and with several ranks runtime.rollout_weights
+            is not auto.
         build: builds the backbone on a device.
         gpus: number of ranks.
         device: the registered accelerator.
+
+    Raises:
+        SettingsError: the backbone cannot be built without weights.
     """
     mode = RehearsalMode(gpus)
     world = fake_world(gpus, NAME)
-    with mode.running():
+    with mode.running(), _gradients_once(mode):
         backbone = build(device)
         _decode_once(backbone, mode)
         config = config.resolved(backbone)
@@ -150,7 +157,7 @@ def measure(
         optimizer.mode, optimizer.marks = mode, []
         _tag(mode, policy, backbone)
         with mode.ledger.during("rewards"):
-            rewards = rewards_of(config, device, mode.ledger)
+            rewards, held = rewards_of(config, device, mode.ledger)
         prompts = prompts_of(config, backbone)
         timer = _Timer(device, mode)
         collector = RolloutCollector(config, method, policy, rewards, prompts, world, timer)
@@ -162,6 +169,7 @@ def measure(
         with mode.ledger.during(FIRST):
             _update(config, method, policy, optimizer, batch, collector.sigmas)
         tensors = {**policy.tensors(), **optimizer.tensors()}
+        del held  # the rewards of evaluations, which are in memory during the whole step
     saved = sum(local_tensor(t).nbytes for t in tensors.values())
     return Measurement(
         peaks=mode.ledger.peaks(),
@@ -186,6 +194,23 @@ def _decode_once(backbone: Any, mode: RehearsalMode) -> None:
         return mode.once(("decode", latents.shape, latents.dtype), lambda: decode(latents))
 
     backbone.decode = counted
+
+
+@contextmanager
+def _gradients_once(mode: RehearsalMode) -> Iterator[None]:
+    """Compute the gradient of the decoded rewards once for each number of images."""
+    compute = DecodedRewards.gradient_of_batch
+
+    def gradient_of_batch(self: DecodedRewards, x0: Tensor, prompts: Sequence[Prompt]) -> Gradients:
+        decoded = mode.rows["decoded"]
+        slope = mode.once(
+            ("gradient of rewards", x0.shape, x0.dtype), lambda: compute(self, x0, prompts).slope
+        )
+        mode.rows["decoded"] = decoded + len(x0)
+        return Gradients(torch.ones(len(x0), device=x0.device), slope, None)
+
+    with patch.object(DecodedRewards, "gradient_of_batch", gradient_of_batch):
+        yield
 
 
 def _tag(mode: RehearsalMode, policy: Policy, backbone: Backbone) -> None:

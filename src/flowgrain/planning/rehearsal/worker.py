@@ -19,10 +19,11 @@ import torch
 
 from flowgrain.config.load import validate
 from flowgrain.config.schema import Config
+from flowgrain.models.published import required_config
 from flowgrain.models.quiet import quiet_libraries
 from flowgrain.planning.rehearsal import accelerator
 from flowgrain.planning.rehearsal.depth import Depth, depths
-from flowgrain.planning.rehearsal.model import build_backbone, part_config
+from flowgrain.planning.rehearsal.model import build_backbone
 from flowgrain.planning.rehearsal.step import measure
 from flowgrain.registry import load_plugin
 from flowgrain.settings import SettingsError
@@ -48,7 +49,7 @@ def run(
     """
     device = accelerator.register()
     dtypes = load_dtypes(config, device=torch.device("cuda"))
-    chosen = depths(part_config(config.model, "transformer"), depth)
+    chosen = depths(required_config(config.model, "transformer"), depth)
     parts = []
     for number in range(share, len(chosen.configs), of):
         build = partial(build_backbone, config.model, dtypes, chosen.configs[number])

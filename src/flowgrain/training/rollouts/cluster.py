@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from flowgrain.config.schema import Config
     from flowgrain.training.scored_tree import ScoredTree
 
+log = logging.getLogger(__name__)
+
 Call = Any
 """Reference to the future result of a worker."""
 
@@ -27,6 +30,8 @@ _RETRIES = 3
 """Times that a share is repeated on a restarted worker, before the run stops."""
 _POLL_SECONDS = 0.25
 """Time between two checks for signals."""
+_START_SECONDS = 60.0
+"""Time after which a message says that workers have not started."""
 
 
 class Cluster:
@@ -50,6 +55,12 @@ class Cluster:
         gpus = int(device.type == "cuda")
         if self._owned:
             self._connect(config, gpus)
+        elif config.rollout.address is not None:
+            log.warning(
+                "Ray is already initialized in this process, and the rollout workers run there. "
+                "rollout.address=%s is not used.",
+                config.rollout.address,
+            )
         try:
             self._check_size(config, gpus)
             self.workers = self._start(config, gpus)
@@ -90,8 +101,18 @@ class Cluster:
         )
         settings, threads = worker_settings(config), torch.get_num_threads()
         workers = [actor.remote(settings, threads) for _ in range(config.rollout.workers)]
+        processes = [worker.process.remote() for worker in workers]
+        ready, missing = self.ray.wait(
+            processes, num_returns=len(processes), timeout=_START_SECONDS
+        )
+        if missing:  # others may use the cluster
+            log.warning(
+                "%d of %d rollout workers have started. Waiting for the others. Free in the Ray "
+                "cluster: %s.",
+                *(len(ready), len(processes), _free(self.ray.available_resources())),
+            )
         try:
-            self.processes = self.ray.get([worker.process.remote() for worker in workers])
+            self.processes = self.ray.get(processes)
         except self.ray.exceptions.RayError as error:
             raise SettingsError(
                 f"rollout.workers={config.rollout.workers}: a worker could not be started: "
@@ -152,6 +173,11 @@ def other_gpus(visible: str | None, count: int) -> list[str]:
     """
     numbers = [str(i) for i in range(count)] if visible is None else visible.split(",")[:count]
     return [number.strip() for number in numbers][1:]
+
+
+def _free(resources: Mapping[str, float]) -> str:
+    """Numbers of CPUs and GPUs, such as "2 CPUs and 0 GPUs"."""
+    return " and ".join(f"{resources.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
 
 
 def _not_reached(config: Config, error: Exception) -> str:

@@ -118,11 +118,10 @@ class RolloutWorker:
 def worker_settings(config: Config) -> dict[str, Any]:
     """The settings of a worker of a run with settings `config`.
 
-    A worker has no workers, and does not evaluate.
+    A worker has no workers. It does not build the rewards of evaluations.
     """
     values = config.to_dict()
     del values["rollout"]
-    values["evaluation"]["rewards"] = []
     return values
 
 

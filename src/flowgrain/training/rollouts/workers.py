@@ -203,8 +203,8 @@ class WorkerRollouts:
         for number, (before, now) in enumerate(zip(self.processes, processes, strict=False)):
             if before != now:
                 log.warning(
-                    "Step %d: rollout worker %d died and was restarted. Its prompts were sampled "
-                    "again.",
+                    "Step %d: rollout worker %d died and was restarted. Prompts that it had not "
+                    "finished were sampled again.",
                     *(step, number),
                 )
         self.processes = processes
