@@ -10,6 +10,8 @@ what loading adds to the memory of a process, for the process with the highest v
     expected    shards, replicas and buffers that are not views of the files, and the largest tensor
     pss         proportional memory after loading: a page of a mapped file is divided among the
                 processes that have read it
+    read        proportional memory after every page of the parameters was read, as in a forward
+                pass
 
 With another version of flowgrain in PYTHONPATH, it measures that version. Needs Linux.
 """
@@ -137,6 +139,12 @@ def load(path: str, case: str) -> dict[str, Any]:
         "expected": sum(held.values()) + largest,
         "pss": memory("Pss", "smaps_rollup") - pss,
     }
+    world.gather(None)  # all processes have measured
+    for module in copies.distinct():
+        for tensor in module.parameters():
+            local_tensor(tensor.detach()).flatten()[::1024].sum()  # at most 4 KB apart: every page
+    world.gather(None)
+    found["read"] = memory("Pss", "smaps_rollup") - pss
     return world.gather(found)
 
 
@@ -197,7 +205,7 @@ def main() -> None:
             writer.join()
         size = sum(f.stat().st_size for f in (path / "transformer").iterdir())
         print(f"{size / 1e9:.2f} GB in the files of the transformer. GB per process:")
-        columns = ("anonymous", "expected", "pss")
+        columns = ("anonymous", "expected", "pss", "read")
         print("| case | processes |", " | ".join(columns), "|")
         for case in options.cases.split(";"):
             for processes in map(int, options.processes.split(",")):

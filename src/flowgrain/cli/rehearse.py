@@ -62,7 +62,7 @@ def rehearse_command(
         if search:
             _search(config, card, gpu, gpus, as_json)
             return
-        note("The first step runs on fake tensors. For a large model this takes about a minute.")
+        note("The first step runs on fake tensors. For a large model this takes up to a minute.")
         rehearsal = rehearse(config, gpus or 8, card, "full" if full_depth else "lines")
     except RehearsalError as error:
         if as_json:
