@@ -12,6 +12,7 @@ from flowgrain.planning import search
 from flowgrain.planning.forecast import forecast
 from flowgrain.planning.gpus import COMPILED, EAGER, GPUS, gpu_named
 from flowgrain.planning.plan import prompt_cost
+from flowgrain.planning.rehearsal.stand_ins import PARAMETERS
 from flowgrain.planning.rehearse import RehearsalError, Rehearser, prepared, rehearse
 from flowgrain.planning.search import Proposal, proposals
 from flowgrain.training.memory import memory
@@ -88,6 +89,29 @@ def test_kept_graphs_take_the_memory_of_their_setting(process, memory, least):
     assert least or more <= 1e4
     # One and two rows are measured to find the memory of a graph.
     assert kept.measured.counts["gradient"] == usual.measured.counts["gradient"] + 3
+
+
+def test_bytes_over_links(process):
+    """An update gathers the parameters for the replica. Gradients of a LoRA are summed."""
+    changes = {**SMALL, "runtime.rollout_weights": "replica", "method.updates_per_rollout": 1}
+    full = load_config("flow_grpo", {**changes, "training.prompts_per_step": 2})
+    moved = process.rehearse(full, 2, H100).measured.moved
+    parameters = 4 * model_size(full.model).transformer
+    gathered = moved["optimizer: all_gather_into_tensor in a machine"]
+    assert gathered == pytest.approx(parameters / 2, rel=0.01)
+    lora = {**changes, "training.prompts_per_step": 16, "lora.rank": 4}
+    found = process.rehearse(load_config("flow_grpo", lora), 16, H100).measured
+    adapter = 4 * 4 * model_size(full.model).adapter
+    assert found.moved == {"optimizer: allreduce between machines": 2 * adapter * 15 / 16}
+
+
+def test_rewards_of_evaluations_are_in_memory(process):
+    held = [{"name": "pickscore", "device": "cuda"}]
+    config = load_config("flow_grpo", {**SMALL, "evaluation.rewards": held})
+    phases = process.rehearse(config, 1, H100).phases
+    size = 4 * PARAMETERS["pickscore"]
+    for phase in ("sample", "optimizer"):
+        assert phases[phase].kinds["rewards"] == pytest.approx(size, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["draft", "refl"])
@@ -230,6 +254,8 @@ def test_settings_that_cannot_be_rehearsed():
         quantized = load_config("flow_grpo", {**SMALL, **changes, setting: "int8"})
         with pytest.raises(SettingsError, match=rf"^{setting}=int8.*Use {setting}=same"):
             rehearse(quantized, 1, H100)
+    with pytest.raises(SettingsError, match=r"^--gpus 12: .* Use at most 8, or a multiple of it"):
+        rehearse(load_config("flow_grpo", SMALL), 12, H100)
     unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
     with pytest.raises(SettingsError, match="configuration of transformer is not known"):
         rehearse(unknown, 1, H100)
