@@ -116,16 +116,18 @@ def _largest(
     process: Rehearser, config: Config, changes: dict[str, Any], gpus: int, gpu: Gpu
 ) -> Proposal:
     """The proposal with as many rows as fit, for one layout."""
-    one, two = (
-        process.rehearse(config.with_changes(changes | _rows(rows, rows)), gpus, gpu)
-        for rows in (1, 2)
-    )
-    usable = USABLE_SHARE * gpu.memory
-    sampling, decoding = (_most(one, two, (phase,), usable) for phase in ("sample", "decode"))
-    training = _most(one, two, (FIRST, LATER), usable)
-    rows = (max(sampling, 1), max(training, 1), max(decoding, 1))
+
+    def rehearsed(*rows: int) -> Rehearsal:
+        return process.rehearse(config.with_changes(changes | _rows(*rows)), gpus, gpu)
+
+    rows, final = (1, 1, 1), rehearsed(1, 1, 1)
+    if final.fits(gpu.memory):
+        two, usable = rehearsed(2, 2, 2), USABLE_SHARE * gpu.memory
+        phases = (("sample",), (FIRST, LATER), ("decode",))
+        sampling, training, decoding = (_most(final, two, of, usable) for of in phases)
+        rows = (sampling, training, decoding)
+        final = rehearsed(*rows)
     changes = changes | _rows(*rows)
-    final = process.rehearse(config.with_changes(changes), gpus, gpu)
     seconds = forecast(final, gpu).total
     # Repeated prompts, if they do not divide evenly among the GPUs, do not count.
     images = config.training.prompts_per_step * prompt_cost(config).decodes
@@ -135,22 +137,20 @@ def _largest(
 
 
 def _most(one: Rehearsal, two: Rehearsal, phases: tuple[str, ...], usable: float) -> int:
-    """The largest number of rows with which `phases` fit into `usable` bytes. 0: not even one."""
+    """The largest number of rows with which `phases` fit into `usable` bytes. One row fits."""
     totals = [
         max((found.phases[p].total for p in phases if p in found.phases), default=0.0)
         for found in (one, two)
     ]
     each = totals[1] - totals[0]
-    if totals[0] > usable:
-        return 0
     return _MOST_ROWS if each <= 0 else min(_MOST_ROWS, 1 + int((usable - totals[0]) / each))
 
 
-def _rows(sampling: int, training: int, decoding: int | None = None) -> dict[str, int]:
+def _rows(sampling: int, training: int, decoding: int) -> dict[str, int]:
     return {
         "sampling.batch_size": sampling,
         "training.micro_batch_size": training,
-        "sampling.decode_batch_size": decoding or sampling,
+        "sampling.decode_batch_size": decoding,
     }
 
 
