@@ -96,6 +96,9 @@ def test_rehearse_a_step_that_fails(directory):
     assert result.status == 1
     assert "The training step fails: FakeTensorDeviceMismatchError" in result.stderr
     assert "wrong.py:11" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    words = ("rehearse", "wrong", "--plugin", "wrong.py", *SMALL, "--gpus", "1", "--debug")
+    assert "Traceback" in flowgrain(*words).stderr
 
 
 def test_fidelity():

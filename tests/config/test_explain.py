@@ -217,7 +217,7 @@ def test_a_model_without_default_rewards_says_so():
         (
             "flow_grpo",
             {"sampling.tail_cache": "taylorseer:2"},
-            r"sampling\.tail_cache=taylorseer:2: has no effect on a tail of 1 steps\. Remove it",
+            r"sampling\.tail_cache=taylorseer:2: has no effect on a tail of 1 step\. Remove it",
         ),
         (
             "g2rpo",

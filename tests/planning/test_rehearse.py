@@ -91,6 +91,36 @@ def test_kept_graphs_take_the_memory_of_their_setting(process, memory, least):
     assert kept.measured.counts["gradient"] == usual.measured.counts["gradient"] + 3
 
 
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("flow_grpo", {}),
+        pytest.param(
+            "g2rpo",
+            {"sampling.explore.candidates": 8, "sampling.explore.num_steps": 2},
+            marks=SLOW,
+        ),
+        pytest.param("flow_grpo", {"training.adaptive_groups.probe": 2}, marks=SLOW),
+    ],
+)
+def test_rollouts_in_chunks(process, method, changes):
+    """A run scores a chunk in another thread. In a rehearsal the rows are the same."""
+    settings = {**SMALL, **changes}
+    if method == "g2rpo":
+        settings |= {"method.granularities": [1]}
+    whole = process.rehearse(load_config(method, settings), 1, H100).measured
+    chunks = load_config(method, {**settings, "sampling.prompts_per_chunk": 3})
+    assert process.rehearse(chunks, 1, H100).measured.counts == whole.counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["flux/flow_grpo", "sd3/flow_grpo"])
+def test_the_preset_of_one_gpu(process, recipe):
+    config = load_config(recipe, preset="one-gpu")
+    assert config.sampling.prompts_per_chunk
+    assert process.rehearse(config, 1, H100, depth="shallow").measured.counts["decoded"] > 0
+
+
 def test_bytes_over_links(process):
     """An update gathers the parameters for the replica. Gradients of a LoRA are summed."""
     changes = {**SMALL, "runtime.rollout_weights": "replica", "method.updates_per_rollout": 1}
@@ -254,7 +284,7 @@ def test_settings_that_cannot_be_rehearsed():
         quantized = load_config("flow_grpo", {**SMALL, **changes, setting: "int8"})
         with pytest.raises(SettingsError, match=rf"^{setting}=int8.*Use {setting}=same"):
             rehearse(quantized, 1, H100)
-    with pytest.raises(SettingsError, match=r"^--gpus 12: .* Use at most 8, or a multiple of it"):
+    with pytest.raises(SettingsError, match=r"^--gpus 12: .* Use at most 8, or a multiple of 8"):
         rehearse(load_config("flow_grpo", SMALL), 12, H100)
     unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
     with pytest.raises(SettingsError, match="configuration of transformer is not known"):

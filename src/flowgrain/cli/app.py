@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,9 @@ def _show_version(shown: bool) -> None:
         raise typer.Exit
 
 
+DEBUG = "--debug"
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -55,6 +59,11 @@ def options(
     ] = False,
 ) -> None:
     """Options of all commands. `main` reads --debug before the words are parsed."""
+
+
+def debugging() -> bool:
+    """Whether tracebacks are shown. --debug may stand anywhere on the command line."""
+    return DEBUG in sys.argv[1:]
 
 
 Words = Annotated[

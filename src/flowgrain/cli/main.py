@@ -13,14 +13,13 @@ from flowgrain.cli import train, plan, rehearse, evaluate, export  # noqa: F401
 from flowgrain.cli import compare, report, view, config, serve, bench  # noqa: F401
 
 # isort: on
-from flowgrain.cli.app import app, err, note
+from flowgrain.cli.app import DEBUG, app, debugging, err, note
 from flowgrain.heap import retain_freed_memory
 from flowgrain.registry import describe
 from flowgrain.settings import SettingsError, SettingsWarning, one_line
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit statuses: a setting cannot be used, a run failed, a run was interrupted."""
-_DEBUG = "--debug"
 _SETTING = re.compile(r"--?[a-z_]+\.[\w.]+")
 """A setting with dashes. Settings have none."""
 
@@ -34,13 +33,12 @@ def main() -> None:
     _show_log()
     # `config_from` prints them, also for commands that only plan.
     warnings.simplefilter("ignore", SettingsWarning)
-    debug = _DEBUG in sys.argv[1:]
-    words = [word for word in sys.argv[1:] if word != _DEBUG]
+    words = [word for word in sys.argv[1:] if word != DEBUG]
     try:
         _check_words(words)
         app(words, prog_name="flowgrain")
     except Exception as error:
-        if debug:
+        if debugging():
             traceback.print_exc(file=sys.stderr)
         message, status = _message(error)
         _fail(message, status)

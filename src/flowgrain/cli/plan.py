@@ -76,7 +76,7 @@ def _rehearsed(run: "RunPlan", gpus: int, gpu: str) -> "Rehearsal":
         return rehearse(run.config, gpus, card)
     except RehearsalError as error:
         raise SettingsError(
-            f"the training step fails: {error}. `flowgrain rehearse` shows the traceback."
+            f"the training step fails: {error}. `flowgrain rehearse --debug` shows the traceback."
         ) from error
 
 

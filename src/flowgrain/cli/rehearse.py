@@ -7,7 +7,18 @@ import typer
 from rich import box
 from rich.table import Table
 
-from flowgrain.cli.app import Json, Plugins, Preset, Words, app, config_from, note, out, say
+from flowgrain.cli.app import (
+    Json,
+    Plugins,
+    Preset,
+    Words,
+    app,
+    config_from,
+    debugging,
+    note,
+    out,
+    say,
+)
 from flowgrain.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -53,7 +64,7 @@ def rehearse_command(
     from flowgrain.planning.gpus import gpu_named
 
     quiet_libraries()
-    from flowgrain.planning.rehearse import RehearsalError, rehearse
+    from flowgrain.planning.rehearse import RehearsalError, prepared, rehearse
 
     if search and full_depth:
         raise SettingsError("--full-depth: has no effect with --search. Remove one of the two.")
@@ -62,13 +73,14 @@ def rehearse_command(
         if search:
             _search(config, card, gpu, gpus, as_json)
             return
+        prepared(config, gpus or 8, card)  # refuses settings that cannot be rehearsed
         note("The first step runs on fake tensors. For a large model this takes up to a minute.")
         rehearsal = rehearse(config, gpus or 8, card, "full" if full_depth else "lines")
     except RehearsalError as error:
         if as_json:
             typer.echo(json.dumps({"error": str(error), "traceback": error.details}))
         note(f"The training step fails: {error}", "bold red")
-        note(error.details)
+        note(error.details if debugging() else "Use --debug to see the traceback.")
         raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps({**rehearsal.to_dict(), **_verdict(rehearsal, gpu, card)}))
@@ -161,20 +173,24 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
 
 def _show_proposals(found: "list[Proposal]", name: str) -> None:
     """Numbers of every proposal, and its settings, ready to copy."""
+    from flowgrain.training.fit import in_bytes
     from flowgrain.units import duration
 
-    table = Table(f"{name}, GPUs", "GB on a GPU", "forecast", "images per second", box=box.SIMPLE)
+    table = Table(f"{name}, GPUs", "on a GPU", "forecast", "images per second", box=box.SIMPLE)
     for proposal in found:
+        small = proposal.seconds < 0.1
+        seconds = "less than 0.1 s" if small else duration(proposal.seconds)
         table.add_row(
             str(proposal.gpus),
-            _number(proposal.memory / 1e9),
-            f"{duration(proposal.seconds)} per step" if proposal.fits else "does not fit",
-            f"{proposal.images_per_second:,.3g}" if proposal.fits else "",
+            in_bytes(proposal.memory),
+            f"{seconds} per step" if proposal.fits else "does not fit",
+            f"{proposal.images_per_second:,.3g}" if proposal.fits and not small else "",
         )
     out.print(table)
     for proposal in found:
         closest = "" if proposal.fits else ", which need least memory"
-        say(f"{proposal.gpus} GPUs{closest}: {' '.join(proposal.settings)}")
+        gpus = "1 GPU" if proposal.gpus == 1 else f"{proposal.gpus} GPUs"
+        say(f"{gpus}{closest}: {' '.join(proposal.settings)}")
     say("The forecast follows from FLOPs and data sheets, without rewards.")
 
 

@@ -239,12 +239,20 @@ def check_memory(
 
 def _less_memory(config: Config, largest: str) -> str:
     """Settings that make the largest part of the memory smaller."""
+    lora, more = config.lora.rank > 0, "more GPUs"
     if largest == "latents":
         ways = ["a smaller training.prompts_per_step", "a smaller method.group_size"]
+    elif lora:  # the frozen weights are the same with every rank
+        ways, more = ["a smaller training.prompts_per_step"], "runtime.rollout_weights=sharded"
+        more += " on several GPUs"
     else:
-        ways = ["a smaller lora.rank"] if config.lora.rank else ["lora.rank=32"]
-        ways += [] if config.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-    return f"The largest part is {largest}. Try {', '.join(ways)} or more GPUs."
+        ways = ["lora.rank=32"]
+    if largest != "latents" and not config.model.gradient_checkpointing:
+        ways.append("model.gradient_checkpointing=true")
+    return (
+        f"The largest part is {largest}. Try {', '.join(ways)} or {more}. `flowgrain rehearse` "
+        "shows what other machines need."
+    )
 
 
 def check_disk(config: Config, size: ModelSize, out: Path) -> Finding:

@@ -262,7 +262,7 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
     if gpus > GPUS_PER_MACHINE and gpus % GPUS_PER_MACHINE:
         raise SettingsError(
             f"--gpus {gpus}: a rehearsal assumes machines with {GPUS_PER_MACHINE} GPUs. Use at "
-            f"most {GPUS_PER_MACHINE}, or a multiple of it."
+            f"most {GPUS_PER_MACHINE}, or a multiple of {GPUS_PER_MACHINE}."
         )
     for name, section in (
         ("sampling.tail_weights", config.sampling),

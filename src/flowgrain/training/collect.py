@@ -59,7 +59,10 @@ class RolloutCollector:
 
     Attributes:
         source: executes and scores the trees of training steps, here or in worker processes.
+        scores_in_background: whether a thread scores a chunk while the next one is sampled.
     """
+
+    scores_in_background = True
 
     def __init__(
         self,
@@ -200,7 +203,8 @@ class RolloutCollector:
         size = sampling.prompts_per_chunk or len(mine)
         rewards = self.rewards if self.world.is_first_of_group else {}
         rollouts, decoded = [], []
-        with Scorer(rewards, self.config.reward_batch_sizes, background=size < len(mine)) as scorer:
+        background = self.scores_in_background and size < len(mine)
+        with Scorer(rewards, self.config.reward_batch_sizes, background) as scorer:
             for first in range(0, len(mine), size):
                 chunk = _Chunk(self, cond, noise, assigned, first, len(prompts), budget)
                 tree = prompt_tree.repeat(len(mine[first : first + size]))

@@ -72,6 +72,12 @@ class _Timer(StageTimer):
             yield
 
 
+class _Collector(RolloutCollector):
+    """A collector that scores in its own thread. The mode of a rehearsal is that of one thread."""
+
+    scores_in_background = False
+
+
 class _Policy(Policy):
     """A policy that runs a call without gradient once for each shape."""
 
@@ -160,7 +166,7 @@ def measure(
             rewards, held = rewards_of(config, device, mode.ledger)
         prompts = prompts_of(config, backbone)
         timer = _Timer(device, mode)
-        collector = RolloutCollector(config, method, policy, rewards, prompts, world, timer)
+        collector = _Collector(config, method, policy, rewards, prompts, world, timer)
         mode.forget()
         batch = collector.collect(1)
         mode.ledger.tag("latents", [batch.rollout.latents])
