@@ -68,6 +68,7 @@ def answer(body, status="200 OK", length=True, **headers):
     """A behavior that sends a complete answer."""
     body = body.encode() if isinstance(body, str) else body
     lines = [f"HTTP/1.1 {status}"] + [f"{k.replace('_', '-')}: {v}" for k, v in headers.items()]
+    lines.append("Connection: close")  # the client does not send another request on it
     if length:
         lines.append(f"Content-Length: {len(body)}")
     head = ("\r\n".join(lines) + "\r\n\r\n").encode()

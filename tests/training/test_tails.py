@@ -221,7 +221,7 @@ def test_compiled_blocks(tmp_path):
         (
             "dancegrpo",
             {"sampling.tail_cache": "taylorseer:2"},
-            "sampling.tail_cache=taylorseer:2: has no effect on a tail of 1 steps",
+            "sampling.tail_cache=taylorseer:2: has no effect on a tail of 1 step",
         ),
         ("g2rpo", {**BASE, "sampling.tail_cache": "magic"}, "sampling.tail_cache"),
     ],
