@@ -37,10 +37,8 @@ BLOCK = 512
 """Allocations are rounded up to this many bytes, as on CUDA."""
 FIRST, LATER, OPTIMIZER = "first micro-batch", "later micro-batches", "optimizer"
 HOST, OTHER = "host", "activations"
-COLLECTIVES = (
-    *("all_gather_single", "reduce_scatter_single", "all_reduce"),
-    *("all_gather_into_tensor", "reduce_scatter_tensor"),  # names before torch 2.13
-)
+BEFORE_TORCH_2_13 = ("all_gather_into_tensor", "reduce_scatter_tensor")
+COLLECTIVES = ("all_gather_single", "reduce_scatter_single", "all_reduce", *BEFORE_TORCH_2_13)
 """Collectives of FSDP2 and of flowgrain. None of them is called with `async_op=True`."""
 FLOAT32 = {
     *(functional.layer_norm, functional.group_norm, functional.softmax, functional.mse_loss),
@@ -184,12 +182,11 @@ def on_copies(collective: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         with record_function("gloo:copies"):
             mine = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            copies = {id(t): t.clone() for t in mine}
-            of_gloo = tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
-            result = collective(*of_gloo[0], **of_gloo[1])
-            for tensor in mine:
-                tensor.copy_(copies[id(tensor)])
-        return result
+            copies = {t: t.clone() for t in mine}
+            words, options = tree_map_only(Tensor, copies.__getitem__, (args, kwargs))
+            collective(*words, **options)
+            for tensor, of_gloo in copies.items():
+                tensor.copy_(of_gloo)
 
     return call
 

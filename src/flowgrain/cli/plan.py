@@ -84,8 +84,7 @@ def _forecast(found: "Rehearsal", gpu: str) -> dict[str, Any]:
     from flowgrain.planning.forecast import forecast
     from flowgrain.planning.gpus import gpu_named
 
-    expected = forecast(found, gpu_named(gpu))
-    return {**vars(expected), "total": expected.total}
+    return forecast(found, gpu_named(gpu)).to_dict()
 
 
 def _show_plan(run: "RunPlan", numbers: dict[str, Any]) -> None:

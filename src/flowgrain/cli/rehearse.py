@@ -105,12 +105,11 @@ def _search(config: "Config", card: "Gpu", name: str, gpus: int | None, as_json:
 
 
 def _verdict(found: "Rehearsal", name: str, card: "Gpu") -> dict[str, Any]:
-    """Whether the step fits, and the forecast of its seconds by part."""
+    """Whether the step fits, and the forecast of its time."""
     from flowgrain.planning.forecast import forecast
 
-    expected = forecast(found, card)
-    seconds = {**expected.seconds, "total": expected.total}
-    return {"gpu": name, "fits": found.fits(card.memory), "forecast_seconds": seconds}
+    fits, expected = found.fits(card.memory), forecast(found, card).to_dict()
+    return {"gpu": name, "fits": fits, "forecast": expected}
 
 
 def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:

@@ -6,6 +6,7 @@ data sheets and by a published utilization.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flowgrain.planning.gpus import COMPILED, EAGER, Gpu
 from flowgrain.planning.rehearsal.step import FIRST, LATER, OPTIMIZER
@@ -36,6 +37,10 @@ class Forecast:
     def total(self) -> float:
         """Seconds per training step, without rewards."""
         return sum(self.seconds.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, in seconds and bytes."""
+        return {**vars(self), "total": self.total}
 
 
 def forecast(found: Rehearsal, gpu: Gpu) -> Forecast:

@@ -27,7 +27,7 @@ from flowgrain.training.checkpoint import checkpoints
 from flowgrain.training.context import check_context, check_ranks
 from flowgrain.training.disk import image_size, largest_setting, run_bytes
 from flowgrain.training.load import check_encoder, check_prompt_files, compute_dtype
-from flowgrain.training.memory import memory
+from flowgrain.training.memory import memory, trained_parameters
 from flowgrain.training.rollouts.checks import check_workers
 from flowgrain.training.sizes import ModelSize, size_of_loaded
 from flowgrain.training.trackers.base import check_installed
@@ -231,7 +231,7 @@ def _of_host(config: Config, size: ModelSize, groups: int) -> list[Need]:
     ]
     if config.rollout.max_staleness:
         # The parameters of two steps, and a copy while the old log-probabilities are computed.
-        trained = config.lora.rank * size.adapter if config.lora.rank else size.transformer
+        trained = trained_parameters(config, size)
         fix = "Use rollout.max_staleness=0"
         setting = ("rollout.max_staleness", config.rollout.max_staleness)
         needs.append(Need(12.0 * trained, "the parameters of older steps", *setting, fix))

@@ -69,8 +69,7 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
         Bytes by part. Parts that the run does not have are left out.
     """
     layout, width, shards = Layout.of(config, gpus), dtype.itemsize, Layout.of(config, gpus).shards
-    adapter = config.lora.rank * size.adapter
-    trained = adapter if layout.lora else size.transformer
+    trained = trained_parameters(config, size)
     # Trained parameters, gradients and optimizer states are float32.
     frozen = width * size.transformer if layout.lora else 0
     weights = (frozen + 4 * trained) / shards
@@ -95,9 +94,14 @@ def memory(config: Config, size: ModelSize, dtype: torch.dtype, gpus: int = 1) -
     return Memory({name: value for name, value in parts.items() if value})
 
 
+def trained_parameters(config: Config, size: ModelSize) -> int:
+    """Number of trained parameters: those of the adapter, or all of the transformer."""
+    return config.lora.rank * size.adapter if config.lora.rank else size.transformer
+
+
 def checkpoint_bytes(config: Config, size: ModelSize) -> int:
     """Bytes of all checkpoints that a run keeps on the disk at once."""
-    trained = config.lora.rank * size.adapter if config.lora.rank else size.transformer
+    trained = trained_parameters(config, size)
     keeps_old = _keeps_old(config)
     copies = 3 + bool(config.training.ema_decay) + keeps_old  # parameters and two moments
     copies += config.rollout.max_staleness  # the parameters that sample the next step
