@@ -1,16 +1,22 @@
 """Parts of a rehearsal: the ledger, lines through depths, and the search for rows."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowgrain.config import load_config
 from flowgrain.models.published import PUBLISHED
+from flowgrain.planning import search
+from flowgrain.planning.gpus import GPUS
 from flowgrain.planning.rehearsal.depth import combine, depths
 from flowgrain.planning.rehearsal.ledger import Ledger, Peak
-from flowgrain.planning.rehearsal.step import Measurement
-from flowgrain.planning.search import _most
+from flowgrain.planning.rehearsal.step import LATER, Measurement
+from flowgrain.planning.search import _most, _of_one_row
 
 FLUX = PUBLISHED["black-forest-labs/FLUX.1-dev"]["transformer"]
 SD3 = PUBLISHED["stabilityai/stable-diffusion-3.5-medium"]["transformer"]
@@ -110,15 +116,71 @@ def test_depths_of_models():
 
 
 class Found:
-    def __init__(self, total):
-        self.phases = {"sample": Peak({"activations": total})}
+    """A rehearsal with the given bytes of its phases."""
+
+    def __init__(self, batches=None, **totals):
+        self.phases = {name: Peak({"activations": total}) for name, total in totals.items()}
+        self.peak = max(self.phases.items(), key=lambda item: item[1].total)
+        self.batch_of_peak = (batches or {}).get(self.peak[0])
+
+    def fits(self, memory):
+        return self.peak[1].total <= 0.9 * memory
 
 
-@given(st.integers(0, 1000), st.integers(1, 100), st.integers(0, 5000))
+@given(st.integers(0, 1000), st.integers(0, 100), st.integers(0, 5000))
 def test_the_most_rows_that_fit(base, each, free):
     usable = base + each + free  # one row fits
-    rows = _most(Found(base + each), Found(base + 2 * each), ("sample",), usable)
+    few, many = (Found(sample=base + rows * each) for rows in (8, 16))
+    rows = _most(few, many, ("sample",), usable)
     assert 1 <= rows <= 64
     assert base + rows * each <= usable
     if rows < 64:
         assert base + (rows + 1) * each > usable
+    assert _of_one_row(few, many) == base + each
+
+
+class Process:
+    """Rehearsals with known lines. Decoding more than `wide` images needs 1,000 bytes more."""
+
+    def __init__(self, wide):
+        self.wide, self.count = wide, 0
+
+    def rehearse(self, config, gpus, gpu):
+        self.count += 1
+        sampling, decoded = config.sampling.batch_size, config.sampling.decode_batch_size
+        rows = config.training.micro_batch_size
+        batches = {
+            "sample": ("sampling.batch_size", sampling),
+            LATER: ("training.micro_batch_size", rows),
+            "decode": ("sampling.decode_batch_size", decoded),
+        }
+        needs = {
+            "sample": 100 + 5 * sampling,
+            "decode": 100 + 2 * decoded + 1000 * (decoded > self.wide),
+            LATER: 200 + 10 * rows,
+            "optimizer": 300,
+        }
+        return Found(batches, **needs)
+
+
+@pytest.mark.parametrize(
+    ("memory", "wide", "rows", "need", "rehearsals"),
+    [
+        (1000, 64, (64, 64, 64), 840, 3),
+        (500, 64, (64, 25, 64), 450, 3),
+        (500, 16, (64, 25, 16), 450, 5),  # 64 and 32 images need more than their line says
+        (300, 64, (1, 1, 1), 300, 2),  # the optimizer does not fit, so that no more is rehearsed
+    ],
+)
+def test_the_largest_batches(monkeypatch, memory, wide, rows, need, rehearsals):
+    monkeypatch.setattr(search, "forecast", lambda *_: SimpleNamespace(total=2.0))
+    process, gpu = Process(wide), replace(GPUS["h100"], memory=memory)
+    config = load_config("flow_grpo")
+    found = search._largest(process, config, {"lora.rank": 4}, 1, gpu)
+    names = ("sampling.batch_size", "training.micro_batch_size", "sampling.decode_batch_size")
+    written = [f"{name}={count}" for name, count in zip(names, rows, strict=True)]
+    assert found.settings == ["lora.rank=4", *written]
+    assert process.count == rehearsals
+    assert found.fits == (need <= 0.9 * memory)
+    assert found.memory == need
+    assert found.images_per_second == 24 * 24 / 2

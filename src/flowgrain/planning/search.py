@@ -2,12 +2,14 @@
 
 Layouts are tried in a fixed order, usually the fastest first, until one fits.
 
-Memory grows with the rows of a call by the same amount for every row. Rehearsals with one and two
-rows give a line, and the line gives the largest number of rows that fits.
+Memory grows with the rows of a call by the same amount for every row. Rehearsals with eight and
+sixteen rows give a line for each phase, and the line gives the largest number of rows that fits.
+The settings that are found are rehearsed. Rehearsals with one row would take several times as long,
+because they have more calls.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,16 @@ from flowgrain.training.memory import USABLE_SHARE
 NUMBERS = (1, 2, 4, 8, 16)
 """Numbers of GPUs that are searched."""
 _LORA = {"lora.rank": 32, "optimizer.learning_rate": 1e-4}
+_PROBES = (8, 16)
+"""Rows of the rehearsals that give the lines."""
 _MOST_ROWS = 64
 """Largest batch that is proposed. Larger ones are rarely faster."""
+_BATCHES = {
+    "sampling.batch_size": ("sample",),
+    "training.micro_batch_size": (FIRST, LATER),
+    "sampling.decode_batch_size": ("decode",),
+}
+"""Settings that are searched, and the phases whose memory grows with them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Proposal:
         gpus: number of GPUs.
         fits: whether anything fits. Otherwise the settings are those that need least memory.
         settings: overrides "section.key=value".
-        memory: largest need of a GPU in bytes.
+        memory: largest need of a GPU in bytes. If nothing fits, that of batches with one row.
         seconds: forecast of a step, without rewards.
         images_per_second: images of a step over all GPUs, divided by its seconds.
     """
@@ -117,41 +127,54 @@ def _largest(
 ) -> Proposal:
     """The proposal with as many rows as fit, for one layout."""
 
-    def rehearsed(*rows: int) -> Rehearsal:
-        return process.rehearse(config.with_changes(changes | _rows(*rows)), gpus, gpu)
+    def rehearsed(rows: Mapping[str, int]) -> Rehearsal:
+        return process.rehearse(config.with_changes({**changes, **rows}), gpus, gpu)
 
-    rows, final = (1, 1, 1), rehearsed(1, 1, 1)
-    if final.fits(gpu.memory):
-        two, usable = rehearsed(2, 2, 2), USABLE_SHARE * gpu.memory
-        phases = (("sample",), (FIRST, LATER), ("decode",))
-        sampling, training, decoding = (_most(final, two, of, usable) for of in phases)
-        rows = (sampling, training, decoding)
-        final = rehearsed(*rows)
-    changes = changes | _rows(*rows)
-    seconds = forecast(final, gpu).total
+    few, many = (rehearsed(dict.fromkeys(_BATCHES, rows)) for rows in _PROBES)
+    need, usable = _of_one_row(few, many), USABLE_SHARE * gpu.memory
+    rows, found = dict.fromkeys(_BATCHES, 1), few
+    if need <= usable:
+        rows = {setting: _most(few, many, of, usable) for setting, of in _BATCHES.items()}
+        found = rehearsed(rows)
+        while not found.fits(gpu.memory) and (fewer := _fewer(rows, found)):
+            rows, found = fewer, rehearsed(fewer)
+        need = found.peak[1].total
+    seconds = forecast(found, gpu).total
     # Repeated prompts, if they do not divide evenly among the GPUs, do not count.
     images = config.training.prompts_per_step * prompt_cost(config).decodes
-    fits = final.fits(gpu.memory)
-    memory = final.peak[1].total
-    return Proposal(gpus, fits, _written(changes), memory, seconds, images / max(seconds, 1e-9))
+    settings = _written({**changes, **rows})
+    return Proposal(gpus, need <= usable, settings, need, seconds, images / max(seconds, 1e-9))
 
 
-def _most(one: Rehearsal, two: Rehearsal, phases: tuple[str, ...], usable: float) -> int:
-    """The largest number of rows with which `phases` fit into `usable` bytes. One row fits."""
-    totals = [
+def _line(few: Rehearsal, many: Rehearsal, phases: tuple[str, ...]) -> tuple[float, float]:
+    """Bytes of `phases` with no row, and bytes of each row."""
+    less, more = (
         max((found.phases[p].total for p in phases if p in found.phases), default=0.0)
-        for found in (one, two)
-    ]
-    each = totals[1] - totals[0]
-    return _MOST_ROWS if each <= 0 else min(_MOST_ROWS, 1 + int((usable - totals[0]) / each))
+        for found in (few, many)
+    )
+    slope = max(more - less, 0.0) / (_PROBES[1] - _PROBES[0])
+    return less - _PROBES[0] * slope, slope
 
 
-def _rows(sampling: int, training: int, decoding: int) -> dict[str, int]:
-    return {
-        "sampling.batch_size": sampling,
-        "training.micro_batch_size": training,
-        "sampling.decode_batch_size": decoding,
-    }
+def _of_one_row(few: Rehearsal, many: Rehearsal) -> float:
+    """The largest need of a phase, in bytes, if all batches have one row."""
+    return max(sum(_line(few, many, (phase,))) for phase in few.phases)
+
+
+def _most(few: Rehearsal, many: Rehearsal, phases: tuple[str, ...], usable: float) -> int:
+    """The largest number of rows with which `phases` fit into `usable` bytes. One row fits."""
+    base, slope = _line(few, many, phases)
+    if base + _MOST_ROWS * slope <= usable:
+        return _MOST_ROWS
+    return max(1, int((usable - base) / slope))
+
+
+def _fewer(rows: dict[str, int], found: Rehearsal) -> dict[str, int] | None:
+    """Half as many rows in the phase that needs most memory. None if they cannot be fewer."""
+    batch = found.batch_of_peak
+    if batch is None or rows[batch[0]] == 1:
+        return None
+    return {**rows, batch[0]: rows[batch[0]] // 2}
 
 
 def _written(changes: dict[str, Any]) -> list[str]:

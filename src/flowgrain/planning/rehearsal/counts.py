@@ -1,9 +1,9 @@
-"""FLOPs, bytes over links and rows, as numbers by kind and name."""
+"""What a rehearsal counts, as numbers by kind and name."""
 
 from collections.abc import Mapping
 
 Counts = Mapping[tuple[str, str], float]
-"""Numbers by kind ("flops", "moved", "rows") and name."""
+"""Numbers by kind ("flops", "moved", "copied", "syncs", "rows") and name."""
 
 
 def difference(later: Counts, earlier: Counts) -> Counts:

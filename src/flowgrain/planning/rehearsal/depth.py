@@ -79,12 +79,13 @@ def combine(measured: Sequence[Measurement], factors: Sequence[float]) -> Measur
         for phase in measured[0].peaks
         if all(phase in m.peaks for m in measured)
     }
+    syncs = _sum([m.syncs for m in measured], factors)
     return Measurement(
         peaks=peaks,
         flops=_sum([m.flops for m in measured], factors),
         moved=_sum([m.moved for m in measured], factors),
         copied=_sum([m.copied for m in measured], factors),
-        syncs=measured[0].syncs,
+        syncs={place: round(count) for place, count in syncs.items()},
         checkpoint=sum(m.checkpoint * f for m, f in zip(measured, factors, strict=True)),
         counts=measured[0].counts,
     )

@@ -1,7 +1,7 @@
 """A mode in which tensors on the accelerator are fake, and tensors on the CPU are real."""
 
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from flowgrain.distributed.sharding import is_sharded_type
 from flowgrain.distributed.world import GPUS_PER_MACHINE
 from flowgrain.planning.rehearsal.accelerator import NAME
-from flowgrain.planning.rehearsal.counts import Counts
+from flowgrain.planning.rehearsal.counts import Counts, difference
 from flowgrain.planning.rehearsal.ledger import Ledger
 
 _PACKAGE = Path(__file__).parents[2]
@@ -48,8 +48,7 @@ class _Call:
 
     shape: torch.Size
     dtype: torch.dtype
-    flops: float
-    moved: dict[str, float]
+    cost: Counts
     held: list[tuple[int, int]]
 
 
@@ -70,8 +69,8 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.flops: defaultdict[str, float] = defaultdict(float)
         self.moved: defaultdict[str, float] = defaultdict(float)
-        self.copied: Counter[str] = Counter()
-        self.syncs: Counter[str] = Counter()
+        self.copied: defaultdict[str, float] = defaultdict(float)
+        self.syncs: defaultdict[str, float] = defaultdict(float)
         self.rows: defaultdict[str, float] = defaultdict(float)
         self._calls: dict[Hashable, _Call] = {}
         self._world_size = world_size
@@ -111,35 +110,28 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def once(self, key: Hashable, call: Callable[[], Tensor]) -> Tensor:
         """The result of `call`. A call with a known key is counted, but not repeated."""
-        phase, known = self.ledger.phase, self._calls.get(key)
+        known = self._calls.get(key)
         if known is None:
-            position, flops, moved = self.ledger.position, self.flops[phase], dict(self.moved)
+            position, before = self.ledger.position, self.counted()
             out = call()
-            self._calls[key] = _Call(
-                out.shape,
-                out.dtype,
-                self.flops[phase] - flops,
-                {name: value - moved.get(name, 0.0) for name, value in self.moved.items()},
-                self.ledger.highest(position),
-            )
+            cost = difference(self.counted(), before)
+            self._calls[key] = _Call(out.shape, out.dtype, cost, self.ledger.highest(position))
             return out
-        self.flops[phase] += known.flops
-        for name, value in known.moved.items():
-            self.moved[name] += value
+        self.add(self.ledger.phase, known.cost)
         self.ledger.repeat(known.held)
         return torch.empty(known.shape, dtype=known.dtype, device=torch.device(NAME, 0))
 
     def counted(self) -> Counts:
-        """What was counted so far: FLOPs in total, bytes over links and rows by name."""
+        """What was counted so far: FLOPs in total, all else by name."""
         found = {("flops", ""): sum(self.flops.values())}
-        found |= {("moved", name): value for name, value in self.moved.items()}
-        return found | {("rows", name): value for name, value in self.rows.items()}
+        for kind in ("moved", "copied", "syncs", "rows"):
+            found |= {(kind, name): value for name, value in getattr(self, kind).items()}
+        return found
 
     def add(self, phase: str, counts: Counts) -> None:
         """Add `counts` of `phase`, which did not run."""
         for (kind, name), value in counts.items():
-            of_kind = {"flops": self.flops, "moved": self.moved, "rows": self.rows}[kind]
-            of_kind[name or phase] += value
+            getattr(self, kind)[name or phase] += value
 
     def forget(self) -> None:
         """Count from now on. The memory that is held stays known."""

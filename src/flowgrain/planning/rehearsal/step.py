@@ -182,7 +182,7 @@ def measure(
         flops=dict(mode.flops),
         moved=dict(mode.moved),
         copied=dict(mode.copied),
-        syncs=dict(mode.syncs),
+        syncs={place: round(count) for place, count in mode.syncs.items()},
         checkpoint=float(saved),
         counts=dict(mode.rows),
     )
