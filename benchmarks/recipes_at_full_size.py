@@ -8,6 +8,7 @@ The results are saved after every recipe. A recipe with a result is not rehearse
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from flowgrain.config import load_config
 from flowgrain.config.load import recipe_names
@@ -54,18 +55,31 @@ def main() -> None:
                 }
             args.out.write_text(json.dumps(found, indent=1))
             print(recipe, found[recipe], flush=True)
-    print(f"| Recipe, on {args.gpus} x {args.gpu} | Trains | GB | in phase | Fits | Forecast |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    columns = (
+        f"Recipe, on {args.gpus} x {args.gpu}",
+        *("Trains", "GB on a GPU", "in the phase", "Fits", "Forecast of a step"),
+        *("GB received", "Waits", "Time of the rehearsal"),
+    )
+    print(f"| {' | '.join(columns)} |")
+    print(f"| {' | '.join('---' for _ in columns)} |")
     for recipe, values in found.items():
-        if "error" in values:
-            print(f"| {recipe} | {values['error']} | | | | |")
-            continue
-        kind = f"LoRA {values['lora']}" if values["lora"] else "full"
-        fits = "yes" if values["fits"] else "no"
-        print(
-            f"| {recipe} | {kind} | {values['peak'] / 1e9:.1f} | {values['phase']} | {fits} | "
-            f"{values['forecast']:.0f} s |"
-        )
+        print(f"| `{recipe}` | {' | '.join(_cells(values))} |")
+
+
+def _cells(values: dict[str, Any]) -> list[str]:
+    """The result of a recipe."""
+    if "error" in values:
+        return [values["error"]]
+    return [
+        f"LoRA {values['lora']}" if values["lora"] else "full",
+        f"{values['peak'] / 1e9:.{1 if values['peak'] >= 1e9 else 2}f}",
+        values["phase"],
+        "yes" if values["fits"] else "no",
+        f"{values['forecast']:.0f} s" if values["forecast"] >= 1 else "less than 1 s",
+        f"{values['moved'] / 1e9:,.{0 if values['moved'] >= 10e9 else 2}f}",
+        f"{values['syncs']:,}",
+        f"{values['seconds']:.0f} s",
+    ]
 
 
 if __name__ == "__main__":

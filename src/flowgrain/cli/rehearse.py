@@ -152,7 +152,7 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     syncs = sum(measured.syncs.values())
     most = sorted(measured.syncs.items(), key=lambda item: -item[1])[:3]
     places = ", ".join(f"{place} ({count:,})" for place, count in most)
-    moved = sum(expected.moved.values())
+    moved, operations = sum(expected.moved.values()), sum(measured.flops.values())
     counts = measured.counts
     return [
         f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}{batch}. It {fits} on "
@@ -160,7 +160,7 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
         f"Forward passes on each GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
         f"{counts.get('gradient', 0):,.0f} with gradient. Decoded images: "
         f"{counts.get('decoded', 0):,.0f}.",
-        f"{sum(measured.flops.values()) / 1e12:,.4g} TFLOP, {in_bytes(moved)} received over links, "
+        f"{_number(operations / 1e12)} TFLOP, {in_bytes(moved)} received over links, "
         f"{in_bytes(measured.checkpoint)} in a checkpoint, per GPU.",
         f"Forecast: {seconds} per step without rewards{of_parts}.",
         f"The host waits for the GPU {syncs:,} times, most often at {places}."
@@ -194,7 +194,7 @@ def _show_proposals(found: "list[Proposal]", name: str) -> None:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
+    return f"{value:,.{2 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
 _LABELS = {
