@@ -135,6 +135,9 @@ CASES = {
         _TWO,
         gpus=2,
     ),
+    "FLUX 1 + 2 blocks LoRA, 2 ranks, context parallelism": Case(
+        "flow_grpo", {**FLUX_CASE, **_LORA, "runtime.context_parallel": 2}, _FLUX, gpus=2
+    ),
     "SD3.5 2 blocks LoRA bf16": Case("flow_grpo", {**SD3_CASE, **_LORA, **_BF16}, _TWO),
 }
 

@@ -268,6 +268,7 @@ def test_sizes_of_the_published_models_are_built_in():
         required_config(bench_config(TINY.sd3, "cpu").model, "vae")
 
 
+@pytest.mark.slow
 def test_phases_of_a_rehearsal_are_stages():
     config = load_config("flow_grpo", {"sampling.num_steps": 4, "training.prompts_per_step": 2})
     predicted = memory.rehearsed_bytes(config)

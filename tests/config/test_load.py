@@ -251,7 +251,16 @@ def test_overrides_are_yaml_values():
     assert parse_overrides({"a.b": (1, 2)}) == {"a": {"b": [1, 2]}}
 
 
-@pytest.mark.parametrize("source", ["mixgrpo", "densegrpo", "diffusionnft", "flux/g2rpo"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "mixgrpo",
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in ("densegrpo", "diffusionnft", "flux/g2rpo")
+        ),
+    ],
+)
 def test_every_setting_can_be_written_as_a_word(source):
     """Each value of a configuration, written as an override, gives the same value again."""
     config = load_config(source)

@@ -51,7 +51,7 @@ CHECKPOINTING = {"model.gradient_checkpointing": True}
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        pytest.param("flux", {}, id="flux"),
+        pytest.param("flux", {}, id="flux", marks=SLOW),
         pytest.param("flux2", LORA, id="flux2 lora"),
         pytest.param("qwen_image", {}, id="qwen_image"),
         pytest.param("flux", CHECKPOINTING, id="flux checkpointing", marks=SLOW),

@@ -80,11 +80,8 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        ("sd3", "full, reference"),
         ("sd3", "full, replica"),
-        ("sd3", "lora, bfloat16"),
         ("sd3", "lora, sharded, old policy"),
-        ("qwen_image", "lora, sharded"),
         *(pytest.param("sd3", case, marks=SLOW) for case in CASES),
         *(pytest.param("qwen_image", case, marks=SLOW) for case in CASES),
     ],
@@ -137,6 +134,7 @@ def distinct(parts, changes, case):
     return [part for part in PARTS if part in parts and part != shared]
 
 
+@SLOW
 def test_frozen_parameters_are_mapped(folders, pool):
     """On a CPU and in the stored dtype. Trained parameters and the sampler are not."""
     for method in ("flow_grpo", "diffusionnft"):

@@ -194,6 +194,7 @@ def processes(monkeypatch):
     return context
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment(tmp_path, processes):
     """Killed six times, wherever it is, and resumed every time."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

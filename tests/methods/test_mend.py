@@ -142,7 +142,9 @@ def test_the_first_loss_of_kept_images_is_zero(tmp_path):
     assert trainer.method.state_dict()["tau"] == 1.5e-3
 
 
-@pytest.mark.parametrize(("lora", "rate"), [(0, 1e-4), (8, 1e-3)])
+@pytest.mark.parametrize(
+    ("lora", "rate"), [pytest.param(0, 1e-4, marks=pytest.mark.slow), (8, 1e-3)]
+)
 def test_training_increases_the_reward(tmp_path, lora, rate):
     values = {
         "sampling.num_steps": 4,

@@ -184,10 +184,10 @@ def test_the_kl_has_a_gradient(tmp_path):
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("draft", {"method.last_steps": 2}),
-        ("draft", {"method.lv_samples": 2}),
+        pytest.param("draft", {"method.last_steps": 2}, marks=pytest.mark.slow),
+        pytest.param("draft", {"method.lv_samples": 2}, marks=pytest.mark.slow),
         ("refl", {"optimizer.learning_rate": 3e-4}),
-        ("draft", {"runtime.dtype": "bfloat16"}),
+        pytest.param("draft", {"runtime.dtype": "bfloat16"}, marks=pytest.mark.slow),
         ("draft", {"lora.rank": 8, "optimizer.learning_rate": 3e-3, "method.last_steps": 2}),
     ],
 )

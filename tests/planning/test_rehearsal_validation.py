@@ -33,6 +33,7 @@ def check(found, expected_kinds):
             assert close or abs(difference(pair)) <= TOLERANCE, (phase, kind, pair)
 
 
+@pytest.mark.slow
 def test_the_bundled_model(process):
     case = "g2rpo full, KL, EMA"
     check(compare(CASES[case], process), HELD - {"old policy", "sampling copy"})

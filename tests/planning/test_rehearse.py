@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import twins
 
 from flowgrain import SettingsError
 from flowgrain.config import load_config
@@ -19,14 +20,17 @@ from flowgrain.training.memory import memory
 from flowgrain.training.sizes import model_size
 
 H100 = GPUS["h100"]
+SLOW = pytest.mark.slow
 SMALL = {
-    "sampling.num_steps": 4,
-    "training.prompts_per_step": 4,
+    "sampling.num_steps": 3,
+    "training.prompts_per_step": 2,
     "method.group_size": 4,
     "sampling.batch_size": 8,
     "evaluation.rewards": [],
     "training.micro_batch_size": 2,
 }
+OPTIONS = {"g2rpo": {"method.granularities": [1, 2]}}
+"""Options that a method needs with these settings."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,10 @@ def process():
         yield found
 
 
-SLOW = pytest.mark.slow
+@pytest.fixture(scope="module")
+def usual(process):
+    """Flow-GRPO with the small settings."""
+    return process.rehearse(load_config("flow_grpo", SMALL), 1, H100)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,7 @@ SLOW = pytest.mark.slow
     ["g2rpo", *(pytest.param(m, marks=SLOW) for m in ("flow_grpo", "diffusionnft", "densegrpo"))],
 )
 def test_the_rows_are_those_of_the_plan(process, method):
-    config = load_config(method, SMALL)
+    config = load_config(method, {**SMALL, **OPTIONS.get(method, {})})
     cost, prompts = prompt_cost(config), config.training.prompts_per_step
     counts = process.rehearse(config, 1, H100).measured.counts
     assert counts["gradient"] == prompts * cost.train_forward_passes
@@ -57,7 +64,9 @@ def test_the_rows_are_those_of_the_plan(process, method):
 @pytest.mark.parametrize(
     ("method", "changes", "gpus"),
     [
-        ("flow_grpo", {"training.ema_decay": 0.9, "method.kl_weight": 0.1}, 1),
+        pytest.param(
+            "flow_grpo", {"training.ema_decay": 0.9, "method.kl_weight": 0.1}, 1, marks=SLOW
+        ),
         pytest.param("flow_grpo", {"lora.rank": 4, "method.kl_weight": 0.1}, 1, marks=SLOW),
         pytest.param("diffusionnft", {}, 1, marks=SLOW),
         pytest.param("g2rpo", {"runtime.rollout_weights": "replica"}, 4, marks=SLOW),
@@ -66,7 +75,9 @@ def test_the_rows_are_those_of_the_plan(process, method):
 )
 def test_what_a_run_holds(process, method, changes, gpus):
     """Kinds that stay for the whole run, against sums of parameters (`training.memory`)."""
-    config = prepared(load_config(method, {**SMALL, **changes}), gpus, H100)
+    config = prepared(
+        load_config(method, {**SMALL, **OPTIONS.get(method, {}), **changes}), gpus, H100
+    )
     expected = memory(config, model_size(config.model), dtype_of(config), gpus).parts
     found = process.rehearse(config, gpus, H100).phases["optimizer"].kinds
     names = {"weights", "optimizer", "EMA", "reference", "old policy", "sampling copy", "VAE"}
@@ -76,7 +87,7 @@ def test_what_a_run_holds(process, method, changes, gpus):
         assert found.get(name, 0.0) == pytest.approx(formula, rel=0.05, abs=2e5), name
 
 
-@pytest.mark.parametrize(("memory", "least"), [(0.01, 8e6), (0.0002, 0)])
+@pytest.mark.parametrize(("memory", "least"), [(0.01, 8e6), pytest.param(0.0002, 0, marks=SLOW)])
 def test_kept_graphs_take_the_memory_of_their_setting(process, memory, least):
     """A graph of one row takes 1.6 MB, so that the smaller memory has room for none."""
     settings = {**SMALL, "method.updates_per_rollout": 1}
@@ -94,7 +105,7 @@ def test_kept_graphs_take_the_memory_of_their_setting(process, memory, least):
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("flow_grpo", {}),
+        pytest.param("flow_grpo", {}, marks=SLOW),
         pytest.param(
             "g2rpo",
             {"sampling.explore.candidates": 8, "sampling.explore.num_steps": 2},
@@ -121,10 +132,11 @@ def test_the_preset_of_one_gpu(process, recipe):
     assert process.rehearse(config, 1, H100, depth="shallow").measured.counts["decoded"] > 0
 
 
+@pytest.mark.slow
 def test_bytes_over_links(process):
     """An update gathers the parameters for the replica. Gradients of a LoRA are summed."""
     changes = {**SMALL, "runtime.rollout_weights": "replica", "method.updates_per_rollout": 1}
-    full = load_config("flow_grpo", {**changes, "training.prompts_per_step": 2})
+    full = load_config("flow_grpo", changes)
     moved = process.rehearse(full, 2, H100).measured.moved
     parameters = 4 * model_size(full.model).transformer
     gathered = moved["optimizer: all_gather_into_tensor in a machine"]
@@ -135,6 +147,29 @@ def test_bytes_over_links(process):
     assert found.moved == {"optimizer: allreduce between machines": 2 * adapter * 15 / 16}
 
 
+def test_ranks_of_a_context_group_divide_the_tokens(process, tmp_path):
+    """Twice as many rows on each rank, with half of the tokens."""
+    twins.flux(tmp_path / "flux")
+    model = {"model.name": "flux", "model.path": str(tmp_path / "flux"), "model.height": 16}
+    values = {**SMALL, **model, "model.width": 16, "model.max_prompt_tokens": 8}
+    values |= {"rewards": [{"name": "clip", "model": "none"}], "training.prompts_per_step": 4}
+    config = load_config("flow_grpo", values)
+    grouped = config.with_changes({"runtime.context_parallel": 2})
+    alone, group = (process.rehearse(c, 4, H100).measured for c in (config, grouped))
+    for kind in ("no gradient", "gradient"):
+        assert group.counts[kind] == 2 * alone.counts[kind]
+    assert group.flops["sample"] == pytest.approx(alone.flops["sample"], rel=0.1)
+    exchanged = "later micro-batches: all_to_all_single in a machine"
+    assert group.moved[exchanged] > 0
+    assert exchanged not in alone.moved
+    with pytest.raises(SettingsError, match=r"^--gpus 3: runtime.context_parallel=2 needs a mult"):
+        prepared(grouped, 3, H100)
+    odd = grouped.with_changes({"model.max_prompt_tokens": 7})
+    with pytest.raises(SettingsError, match=r"must divide model\.max_prompt_tokens=7"):
+        process.rehearse(odd, 4, H100)
+
+
+@pytest.mark.slow
 def test_rewards_of_evaluations_are_in_memory(process):
     held = [{"name": "pickscore", "device": "cuda"}]
     config = load_config("flow_grpo", {**SMALL, "evaluation.rewards": held})
@@ -149,7 +184,7 @@ def test_methods_that_train_on_the_gradient_of_the_reward(process, method):
     changes = {name: value for name, value in SMALL.items() if name != "method.group_size"}
     config = load_config(method, changes)
     found = process.rehearse(config, 1, H100)
-    assert found.measured.counts["gradient"] == 4 * prompt_cost(config).train_forward_passes
+    assert found.measured.counts["gradient"] == 2 * prompt_cost(config).train_forward_passes
     assert found.phases["first micro-batch"].total > found.phases["sample"].total
 
 
@@ -198,7 +233,7 @@ def test_values_are_finite(process, tmp_path):
     process.rehearse(load_config("finite", SMALL, plugins=[plugin]), 1, H100)
 
 
-def test_masks_select_every_row(process, tmp_path):
+def test_masks_select_every_row(process, usual, tmp_path):
     plugin = tmp_path / "masks.py"
     mistake = (
         "known = edges.advantage > 0; inner(edges).loss[known].sum(); edges.advantage.nonzero(); "
@@ -207,9 +242,9 @@ def test_masks_select_every_row(process, tmp_path):
     text = PLUGIN.format(class_name="Masks", name="masks", mistake=mistake)
     plugin.write_text(text)
     masks = process.rehearse(load_config("masks", SMALL, plugins=[plugin]), 1, H100).measured
-    usual = process.rehearse(load_config("flow_grpo", SMALL), 1, H100).measured
-    assert masks.counts == usual.counts
-    assert sum(masks.syncs.values()) > sum(usual.syncs.values())  # the host waits for a shape
+    assert masks.counts == usual.measured.counts
+    waits = [sum(found.syncs.values()) for found in (usual.measured, masks)]
+    assert waits[0] < waits[1]  # the host waits for a shape
 
 
 PLUGIN = """
@@ -239,7 +274,9 @@ class {class_name}(FlowGRPO):
     ("name", "mistake", "message"),
     [
         ("on_cpu", "edges.advantage + torch.ones(3).mean(0, keepdim=True)", "at least two devices"),
-        ("wrong_shape", "edges.x_next @ edges.x_next.flatten(1)", "RuntimeError"),
+        pytest.param(
+            *("wrong_shape", "edges.x_next @ edges.x_next.flatten(1)", "RuntimeError"), marks=SLOW
+        ),
     ],
 )
 def test_mistakes_of_a_method(process, tmp_path, name, mistake, message):
@@ -254,24 +291,22 @@ def test_mistakes_of_a_method(process, tmp_path, name, mistake, message):
 
 
 @pytest.mark.slow
-def test_waits_for_the_device_are_counted(process, tmp_path):
+def test_waits_for_the_device_are_counted(process, usual, tmp_path):
     plugin = tmp_path / "asking.py"
     text = PLUGIN.format(class_name="Asking", name="asking", mistake="float(edges.advantage.sum())")
     plugin.write_text(text)
     config = load_config("asking", SMALL, plugins=[plugin])
     asking = process.rehearse(config, 1, H100).measured.syncs
-    usual = process.rehearse(load_config("flow_grpo", SMALL), 1, H100).measured.syncs
-    # Two updates with 12 micro-batches each. Only three of each run.
-    assert sum(asking.values()) == sum(usual.values()) + 24
+    # Two updates with four micro-batches each. Only three of each run.
+    assert sum(asking.values()) == sum(usual.measured.syncs.values()) + 8
 
 
-def test_the_forecast_divides_flops_by_the_rate_of_the_gpu(process):
-    found = process.rehearse(load_config("flow_grpo", SMALL), 1, H100)
-    expected = forecast(found, H100)
-    flops = found.measured.flops["sample"]
+def test_the_forecast_divides_flops_by_the_rate_of_the_gpu(usual):
+    expected = forecast(usual, H100)
+    flops = usual.measured.flops["sample"]
     assert expected.seconds["sampling"] == flops / (EAGER * 989e12)
     assert expected.total == sum(expected.seconds.values())
-    compiled = dataclasses.replace(found, compiled=True)
+    compiled = dataclasses.replace(usual, compiled=True)
     assert forecast(compiled, H100).total == pytest.approx(expected.total * EAGER / COMPILED)
     assert expected.moved == {}
 
@@ -338,8 +373,8 @@ def test_the_search_leaves_out_settings_that_fail(monkeypatch):
         proposals(config, H100, (1,))
 
 
-def test_numbers_as_json(process):
-    found = process.rehearse(load_config("flow_grpo", SMALL), 1, H100).to_dict()
+def test_numbers_as_json(usual):
+    found = usual.to_dict()
     assert json.loads(json.dumps(found))["peak"]["total"] == found["peak"]["total"]
     assert found["peak"]["total"] == pytest.approx(sum(found["peak"]["kinds"].values()))
     assert found["peak"]["phase"] in found["phases"]

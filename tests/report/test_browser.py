@@ -30,6 +30,7 @@ def measured(page, width):
     return json.loads(title.replace("&quot;", '"'))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [420])
 def test_pages_fit_the_window(run, comparison, evaluation, width):

@@ -162,6 +162,7 @@ def test_pairs_are_learned(tmp_path):
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairs", "images"])
 def test_a_run_of_the_bundled_model_is_resumed_exactly(tmp_path, kind):
     file = write_images(tmp_path, BUNDLED, kind)

@@ -193,13 +193,8 @@ class OlderRollouts(LocalRollouts):
         return replace(scored, sampled_with=older if step > 1 else None)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        {"lora.rank": 2, "method.updates_per_rollout": 2},
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 2, "method.updates_per_rollout": 2}])
 def test_stale_rollouts_are_those_of_the_parameters_before_the_update(
     tmp_path, in_process, monkeypatch, changes
 ):
@@ -254,8 +249,9 @@ def test_ratio_is_taken_against_the_parameters_that_sampled(tmp_path):
 
 
 # ------------------------------------------------------------------------------ resuming
-@pytest.mark.parametrize("mode", [pytest.param(WORKERS, marks=pytest.mark.slow), STALE])
-@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [WORKERS, STALE])
+@pytest.mark.parametrize("step", [1, 2])
 def test_resumed_equals_uninterrupted(tmp_path, in_process, mode, step):
     train(tmp_path / "whole", **{**mode, "training.max_steps": 3})
     train(tmp_path / "cut", **{**mode, "training.max_steps": step})
@@ -426,6 +422,7 @@ def plugin(tmp_path):
     return {"runtime.plugins": [str(file)]}, marker
 
 
+@pytest.mark.slow
 def test_ray_listens_on_this_machine_only(ray):
     assert ray.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
 

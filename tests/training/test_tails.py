@@ -82,8 +82,15 @@ def test_taylorseer_only_changes_tails(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [(name, "taylorseer:2") for name in ("sd3", "flux", "flux2", "qwen_image", "zimage")]
-    + [(name, "first_block:0.9") for name in ("flux", "qwen_image")],
+    [
+        ("sd3", "taylorseer:2"),
+        ("flux", "first_block:0.9"),
+        *(
+            pytest.param(name, "taylorseer:2", marks=pytest.mark.slow)
+            for name in ("flux", "flux2", "qwen_image", "zimage")
+        ),
+        pytest.param("qwen_image", "first_block:0.9", marks=pytest.mark.slow),
+    ],
 )
 def test_caches_of_every_backbone(tmp_path, name, cache):
     getattr(twins, name)(tmp_path / name)
@@ -132,7 +139,7 @@ SHORT = {"method.granularities": [1], "method.sde_steps": [0], "sampling.num_ste
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"lora.rank": 2}, {"runtime.dtype": "bfloat16"}],
+    [{}, {"lora.rank": 2}, pytest.param({"runtime.dtype": "bfloat16"}, marks=pytest.mark.slow)],
     ids=["full", "lora", "bfloat16"],
 )
 def test_quantized_tails_follow_the_policy(tmp_path, torchao, changes):
@@ -181,6 +188,7 @@ def test_quantized_tails_change_no_stochastic_step(tmp_path, torchao):
     assert 1e-6 < images < 0.05
 
 
+@pytest.mark.slow
 def test_compiled_blocks(tmp_path):
     """aot_eager traces like inductor, and runs the traced operations unchanged."""
     torch._dynamo.reset()

@@ -1,12 +1,14 @@
 """A rank among fake ranks, whose tensors have no values. No other process exists."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from flowgrain.distributed.world import GPUS_PER_MACHINE, SINGLE, World
+from flowgrain.distributed.world import GPUS_PER_MACHINE, SINGLE, World, context_mesh
 
 T = TypeVar("T")
 
@@ -20,10 +22,15 @@ class _FakeWorld(World):
         return [value] * self.size
 
 
-def fake_world(size: int, device_type: str) -> World:
+def fake_world(size: int, device_type: str, context: int = 1) -> World:
     """The first of `size` ranks. Its collectives return at once.
 
-    The mesh is that of `init_process_group` on machines with `GPUS_PER_MACHINE` GPUs.
+    The meshes are those of `init_process_group` on machines with `GPUS_PER_MACHINE` GPUs.
+
+    Args:
+        size: number of ranks.
+        device_type: type of the registered accelerator.
+        context: number of ranks in a context group. It divides `size`.
     """
     if size == 1:
         return SINGLE
@@ -33,7 +40,25 @@ def fake_world(size: int, device_type: str) -> World:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    return _FakeWorld(0, size, _mesh(size, device_type))
+    mesh = _mesh(size, device_type)
+    return _FakeWorld(0, size, mesh, context, context_mesh(size, device_type, context))
+
+
+def group_of(arguments: Sequence[Any]) -> dist.ProcessGroup:
+    """The group of a collective operator with these arguments: an object, or the last name."""
+    groups = [a for a in arguments if isinstance(a, torch.ScriptObject)]
+    if groups:
+        return dist.ProcessGroup.unbox(groups[0])
+    names = [a for a in arguments if isinstance(a, str)]
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    found: dist.ProcessGroup = resolve(names[-1])
+    return found
+
+
+def spans_machines(group: dist.ProcessGroup) -> bool:
+    """Whether the ranks of a group are on several machines."""
+    ranks = dist.get_process_group_ranks(group)
+    return len({rank // GPUS_PER_MACHINE for rank in ranks}) > 1
 
 
 def _mesh(size: int, device_type: str) -> DeviceMesh:

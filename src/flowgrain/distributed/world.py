@@ -167,12 +167,16 @@ def init_process_group(device: torch.device, context: int = 1) -> World:
         mesh = init_device_mesh(device.type, (size // local, local), mesh_dim_names=names)
     else:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    context_mesh = None
-    if context > 1:
-        shape = (size // context, 1, context)
-        dims = ("data", "ring", "ulysses")  # the last two are names of diffusers
-        context_mesh = init_device_mesh(device.type, shape, mesh_dim_names=dims)
-    return World(dist.get_rank(), size, mesh, context, context_mesh)
+    groups = context_mesh(size, device.type, context)
+    return World(dist.get_rank(), size, mesh, context, groups)
+
+
+def context_mesh(size: int, device_type: str, context: int) -> DeviceMesh | None:
+    """Device mesh of the context groups, see `World`. None if a group is a single rank."""
+    if context == 1:
+        return None
+    dims = ("data", "ring", "ulysses")  # the last two are names of diffusers
+    return init_device_mesh(device_type, (size // context, 1, context), mesh_dim_names=dims)
 
 
 def destroy_process_group() -> None:

@@ -20,6 +20,7 @@ from flowgrain.config.rollout import without_workers
 from flowgrain.config.schema import Config
 from flowgrain.distributed.threads import available_cores
 from flowgrain.distributed.world import GPUS_PER_MACHINE
+from flowgrain.models.published import required_config
 from flowgrain.planning.gpus import Gpu
 from flowgrain.planning.rehearsal.depth import Depth, combine
 from flowgrain.planning.rehearsal.ledger import Peak
@@ -264,6 +265,11 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
             f"--gpus {gpus}: a rehearsal assumes machines with {GPUS_PER_MACHINE} GPUs. Use at "
             f"most {GPUS_PER_MACHINE}, or a multiple of {GPUS_PER_MACHINE}."
         )
+    if gpus % config.runtime.context_parallel:
+        raise SettingsError(
+            f"--gpus {gpus}: runtime.context_parallel={config.runtime.context_parallel} needs a "
+            f"multiple of {config.runtime.context_parallel}."
+        )
     for name, section in (
         ("sampling.tail_weights", config.sampling),
         ("sampling.explore.tail_weights", config.sampling.explore),
@@ -273,11 +279,7 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
                 f"{name}={section.tail_weights}: quantized weights cannot be rehearsed. Use "
                 f"{name}=same for the rehearsal."
             )
-    if config.runtime.context_parallel > 1:
-        raise SettingsError(
-            f"runtime.context_parallel={config.runtime.context_parallel}: context parallelism "
-            "cannot be rehearsed. Use runtime.context_parallel=1 for the rehearsal."
-        )
+    required_config(config.model, "transformer")  # raises an error before processes are started
     changes: dict[str, Any] = {"runtime.compile": None, "runtime.trackers": []}
     dtype = "bfloat16" if config.runtime.dtype == "auto" else config.runtime.dtype
     changes["runtime.dtype"] = dtype

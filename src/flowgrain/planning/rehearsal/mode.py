@@ -11,14 +11,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from flowgrain.distributed.fake_ranks import group_of, spans_machines
 from flowgrain.distributed.sharding import is_sharded_type
-from flowgrain.distributed.world import GPUS_PER_MACHINE
 from flowgrain.planning.rehearsal.accelerator import NAME
 from flowgrain.planning.rehearsal.counts import Counts, difference
 from flowgrain.planning.rehearsal.ledger import Ledger
@@ -29,9 +28,12 @@ _SMALL = 65_536
 """Largest number of values of a tensor that has real values on the host."""
 _KNOWN = "_rehearsal_values"
 """Attribute of a tensor on the device that was copied from the host."""
+_EQUAL_SIZES = {"allreduce_": 2, "all_to_all_single": 1}
+"""Collectives whose results are as large as their inputs. They receive this multiple of them."""
 _COLLECTIVES = (
-    *("_allgather_base_", "_reduce_scatter_base_", "allreduce_"),  # of FSDP2 and of flowgrain
+    *("_allgather_base_", "_reduce_scatter_base_"),  # of FSDP2 and of flowgrain
     "all_gather_into_tensor",  # of a DTensor
+    *_EQUAL_SIZES,
 )
 
 
@@ -64,7 +66,7 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rows: rows through the model and the decoder.
     """
 
-    def __init__(self, world_size: int = 1) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
         self.flops: defaultdict[str, float] = defaultdict(float)
@@ -73,7 +75,6 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.syncs: defaultdict[str, float] = defaultdict(float)
         self.rows: defaultdict[str, float] = defaultdict(float)
         self._calls: dict[Hashable, _Call] = {}
-        self._world_size = world_size
         self._fake = _FakeMode()
 
     def __torch_dispatch__(
@@ -228,14 +229,12 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._overloadpacket.__name__
         if name not in _COLLECTIVES:
             return
+        group = group_of(args)
         sizes = [t.nbytes for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
         received = float(max(sizes) - min(sizes))  # of an all-gather or a reduce-scatter
-        place = "in a machine"
-        if name == "allreduce_":  # of all ranks, or of the replicas of a shard
-            ranks = ProcessGroup.unbox(args[1]).size()
-            received = 2 * max(sizes) * (ranks - 1) / ranks
-            if self._world_size > GPUS_PER_MACHINE:
-                place = "between machines"
+        if name in _EQUAL_SIZES:
+            received = _EQUAL_SIZES[name] * max(sizes) * (1 - 1 / group.size())
+        place = "between machines" if spans_machines(group) else "in a machine"
         self.moved[f"{self.ledger.phase}: {name.strip('_')} {place}"] += received
 
 

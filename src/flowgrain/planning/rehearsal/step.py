@@ -25,6 +25,7 @@ from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.mode import RehearsalMode
 from flowgrain.planning.rehearsal.stand_ins import prompts_of, rewards_of
 from flowgrain.training.collect import RolloutCollector
+from flowgrain.training.context import check_context
 from flowgrain.training.decoded_rewards import DecodedRewards, Gradients
 from flowgrain.training.optimizer import PolicyOptimizer
 from flowgrain.training.policy import Policy
@@ -148,12 +149,14 @@ def measure(
         device: the registered accelerator.
 
     Raises:
-        SettingsError: the backbone cannot be built without weights.
+        SettingsError: the backbone cannot be built without weights, or does not support
+            runtime.context_parallel.
     """
-    mode = RehearsalMode(gpus)
-    world = fake_world(gpus, NAME)
+    mode = RehearsalMode()
+    world = fake_world(gpus, NAME, config.runtime.context_parallel)
     with mode.running(), _gradients_once(mode):
         backbone = build(device)
+        check_context(config, backbone)
         _decode_once(backbone, mode)
         config = config.resolved(backbone)
         method = config.method.model_copy(deep=True)
