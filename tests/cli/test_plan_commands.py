@@ -45,11 +45,15 @@ def test_plan_for_several_gpus():
     assert "--gpu h200: has no effect without --gpus" in refused("plan", "demo", "--gpu", "h200")
 
 
+@pytest.mark.slow
 def test_rehearse():
     output = succeeded("rehearse", "g2rpo", *SMALL, "--gpus", "2")
     assert "MB on each of 2 x h100" in output
     assert "weights" in output
     assert "Most memory:" in output
+
+
+def test_what_cannot_be_rehearsed():
     assert "--gpu b300" in refused("rehearse", "demo", "--gpu", "b300")
     assert "--full-depth: has no effect" in refused("rehearse", "demo", "--search", "--full-depth")
 

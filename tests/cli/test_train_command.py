@@ -97,10 +97,15 @@ def test_rewards_on_the_command_line(directory):
 class TestResume:
     """--resume continues a run with its own settings."""
 
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("one_step") / "run"
+        succeeded("train", "g2rpo", *SMALL, "training.max_steps=1", "--out", folder)
+        return folder
+
     @pytest.fixture
-    def short(self, directory):
-        succeeded("train", "g2rpo", *SMALL, "training.max_steps=1", "--out", "runs/two")
-        return directory / "runs/two"
+    def short(self, trained, directory):
+        return shutil.copytree(trained, directory / "runs/two")
 
     def test_more_steps(self, short, directory):
         output = succeeded("train", "--resume", "runs/two", "training.max_steps=2")

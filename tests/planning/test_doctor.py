@@ -8,7 +8,7 @@ from flowgrain.config import load_config
 from flowgrain.models.shapes import ShapesBackbone
 from flowgrain.planning import doctor, first_step
 from flowgrain.planning.doctor import examine
-from flowgrain.planning.findings import Finding
+from flowgrain.planning.rehearse import RehearsalError
 from flowgrain.training import fit
 
 
@@ -82,24 +82,22 @@ def test_the_memory_is_that_of_the_container_and_the_advice_is_about_the_largest
     assert "lora.rank" not in message
 
 
-def test_a_run_with_context_parallelism_is_not_rehearsed_without_it(tmp_path, monkeypatch):
-    """The activations of a whole row could be too large, although those of a part are not."""
+def test_a_run_is_rehearsed_with_its_context_parallelism(tmp_path, monkeypatch):
+    """The doctor itself runs in one process."""
     config = load_config("flux/g2rpo", {"runtime.context_parallel": 2, "data.prompts": "a.txt"})
     asked = []
 
-    def rehearsed(config, size, device, gpus):
-        asked.append(gpus)
-        asked.extend(first_step.check_first_step(config, size, device, gpus))
-        return [Finding("first step", False, "stop here")]
+    def rehearsed(config, gpus, gpu):
+        asked.append((config.runtime.context_parallel, gpus))
+        raise RehearsalError("no such operator", "Traceback")
 
     monkeypatch.setattr(psutil, "virtual_memory", type("Memory", (), {"total": 1e12}))
     monkeypatch.setattr(fit, "_CGROUP", tmp_path / "none")
-    monkeypatch.setattr(doctor, "check_first_step", rehearsed)
-    examine(config, tmp_path / "run", gpus=8)
-    gpus, finding = asked
-    assert gpus == 8
-    assert finding.ok
-    assert "Not rehearsed: runtime.context_parallel=2" in finding.message
+    monkeypatch.setattr(first_step, "rehearse", rehearsed)
+    findings = {finding.name: finding for finding in examine(config, tmp_path / "run", gpus=8)}
+    assert asked == [(2, 8)]
+    assert not findings["first step"].ok
+    assert findings["first step"].message.startswith("The rehearsal fails: no such operator")
 
 
 def test_a_full_disk(tiny, tmp_path, monkeypatch):
