@@ -362,6 +362,8 @@ def test_the_search_leaves_out_settings_that_fail(monkeypatch):
 
     monkeypatch.setattr(search, "_largest", largest)
     assert proposals(config, H100, (1,), said.append) == [proposal]
+    grouped = load_config("flux/g2rpo", {"runtime.context_parallel": 4})
+    assert proposals(grouped, H100, progress=said.append) == [proposal] * 3  # 4, 8 and 16 GPUs
     assert "model.gradient_checkpointing=false" in said[1]
     assert said[1].endswith(": no such operator")
 

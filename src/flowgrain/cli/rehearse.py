@@ -92,10 +92,10 @@ def rehearse_command(
 
 def _search(config: "Config", card: "Gpu", name: str, gpus: int | None, as_json: bool) -> None:
     """Search settings for `gpus` GPUs, by default for several numbers of them."""
-    from flowgrain.planning.search import NUMBERS, proposals
+    from flowgrain.planning.search import proposals
 
     # Progress goes to stderr, so that stdout contains only the result.
-    found = proposals(config, card, NUMBERS if gpus is None else (gpus,), progress=note)
+    found = proposals(config, card, None if gpus is None else (gpus,), progress=note)
     if as_json:
         typer.echo(json.dumps([proposal.to_dict() for proposal in found]))
     else:

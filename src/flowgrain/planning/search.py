@@ -22,7 +22,7 @@ from flowgrain.planning.rehearse import Rehearsal, RehearsalError, Rehearser
 from flowgrain.training.memory import USABLE_SHARE
 
 NUMBERS = (1, 2, 4, 8, 16)
-"""Numbers of GPUs that are searched."""
+"""Numbers of GPUs that are searched by default."""
 _LORA = {"lora.rank": 32, "optimizer.learning_rate": 1e-4}
 _PROBES = (8, 16)
 """Rows of the rehearsals that give the lines."""
@@ -64,7 +64,7 @@ class Proposal:
 def proposals(
     config: Config,
     gpu: Gpu,
-    numbers: tuple[int, ...] = NUMBERS,
+    numbers: tuple[int, ...] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Proposal]:
     """Settings for each number of GPUs: the first layout that fits, with the largest batches.
@@ -75,7 +75,7 @@ def proposals(
     Args:
         config: settings of the run.
         gpu: kind of the GPUs.
-        numbers: numbers of GPUs.
+        numbers: numbers of GPUs. Default: those of `NUMBERS` that context groups divide.
         progress: called with a line of text before every rehearsal, and for every error.
 
     Raises:
@@ -83,6 +83,8 @@ def proposals(
         RehearsalError: all settings raise an error for a number of GPUs. The error is the last one.
     """
     note = progress or (lambda _: None)
+    if numbers is None:
+        numbers = tuple(n for n in NUMBERS if n % config.runtime.context_parallel == 0)
     with Rehearser() as process:
         return [_first_that_fits(process, config, gpu, gpus, note) for gpus in numbers]
 
@@ -94,7 +96,7 @@ def _first_that_fits(
     tried: list[Proposal] = []
     failure: RehearsalError | None = None
     for changes in _candidates(config, gpus):
-        label = f"{gpus} GPUs: {' '.join(_written(changes))}"
+        label = f"{gpus} {'GPU' if gpus == 1 else 'GPUs'}: {' '.join(_written(changes))}"
         progress(label)
         try:
             tried.append(_largest(process, config, changes, gpus, gpu))
