@@ -302,6 +302,26 @@ def test_tables_of_results_are_markdown(setup, tmp_path):
     assert "matrix product, bfloat16" in text
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), OSError("no file")])
+@pytest.mark.parametrize("limit", [60.0, 0.0])
+def test_an_error_outside_of_measurements_fails_the_step(
+    monkeypatch, setup, tmp_path, error, limit
+):
+    """Also after the time limit. The step is then not done, so that it is repeated."""
+
+    def work(*_):
+        raise error
+
+    monkeypatch.setitem(STEPS, "machine", work)
+    record = StepRecord("machine", tmp_path / "machine.json", limit)
+    run_step("machine", setup, record)
+    found = read_record(record.file)
+    assert found["status"] == "failed"
+    assert found["error"] == "failed: preparation"
+    assert str(error) in found["measurements"][0]["reason"]
+    assert "in work" in found["measurements"][0]["traceback"]
+
+
 @pytest.mark.slow
 def test_everything_runs_on_a_cpu(tmp_path):
     """The dry run, with all steps in this process. Checks are within their limits."""

@@ -95,9 +95,13 @@ def test_a_run_is_rehearsed_with_its_context_parallelism(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "_CGROUP", tmp_path / "none")
     monkeypatch.setattr(first_step, "rehearse", rehearsed)
     findings = {finding.name: finding for finding in examine(config, tmp_path / "run", gpus=8)}
-    assert asked == [(2, 8)]
+    assert asked.pop() == (2, 8)
     assert not findings["first step"].ok
     assert findings["first step"].message.startswith("The rehearsal fails: no such operator")
+    assert "processes" not in findings
+    findings = {finding.name: finding for finding in examine(config, tmp_path / "run", gpus=3)}
+    assert not findings["processes"].ok
+    assert "--gpus 3 is not a multiple of 2" in findings["processes"].message
 
 
 def test_a_full_disk(tiny, tmp_path, monkeypatch):

@@ -162,8 +162,10 @@ def test_ranks_of_a_context_group_divide_the_tokens(process, tmp_path):
     exchanged = "later micro-batches: all_to_all_single in a machine"
     assert group.moved[exchanged] > 0
     assert exchanged not in alone.moved
-    with pytest.raises(SettingsError, match=r"^--gpus 3: runtime.context_parallel=2 needs a mult"):
-        prepared(grouped, 3, H100)
+    for gpus, degree, fix in ((3, 2, 2), (16, 3, 24)):
+        uneven = config.with_changes({"runtime.context_parallel": degree})
+        with pytest.raises(SettingsError, match=rf"^--gpus {gpus}: .* Use --gpus {fix}\."):
+            prepared(uneven, gpus, H100)
     odd = grouped.with_changes({"model.max_prompt_tokens": 7})
     with pytest.raises(SettingsError, match=r"must divide model\.max_prompt_tokens=7"):
         process.rehearse(odd, 4, H100)
@@ -311,20 +313,31 @@ def test_the_forecast_divides_flops_by_the_rate_of_the_gpu(usual):
     assert expected.moved == {}
 
 
-def test_settings_that_cannot_be_rehearsed():
+def test_settings_that_cannot_be_rehearsed(tmp_path):
     with pytest.raises(SettingsError, match=r"--gpu h10: there is no such GPU.*'h100'"):
         gpu_named("h10")
     explore = {"sampling.explore.candidates": 16, "sampling.explore.num_steps": 2}
     for section, changes in (("sampling", {}), ("sampling.explore", explore)):
-        setting = f"{section}.tail_weights"
-        quantized = load_config("flow_grpo", {**SMALL, **changes, setting: "int8"})
-        with pytest.raises(SettingsError, match=rf"^{setting}=int8.*Use {setting}=same"):
-            rehearse(quantized, 1, H100)
+        for option, value, exact in (
+            ("tail_weights", "int8", "same"),
+            ("tail_cache", "first_block:0.1", "none"),
+        ):
+            setting = f"{section}.{option}"
+            settings = {**changes, "sampling.num_steps": 8, "method.granularities": [1]}
+            approximate = load_config("g2rpo", {**SMALL, **settings, setting: value})
+            with pytest.raises(SettingsError, match=rf"^{setting}={value}.*Use {setting}={exact}"):
+                rehearse(approximate, 1, H100)
     with pytest.raises(SettingsError, match=r"^--gpus 12: .* Use at most 8, or a multiple of 8"):
         rehearse(load_config("flow_grpo", SMALL), 12, H100)
     unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
     with pytest.raises(SettingsError, match="configuration of transformer is not known"):
         rehearse(unknown, 1, H100)
+    (tmp_path / "transformer").mkdir()
+    for text in ('{"_class_name": "SD3', "[]"):
+        (tmp_path / "transformer" / "config.json").write_text(text)
+        damaged = load_config("sd3/flow_grpo", {"model.path": str(tmp_path)})
+        with pytest.raises(SettingsError, match=r"^model.path=.*config.json is damaged \(.*again"):
+            rehearse(damaged, 1, H100)
 
 
 @pytest.mark.parametrize(
@@ -357,13 +370,16 @@ def test_the_search_leaves_out_settings_that_fail(monkeypatch):
 
     def largest(process, config, changes, gpus, gpu):
         if not changes["model.gradient_checkpointing"]:
-            raise RehearsalError("no such operator", "Traceback")
+            raise SettingsError("no such operator")
         return proposal
 
     monkeypatch.setattr(search, "_largest", largest)
     assert proposals(config, H100, (1,), said.append) == [proposal]
     grouped = load_config("flux/g2rpo", {"runtime.context_parallel": 4})
     assert proposals(grouped, H100, progress=said.append) == [proposal] * 3  # 4, 8 and 16 GPUs
+    grouped = load_config("flux/g2rpo", {"runtime.context_parallel": 3})
+    with pytest.raises(SettingsError, match=r"_parallel=3: divides none of 1, 2, .* --gpus"):
+        proposals(grouped, H100)
     assert "model.gradient_checkpointing=false" in said[1]
     assert said[1].endswith(": no such operator")
 

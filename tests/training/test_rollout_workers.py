@@ -23,6 +23,7 @@ from flowgrain import METHODS, Interrupted, SettingsError, Trainer, load_config
 from flowgrain.planning.doctor import examine
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.training import checkpoint
+from flowgrain.training.errors import RunStopped
 from flowgrain.training.policy_gradient import PolicyGradientLoss
 from flowgrain.training.rollouts import cluster, workers
 from flowgrain.training.rollouts.checks import import_ray
@@ -359,6 +360,30 @@ def test_the_doctor_starts_no_workers(tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(workers, "Cluster", None)
     findings = examine(settings(**WORKERS), tmp_path)
     assert all(finding.ok for finding in findings)
+
+
+def test_an_error_of_a_worker_does_not_wait_for_the_others():
+    """The second call never ends."""
+    several, asked = cluster.Cluster.__new__(cluster.Cluster), []
+
+    class FakeRay:
+        class exceptions:  # noqa: N801  (the name in Ray)
+            RayError = RuntimeError
+
+        def wait(self, calls, num_returns, timeout):
+            asked.append(list(calls))
+            return [call for call in calls if call != "slow"], ["slow"]
+
+        def get(self, calls):
+            if "broken" in calls:
+                raise RuntimeError("no reward")
+            return [call.upper() for call in calls]
+
+    several.ray = FakeRay()
+    with pytest.raises(RunStopped, match=r"a rollout worker failed: .*no reward"):
+        several.results(["broken", "slow"], lambda: None)
+    assert several.results(["b", "a"], lambda: None) == ["B", "A"]
+    assert asked == [["broken", "slow"], ["b", "a"]]
 
 
 def test_workers_use_the_gpus_that_do_not_train():

@@ -117,6 +117,17 @@ class StepRecord:
         self.measurements.append(entry)
         self.write()
 
+    def fail(self, error: Exception) -> None:
+        """Record an error between measurements. The step then counts as failed."""
+        entry = {
+            "name": "preparation",
+            "outcome": "failed",
+            "reason": f"{type(error).__name__}: {one_line(error, 500)}",
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        self.measurements.append(entry)
+        self.write()
+
     def finish(self) -> None:
         """Set the status: failed if a measurement failed, timeout if one had no time, or done."""
         failed = [entry["name"] for entry in self.measurements if entry["outcome"] == "failed"]

@@ -43,10 +43,5 @@ def run_step(name: str, setup: Setup, record: StepRecord) -> None:
     try:
         STEPS[name](setup, record)
     except Exception as error:
-        failure = error
-
-        def raised() -> Mapping[str, Any]:
-            raise failure
-
-        record.run("preparation", raised)
+        record.fail(error)
     record.finish()

@@ -11,7 +11,7 @@ from typing import Any
 
 from flowgrain.models.base import ModelConfig
 from flowgrain.models.shapes import WEIGHTS
-from flowgrain.settings import SettingsError
+from flowgrain.settings import SettingsError, one_line
 
 _VAE_16 = {
     "_class_name": "AutoencoderKL",
@@ -123,5 +123,20 @@ def required_config(model: ModelConfig, part: str) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=64)
 def _read(file: Path, _changed: int) -> Mapping[str, Any]:
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    """The configuration in `file`.
+
+    Raises:
+        SettingsError: the file is damaged.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(file, one_line(error)) from error
+    if not isinstance(config, dict):
+        raise _damaged(file, "it is not an object")
     return config
+
+
+def _damaged(file: Path, why: str) -> SettingsError:
+    folder = file.parent.parent
+    return SettingsError(f"model.path={folder}: {file} is damaged ({why}). Download it again.")

@@ -71,7 +71,7 @@ def examine(config: Config, out: Path | None = None, gpus: int = 1) -> list[Find
         partial(compute_device, config.runtime.device),
         lambda found: check_device(config, found).message,
     )
-    findings = [check_versions(), on_device.finding]
+    findings = [check_versions(), on_device.finding, *check_groups(config, gpus)]
     if on_device.result is None:  # the rest is checked on the CPU
         runtime = config.runtime.model_copy(update={"device": "cpu"})
         config = config.model_copy(update={"runtime": runtime})
@@ -102,6 +102,15 @@ def _of_one_process(config: Config) -> Config:
     """`config` without context parallelism, because the doctor runs in one process."""
     runtime = config.runtime.model_copy(update={"context_parallel": 1})
     return config.model_copy(update={"runtime": runtime})
+
+
+def check_groups(config: Config, gpus: int) -> list[Finding]:
+    """Whether context groups divide `gpus` processes. Empty if they do."""
+    degree = config.runtime.context_parallel
+    if gpus % degree == 0:
+        return []
+    text = f"runtime.context_parallel={degree}: --gpus {gpus} is not a multiple of {degree}."
+    return [Finding("processes", False, f"{text} Give the number of processes of the run.")]
 
 
 def check_context_parallel(config: Config, backbone: Backbone) -> list[Finding]:

@@ -5,6 +5,7 @@ The step runs in another process on fake tensors, see `flowgrain.planning.rehear
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -265,20 +266,23 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
             f"--gpus {gpus}: a rehearsal assumes machines with {GPUS_PER_MACHINE} GPUs. Use at "
             f"most {GPUS_PER_MACHINE}, or a multiple of {GPUS_PER_MACHINE}."
         )
-    if gpus % config.runtime.context_parallel:
+    degree = config.runtime.context_parallel
+    if gpus % degree:
         raise SettingsError(
-            f"--gpus {gpus}: runtime.context_parallel={config.runtime.context_parallel} needs a "
-            f"multiple of {config.runtime.context_parallel}."
+            f"--gpus {gpus}: runtime.context_parallel={degree} needs a multiple of {degree}. Use "
+            f"--gpus {math.lcm(degree, GPUS_PER_MACHINE) if gpus > GPUS_PER_MACHINE else degree}."
         )
     for name, section in (
-        ("sampling.tail_weights", config.sampling),
-        ("sampling.explore.tail_weights", config.sampling.explore),
+        ("sampling", config.sampling),
+        ("sampling.explore", config.sampling.explore),
     ):
-        if section.tail_weights != "same":
-            raise SettingsError(
-                f"{name}={section.tail_weights}: quantized weights cannot be rehearsed. Use "
-                f"{name}=same for the rehearsal."
-            )
+        for setting, exact in (("tail_weights", "same"), ("tail_cache", "none")):
+            value = getattr(section, setting)
+            if value != exact:
+                raise SettingsError(
+                    f"{name}.{setting}={value}: approximate steps cannot be rehearsed. Use "
+                    f"{name}.{setting}={exact} for the rehearsal."
+                )
     required_config(config.model, "transformer")  # raises an error before processes are started
     changes: dict[str, Any] = {"runtime.compile": None, "runtime.trackers": []}
     dtype = "bfloat16" if config.runtime.dtype == "auto" else config.runtime.dtype

@@ -9,7 +9,7 @@ because they have more calls.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from flowgrain.planning.gpus import Gpu
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.rehearsal.step import FIRST, LATER
 from flowgrain.planning.rehearse import Rehearsal, RehearsalError, Rehearser
+from flowgrain.settings import SettingsError
 from flowgrain.training.memory import USABLE_SHARE
 
 NUMBERS = (1, 2, 4, 8, 16)
@@ -44,8 +45,9 @@ class Proposal:
         gpus: number of GPUs.
         fits: whether anything fits. Otherwise the settings are those that need least memory.
         settings: overrides "section.key=value".
-        memory: largest need of a GPU in bytes. If nothing fits, that of batches with one row.
-        seconds: forecast of a step, without rewards.
+        memory: largest need of a GPU in bytes. If nothing fits, that of batches with one row,
+            according to the lines.
+        seconds: forecast of a step, without rewards. If nothing fits, with larger batches.
         images_per_second: images of a step over all GPUs, divided by its seconds.
     """
 
@@ -79,14 +81,28 @@ def proposals(
         progress: called with a line of text before every rehearsal, and for every error.
 
     Raises:
-        SettingsError: this configuration cannot be rehearsed.
+        SettingsError: none of the settings can be rehearsed for a number of GPUs.
         RehearsalError: all settings raise an error for a number of GPUs. The error is the last one.
     """
     note = progress or (lambda _: None)
-    if numbers is None:
-        numbers = tuple(n for n in NUMBERS if n % config.runtime.context_parallel == 0)
+    numbers = numbers or _divided(config.runtime.context_parallel)
     with Rehearser() as process:
         return [_first_that_fits(process, config, gpu, gpus, note) for gpus in numbers]
+
+
+def _divided(degree: int) -> tuple[int, ...]:
+    """The numbers of GPUs that groups of `degree` ranks divide.
+
+    Raises:
+        SettingsError: there are none.
+    """
+    numbers = tuple(n for n in NUMBERS if n % degree == 0)
+    if not numbers:
+        raise SettingsError(
+            f"runtime.context_parallel={degree}: divides none of {', '.join(map(str, NUMBERS))} "
+            "GPUs. Give a number of GPUs with --gpus."
+        )
+    return numbers
 
 
 def _first_that_fits(
@@ -94,13 +110,13 @@ def _first_that_fits(
 ) -> Proposal:
     """The first candidate that fits on `gpus` GPUs, or the one that needs least memory."""
     tried: list[Proposal] = []
-    failure: RehearsalError | None = None
+    failure: RehearsalError | SettingsError | None = None
     for changes in _candidates(config, gpus):
         label = f"{gpus} {'GPU' if gpus == 1 else 'GPUs'}: {' '.join(_written(changes))}"
         progress(label)
         try:
             tried.append(_largest(process, config, changes, gpus, gpu))
-        except RehearsalError as error:
+        except (RehearsalError, SettingsError) as error:
             progress(f"{label}: {error}")
             failure = error
             continue
@@ -132,40 +148,56 @@ def _largest(
     def rehearsed(rows: Mapping[str, int]) -> Rehearsal:
         return process.rehearse(config.with_changes({**changes, **rows}), gpus, gpu)
 
-    few, many = (rehearsed(dict.fromkeys(_BATCHES, rows)) for rows in _PROBES)
-    need, usable = _of_one_row(few, many), USABLE_SHARE * gpu.memory
-    rows, found = dict.fromkeys(_BATCHES, 1), few
+    found = [rehearsed(dict.fromkeys(_BATCHES, rows)) for rows in _PROBES]
+    usable, rows = USABLE_SHARE * gpu.memory, dict.fromkeys(_BATCHES, 1)
+    lines = [_line(found, phases) for phases in _BATCHES.values()]
+    if any(not slope and base > usable for base, slope in lines):
+        found.insert(0, rehearsed(rows))  # the step has too few rows for a line
+    need, last = _of_one_row(found), found[0]
     if need <= usable:
-        rows = {setting: _most(few, many, of, usable) for setting, of in _BATCHES.items()}
-        found = rehearsed(rows)
-        while not found.fits(gpu.memory) and (fewer := _fewer(rows, found)):
-            rows, found = fewer, rehearsed(fewer)
-        need = found.peak[1].total
-    seconds = forecast(found, gpu).total
+        rows = {setting: _most(found, of, usable) for setting, of in _BATCHES.items()}
+        last = rehearsed(rows)
+        while not last.fits(gpu.memory) and (fewer := _fewer(rows, last)):
+            rows, last = fewer, rehearsed(fewer)
+        need = last.peak[1].total
+    seconds = forecast(last, gpu).total
     # Repeated prompts, if they do not divide evenly among the GPUs, do not count.
     images = config.training.prompts_per_step * prompt_cost(config).decodes
     settings = _written({**changes, **rows})
     return Proposal(gpus, need <= usable, settings, need, seconds, images / max(seconds, 1e-9))
 
 
-def _line(few: Rehearsal, many: Rehearsal, phases: tuple[str, ...]) -> tuple[float, float]:
-    """Bytes of `phases` with no row, and bytes of each row."""
-    less, more = (
-        max((found.phases[p].total for p in phases if p in found.phases), default=0.0)
-        for found in (few, many)
-    )
-    slope = max(more - less, 0.0) / (_PROBES[1] - _PROBES[0])
-    return less - _PROBES[0] * slope, slope
+def _size(found: Rehearsal, phases: Sequence[str]) -> tuple[int, float]:
+    """Rows of the largest call in `phases`, and the largest peak in bytes."""
+    rows = max(found.measured.largest.get(phase, 0) for phase in phases)
+    return rows, max((found.phases[p].total for p in phases if p in found.phases), default=0.0)
 
 
-def _of_one_row(few: Rehearsal, many: Rehearsal) -> float:
+def _line(found: Sequence[Rehearsal], phases: Sequence[str]) -> tuple[float, float]:
+    """Bytes of `phases` without rows, and bytes of each row.
+
+    A step can have fewer rows than its batches allow. If all calls have the same number of rows:
+    the bytes with these rows, and 0.
+
+    Args:
+        found: rehearsals in order of rows.
+        phases: phases that depend on the same batch.
+    """
+    (few, less), (many, more) = _size(found[0], phases), _size(found[-1], phases)
+    if few == many:
+        return more, 0.0
+    slope = max(more - less, 0.0) / (many - few)
+    return less - few * slope, slope
+
+
+def _of_one_row(found: Sequence[Rehearsal]) -> float:
     """The largest need of a phase, in bytes, if all batches have one row."""
-    return max(sum(_line(few, many, (phase,))) for phase in few.phases)
+    return max(sum(_line(found, (phase,))) for phase in found[0].phases)
 
 
-def _most(few: Rehearsal, many: Rehearsal, phases: tuple[str, ...], usable: float) -> int:
+def _most(found: Sequence[Rehearsal], phases: Sequence[str], usable: float) -> int:
     """The largest number of rows with which `phases` fit into `usable` bytes. One row fits."""
-    base, slope = _line(few, many, phases)
+    base, slope = _line(found, phases)
     if base + _MOST_ROWS * slope <= usable:
         return _MOST_ROWS
     return max(1, int((usable - base) / slope))

@@ -90,7 +90,8 @@ class DecodedRewards:
         self.method, self.policy = method, policy
         self.rewards, self.weights = batch.rewards, batch.reward_weights
         self.batch_sizes = config.reward_batch_sizes
-        self.decoded_together = config.sampling.batch_size
+        sampling = config.sampling
+        self.decoded_together = sampling.decode_batch_size or sampling.batch_size
 
     def gradient(self, x0: Tensor, prompts: Sequence[Prompt]) -> Gradients:
         """The rewards of latents [B, *L] and their gradients. A call that raises scores no image.

@@ -3,11 +3,14 @@
 Shapes: B rows or edges of a micro-batch.
 """
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from flowgrain.core.tree import Ints
@@ -51,6 +54,11 @@ class RolloutLoss(Protocol):
         """Metrics of the step, from the means of the recorded terms."""
 
 
+def _numbers(values: Sequence[Tensor]) -> list[float]:
+    """Scalars of a device as numbers. The host waits once for all of them."""
+    return torch.stack(list(values)).tolist() if values else []
+
+
 class TermRecord:
     """The detached loss terms of a step on this rank."""
 
@@ -64,13 +72,17 @@ class TermRecord:
             if number:
                 self.values[f"{name}/later_updates"].append(value.detach())
 
+    def largest(self, name: str) -> float:
+        """The largest value of a term on this rank, or -inf."""
+        return max(_numbers([value.max() for value in self.values[name]]), default=-math.inf)
+
     def means(self, world: World, names: Sequence[str]) -> dict[str, float]:
         """The mean of each term in `names` over all ranks."""
+        counts = {name: sum(map(len, self.values[name])) for name in names}
+        parts = [value.double().sum() for name in names for value in self.values[name]]
+        on_host = iter(_numbers(parts))
         sums = {
-            name: (
-                sum(float(v.double().sum()) for v in self.values[name]),
-                sum(map(len, self.values[name])),
-            )
+            name: (sum(itertools.islice(on_host, len(self.values[name]))), counts[name])
             for name in names
         }
         ranks = world.gather_data(sums)

@@ -59,7 +59,9 @@ class PolicyOptimizer:
             self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         norm = full_tensor(norm)
-        broken_loss = self.world.any(not all(bool(loss.isfinite().all()) for loss in losses))
+        # All losses together, so that the host waits once.
+        finite = not losses or bool(torch.cat([loss.flatten() for loss in losses]).isfinite().all())
+        broken_loss = self.world.any(not finite)
         skipped = self.world.any(not bool(torch.isfinite(norm))) or broken_loss
         if not skipped:
             self.adamw.step()

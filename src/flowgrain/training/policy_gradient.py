@@ -5,7 +5,6 @@ One forward pass with gradient is enough for all edges of a parent.
 Shapes: B parents, E edges, *L latent.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -133,7 +132,7 @@ class PolicyGradientLoss:
         """Ratio, clip fraction, KL and forward passes of the step."""
         passes = sum(len(update.rows) for update in self.updates)
         reused = sum(self.batch.world.gather_data(self._reused_rows)) if self._reuses else 0
-        largest = max((float(r.max()) for r in record.values["ratio"]), default=-math.inf)
+        largest = record.largest("ratio")
         metrics: Metrics = {
             "loss": means["loss"],
             "ratio/mean": means["ratio"],

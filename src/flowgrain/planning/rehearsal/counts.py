@@ -11,6 +11,14 @@ def difference(later: Counts, earlier: Counts) -> Counts:
     return {key: value - earlier.get(key, 0.0) for key, value in later.items()}
 
 
+def of_phase(counts: Counts, old: str, new: str) -> Counts:
+    """Counts of phase `old` as those of phase `new`. The names of traffic begin with the phase."""
+    return {
+        (kind, f"{new}: {name.removeprefix(f'{old}: ')}" if kind == "moved" else name): value
+        for (kind, name), value in counts.items()
+    }
+
+
 def plus(one: Counts, other: Counts) -> Counts:
     """The sum of two counts."""
     return {key: one.get(key, 0.0) + other.get(key, 0.0) for key in {**one, **other}}

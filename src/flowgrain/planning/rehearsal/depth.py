@@ -88,6 +88,7 @@ def combine(measured: Sequence[Measurement], factors: Sequence[float]) -> Measur
         syncs={place: round(count) for place, count in syncs.items()},
         checkpoint=sum(m.checkpoint * f for m, f in zip(measured, factors, strict=True)),
         counts=measured[0].counts,
+        largest=measured[0].largest,
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from flowgrain.distributed.fake_ranks import group_of, spans_machines
 from flowgrain.distributed.sharding import is_sharded_type
 from flowgrain.planning.rehearsal.accelerator import NAME
-from flowgrain.planning.rehearsal.counts import Counts, difference
+from flowgrain.planning.rehearsal.counts import Counts, difference, of_phase
 from flowgrain.planning.rehearsal.ledger import Ledger
 
 _PACKAGE = Path(__file__).parents[2]
@@ -50,6 +50,7 @@ class _Call:
 
     shape: torch.Size
     dtype: torch.dtype
+    phase: str
     cost: Counts
     held: list[tuple[int, int]]
 
@@ -64,6 +65,7 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         copied: bytes between device and host, by direction.
         syncs: how often the host waited for the device, by place in the code.
         rows: rows through the model and the decoder.
+        largest: rows of the largest call of the model or the decoder, by phase.
     """
 
     def __init__(self) -> None:
@@ -74,6 +76,7 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.copied: defaultdict[str, float] = defaultdict(float)
         self.syncs: defaultdict[str, float] = defaultdict(float)
         self.rows: defaultdict[str, float] = defaultdict(float)
+        self.largest: defaultdict[str, int] = defaultdict(int)
         self._calls: dict[Hashable, _Call] = {}
         self._fake = _FakeMode()
 
@@ -116,11 +119,19 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             position, before = self.ledger.position, self.counted()
             out = call()
             cost = difference(self.counted(), before)
-            self._calls[key] = _Call(out.shape, out.dtype, cost, self.ledger.highest(position))
+            held = self.ledger.highest(position)
+            self._calls[key] = _Call(out.shape, out.dtype, self.ledger.phase, cost, held)
             return out
-        self.add(self.ledger.phase, known.cost)
+        phase = self.ledger.phase
+        self.add(phase, of_phase(known.cost, known.phase, phase))
         self.ledger.repeat(known.held)
         return torch.empty(known.shape, dtype=known.dtype, device=torch.device(NAME, 0))
+
+    def add_rows(self, kind: str, count: int) -> None:
+        """Count a call of the model or the decoder with `count` rows."""
+        self.rows[kind] += count
+        phase = self.ledger.phase
+        self.largest[phase] = max(self.largest[phase], count)
 
     def counted(self) -> Counts:
         """What was counted so far: FLOPs in total, all else by name."""

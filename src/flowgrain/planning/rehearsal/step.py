@@ -48,6 +48,7 @@ class Measurement:
         syncs: waits of the host for the device by place in the code.
         checkpoint: bytes of this rank's tensors in a checkpoint.
         counts: rows through the model without and with gradient, and decoded images.
+        largest: rows of the largest call of the model or the decoder, by phase.
     """
 
     peaks: Mapping[str, Peak]
@@ -57,6 +58,7 @@ class Measurement:
     syncs: Mapping[str, int]
     checkpoint: float
     counts: Mapping[str, float]
+    largest: Mapping[str, int]
 
 
 class _Timer(StageTimer):
@@ -90,9 +92,9 @@ class _Policy(Policy):
         """v [B, *L] of `model` with guidance."""
         call = super().velocity
         if torch.is_grad_enabled():
-            self.mode.rows["gradient"] += len(x)
+            self.mode.add_rows("gradient", len(x))
             return call(model, x, sigma, cond, guidance)
-        self.mode.rows["no gradient"] += len(x)
+        self.mode.add_rows("no gradient", len(x))
         adapted = next((m.disable_adapters for m in model.modules() if _is_adapter(m)), None)
         autocast = torch.is_autocast_enabled(NAME)
         key = ("velocity", id(model), x.shape, x.dtype, guidance, adapted, autocast)
@@ -188,6 +190,7 @@ def measure(
         syncs={place: round(count) for place, count in mode.syncs.items()},
         checkpoint=float(saved),
         counts=dict(mode.rows),
+        largest=dict(mode.largest),
     )
 
 
@@ -196,7 +199,7 @@ def _decode_once(backbone: Any, mode: RehearsalMode) -> None:
     decode = backbone.decode
 
     def counted(latents: Tensor) -> Tensor:
-        mode.rows["decoded"] += len(latents)
+        mode.add_rows("decoded", len(latents))
         if torch.is_grad_enabled() and latents.requires_grad:
             found: Tensor = decode(latents)
             return found

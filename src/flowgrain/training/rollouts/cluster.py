@@ -135,14 +135,16 @@ class Cluster:
         Raises:
             RunStopped: a worker raised an error, or died more often than shares are repeated.
         """
-        ready: list[Call] = []
-        while len(ready) < len(calls):
+        found: dict[Call, tuple[ScoredTree, int]] = {}
+        while len(found) < len(calls):
             check()
-            ready, _ = self.ray.wait(calls, num_returns=len(calls), timeout=_POLL_SECONDS)
-        try:
-            return list(self.ray.get(calls))
-        except self.ray.exceptions.RayError as error:
-            raise RunStopped(f"a rollout worker failed: {_reason(error)}") from error
+            waiting = [call for call in calls if call not in found]
+            ready, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_SECONDS)
+            try:
+                found |= zip(ready, self.ray.get(ready), strict=True)
+            except self.ray.exceptions.RayError as error:
+                raise RunStopped(f"a rollout worker failed: {_reason(error)}") from error
+        return [found[call] for call in calls]
 
     def close(self) -> None:
         """End the workers, and Ray if this object started it."""
