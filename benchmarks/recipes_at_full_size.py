@@ -58,7 +58,7 @@ def main() -> None:
     columns = (
         f"Recipe, on {args.gpus} x {args.gpu}",
         *("Trains", "GB on a GPU", "in the phase", "Fits", "Forecast of a step"),
-        *("GB received", "Waits", "Time of the rehearsal"),
+        *("GB received", "Time of the rehearsal"),
     )
     print(f"| {' | '.join(columns)} |")
     print(f"| {' | '.join('---' for _ in columns)} |")
@@ -77,7 +77,6 @@ def _cells(values: dict[str, Any]) -> list[str]:
         "yes" if values["fits"] else "no",
         f"{values['forecast']:.0f} s" if values["forecast"] >= 1 else "less than 1 s",
         f"{values['moved'] / 1e9:,.{0 if values['moved'] >= 10e9 else 2}f}",
-        f"{values['syncs']:,}",
         f"{values['seconds']:.0f} s",
     ]
 
