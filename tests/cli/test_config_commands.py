@@ -28,7 +28,16 @@ def test_recipes():
     assert "Did you mean 'flux/g2rpo'?" in refused("recipes", "flux/g2rpoo")
 
 
-@pytest.mark.parametrize("source", [*recipe_names(), *METHODS])
+FAST = ("demo", "flux/g2rpo", "sd3/mend", "sd3/diffusion_dpo", "densegrpo", "draft", "mixgrpo")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        source if source in FAST else pytest.param(source, marks=pytest.mark.slow)
+        for source in [*recipe_names(), *METHODS]
+    ],
+)
 def test_the_shown_file_gives_the_same_configuration(directory, source):
     text = succeeded("config", "show", source)
     (directory / "shown.yaml").write_text(text)

@@ -169,8 +169,14 @@ def two_steps(folders, folder, source, changes, preset=None):
     return config
 
 
+FAST = ("flux/g2rpo", "flux/mixgrpo", "sd3/flow_grpo", "sd3/densegrpo", "sd3/diffusionnft")
+
+
 @pytest.mark.parametrize("preset", [None, pytest.param("one-gpu", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LARGE],
+)
 def test_two_steps_of_a_recipe(folders, tmp_path, name, preset):
     config = two_steps(folders, tmp_path, name, {}, preset)
     assert config.sampling.num_steps == load_config(name).sampling.num_steps

@@ -52,7 +52,7 @@ CHECKPOINTING = {"model.gradient_checkpointing": True}
     ("name", "changes"),
     [
         pytest.param("flux", {}, id="flux", marks=SLOW),
-        pytest.param("flux2", LORA, id="flux2 lora"),
+        pytest.param("flux2", LORA, id="flux2 lora", marks=SLOW),
         pytest.param("qwen_image", {}, id="qwen_image"),
         pytest.param("flux", CHECKPOINTING, id="flux checkpointing", marks=SLOW),
         pytest.param("flux2", CHECKPOINTING, id="flux2 checkpointing", marks=SLOW),

@@ -80,7 +80,6 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        ("sd3", "full, replica"),
         ("sd3", "lora, sharded, old policy"),
         *(pytest.param("sd3", case, marks=SLOW) for case in CASES),
         *(pytest.param("qwen_image", case, marks=SLOW) for case in CASES),

@@ -13,6 +13,7 @@ from flowgrain.planning import search
 from flowgrain.planning.forecast import forecast
 from flowgrain.planning.gpus import COMPILED, EAGER, GPUS, gpu_named
 from flowgrain.planning.plan import prompt_cost
+from flowgrain.planning.rehearsal.ledger import Peak
 from flowgrain.planning.rehearsal.stand_ins import PARAMETERS
 from flowgrain.planning.rehearse import RehearsalError, Rehearser, prepared, rehearse
 from flowgrain.planning.search import Proposal, proposals
@@ -70,7 +71,10 @@ def test_the_rows_are_those_of_the_plan(process, method):
         pytest.param("flow_grpo", {"lora.rank": 4, "method.kl_weight": 0.1}, 1, marks=SLOW),
         pytest.param("diffusionnft", {}, 1, marks=SLOW),
         pytest.param("g2rpo", {"runtime.rollout_weights": "replica"}, 4, marks=SLOW),
-        ("g2rpo", {"runtime.rollout_weights": "sharded", "method.kl_weight": 0.1}, 4),
+        pytest.param(
+            *("g2rpo", {"runtime.rollout_weights": "sharded", "method.kl_weight": 0.1}, 4),
+            marks=SLOW,
+        ),
     ],
 )
 def test_what_a_run_holds(process, method, changes, gpus):
@@ -87,7 +91,8 @@ def test_what_a_run_holds(process, method, changes, gpus):
         assert found.get(name, 0.0) == pytest.approx(formula, rel=0.05, abs=2e5), name
 
 
-@pytest.mark.parametrize(("memory", "least"), [(0.01, 8e6), pytest.param(0.0002, 0, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "least"), [(0.01, 8e6), (0.0002, 0)])
 def test_kept_graphs_take_the_memory_of_their_setting(process, memory, least):
     """A graph of one row takes 1.6 MB, so that the smaller memory has room for none."""
     settings = {**SMALL, "method.updates_per_rollout": 1}
@@ -181,7 +186,7 @@ def test_rewards_of_evaluations_are_in_memory(process):
         assert phases[phase].kinds["rewards"] == pytest.approx(size, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["draft", "refl"])
+@pytest.mark.parametrize("method", ["draft", pytest.param("refl", marks=SLOW)])
 def test_methods_that_train_on_the_gradient_of_the_reward(process, method):
     changes = {name: value for name, value in SMALL.items() if name != "method.group_size"}
     config = load_config(method, changes)
@@ -235,6 +240,7 @@ def test_values_are_finite(process, tmp_path):
     process.rehearse(load_config("finite", SMALL, plugins=[plugin]), 1, H100)
 
 
+@pytest.mark.slow
 def test_masks_select_every_row(process, usual, tmp_path):
     plugin = tmp_path / "masks.py"
     mistake = (
@@ -301,6 +307,10 @@ def test_waits_for_the_device_are_counted(process, usual, tmp_path):
     asking = process.rehearse(config, 1, H100).measured.syncs
     # Two updates with four micro-batches each. Only three of each run.
     assert sum(asking.values()) == sum(usual.measured.syncs.values()) + 8
+    # Losses and ratios are read once, whatever the number of micro-batches.
+    rows = {**SMALL, "training.micro_batch_size": 4}
+    fewer = process.rehearse(load_config("flow_grpo", rows), 1, H100).measured.syncs
+    assert fewer == usual.measured.syncs
 
 
 def test_the_forecast_divides_flops_by_the_rate_of_the_gpu(usual):
@@ -389,6 +399,15 @@ def test_the_search_leaves_out_settings_that_fail(monkeypatch):
     monkeypatch.setattr(search, "_largest", failing)
     with pytest.raises(RehearsalError, match="no such operator"):
         proposals(config, H100, (1,))
+
+
+def test_encoded_prompts_need_no_text_encoders(usual):
+    """The bundled model has none."""
+    assert usual.peak_if_encoded == usual.peak[1].total
+    kinds = {"text encoders": 5.0, "weights": 2.0}
+    peaks = {"encode": Peak({**kinds, "activations": 9.0}), "optimizer": Peak(kinds)}
+    measured = dataclasses.replace(usual.measured, peaks=peaks)
+    assert dataclasses.replace(usual, measured=measured).peak_if_encoded == 2.0
 
 
 def test_numbers_as_json(usual):

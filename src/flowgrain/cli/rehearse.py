@@ -154,9 +154,12 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     places = ", ".join(f"{place} ({count:,})" for place, count in most)
     moved, operations = sum(expected.moved.values()), sum(measured.flops.values())
     counts = measured.counts
+    encoded = found.peak_if_encoded
+    without = f"With all prompts encoded before by `flowgrain encode`: {in_bytes(encoded)}."
     return [
         f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}{batch}. It {fits} on "
         f"one {name} ({available / 1e9:,.0f} GB) with 10% left free.",
+        *([without] if encoded < 0.99 * peak.total else []),
         f"Forward passes on each GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
         f"{counts.get('gradient', 0):,.0f} with gradient. Decoded images: "
         f"{counts.get('decoded', 0):,.0f}.",

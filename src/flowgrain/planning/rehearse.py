@@ -95,6 +95,18 @@ class Rehearsal:
         }
         return batches.get(self.peak[0])
 
+    @property
+    def peak_if_encoded(self) -> float:
+        """Bytes at the peak of a run that loads no text encoders, because all prompts are encoded.
+
+        `flowgrain encode` does this before the run.
+        """
+        return max(
+            peak.total - peak.kinds.get("text encoders", 0.0)
+            for name, peak in self.phases.items()
+            if name != "encode"
+        )
+
     def fits(self, memory: float) -> bool:
         """Whether the step leaves 10% of `memory` bytes for fragmentation and libraries."""
         return self.peak[1].total <= USABLE_SHARE * memory
@@ -112,6 +124,7 @@ class Rehearsal:
                 "total": peak.total,
                 "kinds": peak.kinds,
             },
+            "peak_if_encoded": self.peak_if_encoded,
             "phases": {name: found.kinds for name, found in self.phases.items()},
             **{name: of_step[name] for name in of_step if name != "peaks"},
             "seconds": self.seconds,

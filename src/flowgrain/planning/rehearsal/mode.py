@@ -153,20 +153,18 @@ class RehearsalMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def running(self) -> Iterator[None]:
         """This mode, with methods of torch replaced that cannot handle fake tensors."""
-        resize, tolist = torch.UntypedStorage.resize_, Tensor.tolist
+        resize = torch.UntypedStorage.resize_
 
         def recorded_resize(storage: torch.UntypedStorage, size: int) -> None:
             resize(storage, size)
             self.ledger.resized(storage)
 
-        def fake_tolist(tensor: Tensor) -> Any:
-            if not isinstance(tensor, FakeTensor):
-                return tolist(tensor)
-            return tolist(self._value(tensor))
+        def tolist(tensor: Tensor) -> Any:
+            return self._value(tensor).tolist()  # all values in one wait
 
         with (
             patch.object(torch.UntypedStorage, "resize_", recorded_resize),
-            patch.object(Tensor, "tolist", fake_tolist),
+            patch.object(FakeTensor, "tolist", tolist),
             patch.object(nn.Module, "_apply", _apply),
             self,
         ):
