@@ -18,7 +18,7 @@ from flowgrain.planning.forecast import forecast
 from flowgrain.planning.gpus import Gpu
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.rehearsal.step import FIRST, LATER
-from flowgrain.planning.rehearse import Rehearsal, RehearsalError, Rehearser
+from flowgrain.planning.rehearse import Rehearsal, RehearsalError, Rehearser, prepared
 from flowgrain.settings import SettingsError
 from flowgrain.training.memory import USABLE_SHARE
 
@@ -81,11 +81,13 @@ def proposals(
         progress: called with a line of text before every rehearsal, and for every error.
 
     Raises:
-        SettingsError: none of the settings can be rehearsed for a number of GPUs.
+        SettingsError: this configuration cannot be rehearsed.
         RehearsalError: all settings raise an error for a number of GPUs. The error is the last one.
     """
     note = progress or (lambda _: None)
     numbers = numbers or _divided(config.runtime.context_parallel)
+    for gpus in numbers:
+        prepared(config, gpus, gpu)  # refuses settings that no candidate changes
     with Rehearser() as process:
         return [_first_that_fits(process, config, gpu, gpus, note) for gpus in numbers]
 
