@@ -140,6 +140,7 @@ def test_the_version():
     assert (result.status, result.stdout) == (0, f"flowgrain {__version__}\n")
 
 
+@pytest.mark.slow
 def test_square_brackets_are_not_markup(directory):
     result = flowgrain("train", "g2rpo", *SMALL, "--out", "a[red]b")
     assert result.status == 0, result.stderr

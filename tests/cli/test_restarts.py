@@ -121,6 +121,7 @@ def test_a_settings_error_is_not_repeated_by_restarts(torchrun, monkeypatch):
     assert "Restart 2" in refused(*words("run", "training.max_steps=-1"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_not_restarted_but_a_new_job_continues(tmp_path, torchrun):
     (tmp_path / "broken").touch()
     torchrun(0)
@@ -138,6 +139,7 @@ def test_a_stopped_run_is_not_restarted_but_a_new_job_continues(tmp_path, torchr
     assert len(lines(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_a_signal_by_torchrun_is_told_from_a_signal_by_the_user(tmp_path, torchrun, monkeypatch):
     """torchrun stops all processes when a machine joins, and does not count that as a restart."""
     original = trainer_module.train_step
@@ -163,6 +165,7 @@ def test_a_signal_by_torchrun_is_told_from_a_signal_by_the_user(tmp_path, torchr
     assert "The run continues from step 2." in result.stderr
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_machine_that_is_gone(tmp_path, torchrun, monkeypatch):
     torchrun(0)
     killed_in(2, monkeypatch)
@@ -177,6 +180,7 @@ def test_the_lock_of_a_machine_that_is_gone(tmp_path, torchrun, monkeypatch):
     assert "the lock of a process that has ended (host gone" in result.stderr
 
 
+@pytest.mark.slow
 def test_no_files_of_a_job_without_torchrun(tmp_path):
     succeeded(*words())
     assert not (tmp_path / "run" / ".job.json").exists()

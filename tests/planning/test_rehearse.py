@@ -152,6 +152,7 @@ def test_bytes_over_links(process):
     assert found.moved == {"optimizer: allreduce between machines": 2 * adapter * 15 / 16}
 
 
+@pytest.mark.slow
 def test_ranks_of_a_context_group_divide_the_tokens(process, tmp_path):
     """Twice as many rows on each rank, with half of the tokens."""
     twins.flux(tmp_path / "flux")
@@ -186,7 +187,8 @@ def test_rewards_of_evaluations_are_in_memory(process):
         assert phases[phase].kinds["rewards"] == pytest.approx(size, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["draft", pytest.param("refl", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft", "refl"])
 def test_methods_that_train_on_the_gradient_of_the_reward(process, method):
     changes = {name: value for name, value in SMALL.items() if name != "method.group_size"}
     config = load_config(method, changes)
@@ -228,6 +230,7 @@ def test_activations_of_the_update_grow_with_its_rows(process):
     assert all_rows - twelve == pytest.approx(2 * (twelve - six), rel=0.02)
 
 
+@pytest.mark.slow
 def test_values_are_finite(process, tmp_path):
     """A check of a method for NaN and infinity does not raise an error."""
     plugin = tmp_path / "finite.py"

@@ -23,6 +23,7 @@ FLUX = ModelConfig(
 )
 
 
+@pytest.mark.slow
 def test_published_flux():
     """12 d^2 weights per stream and block, two FLOPs per weight and token, and attention."""
     width, image, words = 3072, 45 * 45, 512

@@ -90,6 +90,7 @@ def test_runs_are_searched_sorted_and_selected_with_keys(page) -> None:
     assert "alpha-1" in tab.url
 
 
+@pytest.mark.slow
 def test_a_value_of_a_chart_is_shown_and_opens_the_images(page) -> None:
     tab = page.open("curves?runs=alpha-0%2Cnft")
     plot = tab.locator(".chart", has_text="reward/towers").locator(".u-over")
@@ -113,6 +114,7 @@ def test_a_value_of_a_chart_is_shown_and_opens_the_images(page) -> None:
     assert "b=run%3Aalpha-0%4010" in tab.url
 
 
+@pytest.mark.slow
 def test_seeds_are_one_line_with_a_band(page) -> None:
     tab = page.open("curves?runs=alpha-0%2Calpha-1")
     tab.wait_for_selector(".chart canvas")
@@ -130,6 +132,7 @@ def test_seeds_are_one_line_with_a_band(page) -> None:
     assert "x=seconds&log=on&keys=grad_norm" in tab.url
 
 
+@pytest.mark.slow
 def test_alarms_are_on_runs_curves_and_configuration(page) -> None:
     tab = page.open("runs")
     assert tab.locator("tr", has_text="alpha-0").locator(".badge.alarm").inner_text() == "▲ 1"
@@ -146,6 +149,7 @@ def test_alarms_are_on_runs_curves_and_configuration(page) -> None:
     assert "edge_density, step 10" in tab.locator(".tooltip .alarm-text").inner_text()
 
 
+@pytest.mark.slow
 def test_images_of_a_group_are_sorted_and_filtered(page) -> None:
     tab = page.open("group/alpha-0/20/0")
     tab.wait_for_selector(".shot img")
@@ -223,6 +227,7 @@ def test_a_tree_is_walked_through_and_folded(page) -> None:
     )
 
 
+@pytest.mark.slow
 def test_forward_process_trees_have_credited_images(page) -> None:
     tab = page.open("tree/nft/20/0")
     tab.wait_for_selector(".leaf image")
@@ -261,6 +266,7 @@ def test_two_checkpoints_are_compared(page) -> None:
     until(tab, "location.hash.includes('b=run%3Anft%4020')")
 
 
+@pytest.mark.slow
 def test_votes_are_stored_and_counted(page, folder: Path) -> None:
     tab = page.open("arena?a=run:alpha-1@0&b=run:alpha-1@20")
     sides = []
@@ -326,6 +332,7 @@ def test_every_page_fits_and_its_controls_have_names(page, width: int) -> None:
         assert unnamed == [], route
 
 
+@pytest.mark.slow
 def test_focus_is_visible_and_the_colors_can_be_chosen(page) -> None:
     tab = page.open("runs")
     tab.keyboard.press("Tab")
@@ -344,6 +351,7 @@ def test_focus_is_visible_and_the_colors_can_be_chosen(page) -> None:
     assert tab.evaluate(background) == dark
 
 
+@pytest.mark.slow
 def test_a_running_run_updates_the_pages_without_layout_shift(page, folder: Path) -> None:
     tab = page.open("runs")
     row = tab.locator("tr", has_text="nft")
@@ -367,6 +375,7 @@ def test_a_running_run_updates_the_pages_without_layout_shift(page, folder: Path
     assert tab.evaluate("window.shift") == 0
 
 
+@pytest.mark.slow
 def test_only_images_on_the_screen_are_drawn(chromium, tmp_path: Path) -> None:
     write_run(
         tmp_path / "large", steps=1, group_steps=1, prompts=1, leaves=1500, evaluations=1, alarms=0
@@ -381,6 +390,7 @@ def test_only_images_on_the_screen_are_drawn(chromium, tmp_path: Path) -> None:
         tab.close()
 
 
+@pytest.mark.slow
 def test_an_export_shows_the_same_pages_from_the_disk(chromium, folder: Path, tmp_path) -> None:
     file = tmp_path / "view.html"
     export(Catalog([folder / "alpha-0", folder / "nft"]), file)

@@ -53,6 +53,7 @@ def connection_to(url):
     return socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
+@pytest.mark.slow
 def test_a_server_with_slow_clients_and_streams(folder):
     with viewing("--port", "0", folder=folder) as (process, url):
         silent = [connection_to(url) for _ in range(20)]
