@@ -168,10 +168,6 @@ def test_ranks_of_a_context_group_divide_the_tokens(process, tmp_path):
     exchanged = "later micro-batches: all_to_all_single in a machine"
     assert group.moved[exchanged] > 0
     assert exchanged not in alone.moved
-    for gpus, degree, fix in ((3, 2, 2), (16, 3, 24)):
-        uneven = config.with_changes({"runtime.context_parallel": degree})
-        with pytest.raises(SettingsError, match=rf"^--gpus {gpus}: .* Use --gpus {fix}\."):
-            prepared(uneven, gpus, H100)
     odd = grouped.with_changes({"model.max_prompt_tokens": 7})
     with pytest.raises(SettingsError, match=r"must divide model\.max_prompt_tokens=7"):
         process.rehearse(odd, 4, H100)
@@ -345,12 +341,34 @@ def test_settings_that_cannot_be_rehearsed(tmp_path):
     unknown = load_config("sd3/flow_grpo", {"model.path": "somebody/else"})
     with pytest.raises(SettingsError, match="configuration of transformer is not known"):
         rehearse(unknown, 1, H100)
+    empty = load_config("sd3/flow_grpo", {"model.path": str(tmp_path)})
+    with pytest.raises(SettingsError, match=r"transformer/config\.json is missing"):
+        rehearse(empty, 1, H100)
     (tmp_path / "transformer").mkdir()
     for text in ('{"_class_name": "SD3', "[]"):
         (tmp_path / "transformer" / "config.json").write_text(text)
         damaged = load_config("sd3/flow_grpo", {"model.path": str(tmp_path)})
         with pytest.raises(SettingsError, match=r"^model.path=.*config.json is damaged \(.*again"):
             rehearse(damaged, 1, H100)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "degree", "fix"),
+    [
+        (3, 2, "2 or 4"),
+        (7, 2, "6 or 8"),
+        (4, 5, "5"),
+        (7, 5, "5 or 40"),
+        (16, 3, "6 or 24"),
+        (4, 12, "24"),
+    ],
+)
+def test_numbers_of_gpus_that_context_groups_divide(gpus, degree, fix):
+    config = load_config("flux/g2rpo", {"runtime.context_parallel": degree})
+    with pytest.raises(SettingsError, match=rf"^--gpus {gpus}: .* Use --gpus {fix}\.$"):
+        prepared(config, gpus, H100)
+    for number in map(int, fix.split(" or ")):
+        prepared(config, number, H100)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +413,16 @@ def test_the_search_leaves_out_settings_that_fail(monkeypatch):
         proposals(grouped, H100)
     assert "model.gradient_checkpointing=false" in said[1]
     assert said[1].endswith(": no such operator")
+
+    def refused(process, config, changes, gpus, gpu):
+        tried.append(changes)
+        raise SettingsError("no layout changes this")
+
+    tried = []
+    monkeypatch.setattr(search, "_largest", refused)
+    with pytest.raises(SettingsError, match="no layout changes this"):
+        proposals(config, H100, (1,))
+    assert len(tried) == 2
 
     def failing(*_):
         raise RehearsalError("no such operator", "Traceback")

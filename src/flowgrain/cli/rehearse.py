@@ -74,7 +74,7 @@ def rehearse_command(
             _search(config, card, gpu, gpus, as_json)
             return
         prepared(config, gpus or 8, card)  # refuses settings that cannot be rehearsed
-        note("The first step runs on fake tensors. For a large model this takes up to a minute.")
+        note("The first step runs on fake tensors. For a large model this takes about a minute.")
         rehearsal = rehearse(config, gpus or 8, card, "full" if full_depth else "lines")
     except RehearsalError as error:
         if as_json:
@@ -114,7 +114,14 @@ def _verdict(found: "Rehearsal", name: str, card: "Gpu") -> dict[str, Any]:
 
 def _show(found: "Rehearsal", name: str, card: "Gpu") -> None:
     """Memory by phase and kind, cost, and waits of a rehearsal."""
-    phases = found.phases
+    from flowgrain.planning.rehearsal.step import LATER
+
+    # An update with one micro-batch has no later ones.
+    phases = {
+        phase: peak
+        for phase, peak in found.phases.items()
+        if phase != LATER or found.measured.flops.get(LATER)
+    }
     unit = 1e9 if found.peak[1].total >= 1e9 else 1e6
     kinds = [k for k in _ORDER if any(p.kinds.get(k, 0) >= 1e-3 * unit for p in phases.values())]
     title = f"{'GB' if unit == 1e9 else 'MB'} on each of {found.gpus} x {name}"
@@ -141,6 +148,7 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     from flowgrain.units import duration
 
     phase, peak = found.peak
+    label = _LABELS.get(phase, phase)
     measured, available = found.measured, card.memory
     setting = found.batch_of_peak
     batch = f" ({setting[0]}={setting[1]})" if setting else ""
@@ -157,7 +165,7 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
     encoded = found.peak_if_encoded
     without = f"With all prompts encoded before by `flowgrain encode`: {in_bytes(encoded)}."
     return [
-        f"Most memory: {in_bytes(peak.total)} in the phase {phase!r}{batch}. It {fits} on "
+        f"Most memory: {in_bytes(peak.total)} in the phase {label!r}{batch}. It {fits} on "
         f"one {name} ({available / 1e9:,.0f} GB) with 10% left free.",
         *([without] if encoded < 0.99 * peak.total else []),
         f"Forward passes on each GPU: {counts.get('no gradient', 0):,.0f} without gradient, "
@@ -175,6 +183,7 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
 
 def _show_proposals(found: "list[Proposal]", name: str) -> None:
     """Numbers of every proposal, and its settings, ready to copy."""
+    from flowgrain.planning.search import MOST_ROWS
     from flowgrain.training.fit import in_bytes
     from flowgrain.units import duration
 
@@ -186,14 +195,17 @@ def _show_proposals(found: "list[Proposal]", name: str) -> None:
             str(proposal.gpus),
             in_bytes(proposal.memory),
             f"{seconds} per step" if proposal.fits else "does not fit",
-            f"{proposal.images_per_second:,.3g}" if proposal.fits and not small else "",
+            f"{proposal.images_per_second:,.3g}" if proposal.fits and not small else "-",
         )
     out.print(table)
     for proposal in found:
         closest = "" if proposal.fits else ", which need least memory"
         gpus = "1 GPU" if proposal.gpus == 1 else f"{proposal.gpus} GPUs"
         say(f"{gpus}{closest}: {' '.join(proposal.settings)}")
-    say("The forecast follows from FLOPs and data sheets, without rewards.")
+    say(
+        f"The forecast follows from FLOPs and data sheets, without rewards. Batches have at most "
+        f"{MOST_ROWS} rows."
+    )
 
 
 def _number(value: float) -> str:

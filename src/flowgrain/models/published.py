@@ -112,13 +112,19 @@ def required_config(model: ModelConfig, part: str) -> Mapping[str, Any]:
         SettingsError: there is none.
     """
     config = part_config(model, part)
-    if config is None:
-        known = " or ".join(PUBLISHED)
+    if config is not None:
+        return config
+    setting, folder = f"model.path={model.path}", Path(model.path or "")
+    if model.path and folder.is_dir():
+        missing = folder / part / "config.json"
         raise SettingsError(
-            f"model.path={model.path}: the configuration of {part} is not known. Give a local "
-            f"directory of a diffusers pipeline, {known}."
+            f"{setting}: {missing} is missing. Give the directory of a diffusers pipeline."
         )
-    return config
+    known = " or ".join(PUBLISHED)
+    raise SettingsError(
+        f"{setting}: the configuration of {part} is not known, and there is no such directory. "
+        f"Give a local directory of a diffusers pipeline, {known}."
+    )
 
 
 @lru_cache(maxsize=64)

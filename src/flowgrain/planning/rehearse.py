@@ -267,6 +267,17 @@ def rehearse(config: Config, gpus: int, gpu: Gpu, depth: Depth = "lines") -> Reh
         return process.rehearse(config, gpus, gpu, depth)
 
 
+def _nearest(gpus: int, degree: int) -> list[int]:
+    """The numbers of GPUs next to `gpus` that groups of `degree` ranks and machines divide."""
+    whole = math.lcm(degree, GPUS_PER_MACHINE)
+    valid = [
+        *range(degree, GPUS_PER_MACHINE + 1, degree),  # within a machine
+        *range(whole, gpus + whole + 1, whole),  # whole machines
+    ]
+    below, above = ([n for n in valid if n < gpus], [n for n in valid if n > gpus])
+    return [*below[-1:], *above[:1]]
+
+
 def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
     """`config` as it is rehearsed: on a GPU, without compilation, prompts or trackers.
 
@@ -283,7 +294,7 @@ def prepared(config: Config, gpus: int, gpu: Gpu) -> Config:
     if gpus % degree:
         raise SettingsError(
             f"--gpus {gpus}: runtime.context_parallel={degree} needs a multiple of {degree}. Use "
-            f"--gpus {math.lcm(degree, GPUS_PER_MACHINE) if gpus > GPUS_PER_MACHINE else degree}."
+            f"--gpus {' or '.join(map(str, _nearest(gpus, degree)))}."
         )
     for name, section in (
         ("sampling", config.sampling),

@@ -27,7 +27,7 @@ NUMBERS = (1, 2, 4, 8, 16)
 _LORA = {"lora.rank": 32, "optimizer.learning_rate": 1e-4}
 _PROBES = (8, 16)
 """Rows of the rehearsals that give the lines."""
-_MOST_ROWS = 64
+MOST_ROWS = 64
 """Largest batch that is proposed. Larger ones are rarely faster."""
 _BATCHES = {
     "sampling.batch_size": ("sample",),
@@ -120,6 +120,8 @@ def _first_that_fits(
             tried.append(_largest(process, config, changes, gpus, gpu))
         except (RehearsalError, SettingsError) as error:
             progress(f"{label}: {error}")
+            if isinstance(error, SettingsError) and str(error) == str(failure):
+                raise  # no layout changes it
             failure = error
             continue
         if tried[-1].fits:
@@ -200,8 +202,8 @@ def _of_one_row(found: Sequence[Rehearsal]) -> float:
 def _most(found: Sequence[Rehearsal], phases: Sequence[str], usable: float) -> int:
     """The largest number of rows with which `phases` fit into `usable` bytes. One row fits."""
     base, slope = _line(found, phases)
-    if base + _MOST_ROWS * slope <= usable:
-        return _MOST_ROWS
+    if base + MOST_ROWS * slope <= usable:
+        return MOST_ROWS
     return max(1, int((usable - base) / slope))
 
 
