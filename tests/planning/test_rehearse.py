@@ -219,7 +219,8 @@ def test_less_memory_without_unsharded_gradients(process):
 @pytest.mark.slow
 def test_activations_of_the_update_grow_with_its_rows(process):
     def update(**changes):
-        config = load_config("flow_grpo", {**SMALL, **changes})
+        larger = {"sampling.num_steps": 4, "training.prompts_per_step": 4}
+        config = load_config("flow_grpo", {**SMALL, **larger, **changes})
         return process.rehearse(config, 1, H100).phases["first micro-batch"].kinds["activations"]
 
     six, twelve, all_rows = (update(**{"training.micro_batch_size": n}) for n in (6, 12, 24))
