@@ -14,7 +14,7 @@ demo: .venv/ready  ## Train the bundled demo and write its report
 compare: .venv/ready  ## Compare three methods on the bundled model
 	$(BIN)/flowgrain compare quick
 
-test: lint types unit  ## Lint, types and all tests
+test: lint types unit  ## Lint, types and the fast tests
 
 unit: .venv/ready
 	$(PYTEST)
