@@ -13,7 +13,7 @@ from flowgrain.config import load_config
 from flowgrain.models.published import PUBLISHED
 from flowgrain.planning import search
 from flowgrain.planning.gpus import GPUS
-from flowgrain.planning.rehearsal.counts import of_phase
+from flowgrain.planning.rehearsal.counts import difference, of_phase
 from flowgrain.planning.rehearsal.depth import combine, depths
 from flowgrain.planning.rehearsal.ledger import Ledger, Peak
 from flowgrain.planning.rehearsal.step import LATER, Measurement
@@ -108,7 +108,9 @@ def test_lines_through_shallow_models_are_exact(config, coefficients):
 
 
 def test_a_repeated_call_belongs_to_the_phase_that_repeats_it():
+    earlier = {("moved", "encode: all_gather in a machine"): 7.0}
     counts = {("flops", ""): 3.0, ("moved", "sample: all_gather in a machine"): 5.0}
+    assert difference({**earlier, **counts}, earlier) == counts
     assert of_phase(counts, "sample", "update") == {
         ("flops", ""): 3.0,
         ("moved", "update: all_gather in a machine"): 5.0,

@@ -168,6 +168,7 @@ def test_ranks_of_a_context_group_divide_the_tokens(process, tmp_path):
     exchanged = "later micro-batches: all_to_all_single in a machine"
     assert group.moved[exchanged] > 0
     assert exchanged not in alone.moved
+    assert all(name.count(": ") == 1 for name in group.moved)  # phase: collective
     odd = grouped.with_changes({"model.max_prompt_tokens": 7})
     with pytest.raises(SettingsError, match=r"must divide model\.max_prompt_tokens=7"):
         process.rehearse(odd, 4, H100)

@@ -183,6 +183,7 @@ def summary(found: "Rehearsal", name: str, card: "Gpu") -> list[str]:
 
 def _show_proposals(found: "list[Proposal]", name: str) -> None:
     """Numbers of every proposal, and its settings, ready to copy."""
+    from flowgrain.planning.gpus import gpu_count
     from flowgrain.planning.search import MOST_ROWS
     from flowgrain.training.fit import in_bytes
     from flowgrain.units import duration
@@ -200,10 +201,9 @@ def _show_proposals(found: "list[Proposal]", name: str) -> None:
     out.print(table)
     for proposal in found:
         closest = "" if proposal.fits else ", which need least memory"
-        gpus = "1 GPU" if proposal.gpus == 1 else f"{proposal.gpus} GPUs"
-        say(f"{gpus}{closest}: {' '.join(proposal.settings)}")
+        say(f"{gpu_count(proposal.gpus)}{closest}: {' '.join(proposal.settings)}")
     say(
-        f"The forecast follows from FLOPs and data sheets, without rewards. Batches have at most "
+        "The forecast follows from FLOPs and data sheets, without rewards. Batches have at most "
         f"{MOST_ROWS} rows."
     )
 

@@ -38,6 +38,11 @@ other GPUs and backward passes are assumed to reach the same share.
 """
 
 
+def gpu_count(number: int) -> str:
+    """A number of GPUs in words."""
+    return "1 GPU" if number == 1 else f"{number} GPUs"
+
+
 def gpu_named(name: str) -> Gpu:
     """The GPU `name`.
 

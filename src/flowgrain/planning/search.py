@@ -15,7 +15,7 @@ from typing import Any
 
 from flowgrain.config.schema import Config
 from flowgrain.planning.forecast import forecast
-from flowgrain.planning.gpus import Gpu
+from flowgrain.planning.gpus import Gpu, gpu_count
 from flowgrain.planning.plan import prompt_cost
 from flowgrain.planning.rehearsal.step import FIRST, LATER
 from flowgrain.planning.rehearse import Rehearsal, RehearsalError, Rehearser, prepared
@@ -114,7 +114,7 @@ def _first_that_fits(
     tried: list[Proposal] = []
     failure: RehearsalError | SettingsError | None = None
     for changes in _candidates(config, gpus):
-        label = f"{gpus} {'GPU' if gpus == 1 else 'GPUs'}: {' '.join(_written(changes))}"
+        label = f"{gpu_count(gpus)}: {' '.join(_written(changes))}"
         progress(label)
         try:
             tried.append(_largest(process, config, changes, gpus, gpu))

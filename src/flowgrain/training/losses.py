@@ -3,7 +3,6 @@
 Shapes: B rows or edges of a micro-batch.
 """
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -54,9 +53,9 @@ class RolloutLoss(Protocol):
         """Metrics of the step, from the means of the recorded terms."""
 
 
-def _numbers(values: Sequence[Tensor]) -> list[float]:
+def _numbers(values: list[Tensor]) -> list[float]:
     """Scalars of a device as numbers. The host waits once for all of them."""
-    return torch.stack(list(values)).tolist() if values else []
+    return torch.stack(values).tolist() if values else []
 
 
 class TermRecord:
@@ -78,11 +77,11 @@ class TermRecord:
 
     def means(self, world: World, names: Sequence[str]) -> dict[str, float]:
         """The mean of each term in `names` over all ranks."""
-        counts = {name: sum(map(len, self.values[name])) for name in names}
-        parts = [value.double().sum() for name in names for value in self.values[name]]
-        on_host = iter(_numbers(parts))
         sums = {
-            name: (sum(itertools.islice(on_host, len(self.values[name]))), counts[name])
+            name: (
+                sum(_numbers([value.double().sum() for value in self.values[name]])),
+                sum(map(len, self.values[name])),
+            )
             for name in names
         }
         ranks = world.gather_data(sums)

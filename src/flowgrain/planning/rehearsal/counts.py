@@ -7,8 +7,9 @@ Counts = Mapping[tuple[str, str], float]
 
 
 def difference(later: Counts, earlier: Counts) -> Counts:
-    """What was counted between two moments."""
-    return {key: value - earlier.get(key, 0.0) for key, value in later.items()}
+    """What was counted between two moments. Numbers that did not change are left out."""
+    changes = {key: value - earlier.get(key, 0.0) for key, value in later.items()}
+    return {key: value for key, value in changes.items() if value}
 
 
 def of_phase(counts: Counts, old: str, new: str) -> Counts:
